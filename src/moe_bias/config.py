@@ -1,0 +1,259 @@
+"""What a layer is made of and what a run is told. Imports no torch, so that `--help` is quick.
+
+Settings come, later ones winning, from the defaults, a TOML file (`moe-bias.toml` in the current
+folder, or the file that MOE_BIAS_CONFIG names), `MOE_BIAS_*` variables and the command line.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    CliPositionalArg,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+ENV_PREFIX = "MOE_BIAS_"
+BUNDLED_MODEL = "bundled"
+
+
+class UserError(ValueError):
+    """A user's mistake, told in one sentence: the command prints it and exits with 2."""
+
+
+class LayerConfig(BaseModel):
+    """The choices that define one MoE-Bias layer, apart from the sizes of its model.
+
+    `support` lists the token ids that have a bias (None: all of them). Raises ValidationError, a
+    ValueError, on anything that cannot be built.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_experts: Annotated[int, Field(ge=1)] = 16
+    top_k: Annotated[int, Field(ge=1)] = 2
+    support: tuple[int, ...] | None = None
+    entropy_gate: bool = True
+    load_balance_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
+    strength: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> LayerConfig:
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k = {self.top_k} is more than num_experts = {self.num_experts}")
+        if self.support is not None:
+            check_support(self.support)
+        return self
+
+    def support_size(self, vocab_size: int) -> int:
+        """M, the number of tokens that have a bias."""
+        return vocab_size if self.support is None else len(self.support)
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raises ValueError where the support has ids that a vocabulary of this size lacks."""
+        if self.support is not None and max(self.support) >= vocab_size:
+            raise ValueError(f"support id {max(self.support)} is outside the vocabulary of {vocab_size} tokens")
+
+    def num_parameters(self, hidden_size: int, vocab_size: int) -> int:
+        """Trainable parameters: `E M + E D`, and 2 with the entropy gate."""
+        columns = self.support_size(vocab_size) + hidden_size
+        return self.num_experts * columns + (2 if self.entropy_gate else 0)
+
+
+def check_support(support: Sequence[int]) -> None:
+    """Raises ValueError on an empty support, a negative id or an id that stands twice."""
+    if not support:
+        raise ValueError("support is empty; give at least one token id, or none at all for the whole vocabulary")
+    if min(support) < 0:
+        raise ValueError(f"support id {min(support)} is negative")
+    if len(set(support)) < len(support):
+        twice = next(token for token in support if support.count(token) > 1)
+        raise ValueError(f"support id {twice} stands more than once")
+
+
+class Settings(BaseSettings):
+    """Base of what every command reads: defaults, then the TOML file, variables, command line."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        extra="ignore",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        toml = TomlConfigSettingsSource(settings_cls, toml_file=settings_file())
+        return init_settings, env_settings, toml
+
+
+class LayerSettings(Settings):
+    """The `MOE_BIAS_*` variables of the four-line use."""
+
+    enabled: bool = Field(True, description="apply the layer at all")
+    num_experts: int = Field(16, ge=1, description="experts E")
+    top_k: int = Field(2, ge=1, description="experts that each token is routed to")
+    load_balance_weight: float = Field(0.01, ge=0, description="weight of the load-balance loss")
+    entropy_gate: bool = Field(True, description="scale the bias by sigmoid(alpha H + beta)")
+
+    @model_validator(mode="after")
+    def _buildable(self) -> LayerSettings:
+        self.layer_config()
+        return self
+
+    def layer_config(self, support: Sequence[int] | None = None) -> LayerConfig:
+        """The layer that these settings describe, with `support` as its token ids."""
+        return LayerConfig(
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+            support=None if support is None else tuple(support),
+            entropy_gate=self.entropy_gate,
+            load_balance_weight=self.load_balance_weight,
+        )
+
+
+class ModelSettings(Settings):
+    """Which model, where and in which precision."""
+
+    model: str = Field(BUNDLED_MODEL, description="Hub id, folder, or 'bundled' (SmolLM2-135M-Instruct)")
+    device: str = Field("auto", description="'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="weights' type")
+    trust_remote_code: bool = Field(False, description="run code that the model's repository brings")
+
+
+class TrainingSettings(LayerSettings):
+    """How a layer is trained on hidden states."""
+
+    support: str = Field("auto:4096", description="'auto:M', 'all', or a JSON file of token ids")
+    epochs: int = Field(8, ge=1, description="passes over the hidden states")
+    batch_tokens: int = Field(512, ge=1, description="tokens in one optimiser step")
+    expert_rate: float = Field(5e-2, gt=0, description="learning rate of the experts")
+    router_rate: float = Field(3e-3, gt=0, description="learning rate of the router and the gate")
+    warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps that the rates rise in")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
+    seed: int = Field(0, ge=0, description="seed of everything random")
+
+
+class DemoSettings(ModelSettings, TrainingSettings):
+    """Train an adapter on the bundled model, from nothing to a measured gain, in minutes."""
+
+    output: Path = Field(Path("moe-bias-demo"), description="folder that the adapter is saved in")
+    train_problems: int = Field(900, ge=10, description="problems to train on")
+    test_problems: int = Field(200, ge=10, description="held-out problems to measure on")
+    max_new_tokens: int = Field(96, ge=1, description="token limit of an answer, the same for every arm")
+    batch_size: int = Field(100, ge=1, description="answers sampled together")
+
+
+class TrainSFTSettings(ModelSettings, TrainingSettings):
+    """Train an adapter on prompts and answers by supervised learning."""
+
+    data: str = Field(description="JSON Lines file or Hub data set of prompts and answers")
+    split: str = Field("train", description="split of a Hub data set")
+    output: Path = Field(description="folder that the adapter is saved in")
+    held_out: float = Field(0.05, gt=0, lt=1, description="share of the examples kept out for measuring")
+    max_length: int = Field(2048, ge=2, description="longer examples are cut here")
+    batch_size: int = Field(16, ge=1, description="examples in one forward pass")
+
+
+class GenerateSettings(ModelSettings):
+    """Answer a prompt with an adapter, streaming, beside the plain model if asked."""
+
+    prompt: CliPositionalArg[str] = Field(description="what to ask")
+    adapter: str | None = Field(None, description="adapter folder or Hub id; none: the plain model")
+    compare: bool = Field(False, description="show the plain model's answer and the adapted one")
+    strength: float | None = Field(None, description="overrides the adapter's strength")
+    chat: bool = Field(True, description="put the prompt into the chat template")
+    max_new_tokens: int = Field(256, ge=1, description="token limit")
+    temperature: float = Field(0.0, ge=0, description="0 is greedy")
+    seed: int = Field(0, ge=0, description="seed of sampling")
+
+
+class ParamsSettings(Settings):
+    """What an adapter would cost on a model, for choices of E and M. Reads only its config."""
+
+    model: str = Field(BUNDLED_MODEL, description="Hub id, folder, or 'bundled'")
+    experts: list[int] = Field([1, 4, 16, 64], description="choices of E")
+    supports: list[int] = Field([1024, 4096, 16384], description="choices of M; the whole vocabulary is added")
+    trust_remote_code: bool = Field(False, description="run code that the model's repository brings")
+
+
+class InspectSettings(Settings):
+    """Look inside a saved adapter: config, norms, the tokens that each expert moves most."""
+
+    adapter: CliPositionalArg[str] = Field(description="adapter folder or Hub id")
+    top: int = Field(8, ge=1, description="tokens shown per expert and direction")
+
+
+def settings_file() -> Path:
+    """The TOML file of settings: the one MOE_BIAS_CONFIG names, else `moe-bias.toml` here.
+
+    Raises UserError where MOE_BIAS_CONFIG names no file, the file is no TOML, or it has a key that
+    no command knows.
+    """
+    named = os.environ.get(ENV_PREFIX + "CONFIG")
+    path = Path(named or "moe-bias.toml")
+    if named and not path.is_file():
+        raise UserError(f"MOE_BIAS_CONFIG names {named!r}, which is not a file")
+    if path.is_file():
+        _check_settings_file(path)
+    return path
+
+
+def _check_settings_file(path: Path) -> None:
+    try:
+        keys = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid TOML: {error}") from error
+    known = {name for settings in _subclasses(Settings) for name in settings.model_fields}
+    unknown = sorted(set(keys) - known)
+    if unknown:
+        raise UserError(f"unknown key {unknown[0]!r} in {path}; known keys are {', '.join(sorted(known))}")
+
+
+def _subclasses(cls: type[Settings]) -> Iterator[type[Settings]]:
+    for child in cls.__subclasses__():
+        yield child
+        yield from _subclasses(child)
+
+
+def describe_error(error: ValidationError, given: Mapping[str, Any] | None = None) -> str:
+    """One sentence on the first thing wrong, naming the option, variable or file key it came from.
+
+    `given` holds the values that came from the command line, by field name.
+    """
+    first = error.errors(include_url=False)[0]
+    reason = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:
+        return reason
+    key = str(first["loc"][0])
+    if first["type"] == "missing":
+        return f"--{key.replace('_', '-')} is required"
+    return f"{_origin(key, given or {})} = {first['input']!r}: {reason[0].lower()}{reason[1:]}"
+
+
+def _origin(key: str, given: Mapping[str, Any]) -> str:
+    variable = ENV_PREFIX + key.upper()
+    if given.get(key) is not None:
+        return f"--{key.replace('_', '-')}"
+    if variable in os.environ:
+        return variable
+    if settings_file().is_file():
+        return f"{key} in {settings_file()}"
+    return key

@@ -1,0 +1,181 @@
+"""The MoE-Bias layer: routed logit biases, gated by the entropy of the base model.
+
+For a token with hidden state h (the exact input of the output embedding) and base logits z:
+
+    p = softmax(G n(h))                      router probabilities; n is a fixed normalisation
+    g_e = p_e / sum_{top-k} p                for the k largest, 0 elsewhere
+    w = sigmoid(alpha H + beta)              H: entropy of softmax(z) in nats; w = 1 without the gate
+    b = w sum_e g_e B_e                      one row of B per expert, one column per support token
+    z' = z + s b                             on the support; z' = z off it
+
+B starts at zero, so a fresh layer changes nothing. The load-balance loss is the one of the Switch
+Transformer (arXiv 2101.03961).
+
+Shapes: T tokens (any leading shape where a docstring says `...`), D hidden size, E experts,
+V vocabulary, M support (M = V without one).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_bias.config import LayerConfig
+
+LOWEST_LOG_PROB = -1e4
+"""Log-probabilities are raised to this before `p log p`: exp(-1e4) is 0 in float32 and in float64,
+so no value changes, and 0 * -inf cannot arise."""
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What the router decided for each token: `probs` and `gates`, both (..., E); gates sum to 1."""
+
+    probs: Tensor
+    gates: Tensor
+
+
+@dataclass(frozen=True)
+class LayerOutput:
+    """The bias before the strength (..., M), the entropy gate's weight (...,), and the routing."""
+
+    bias: Tensor
+    weight: Tensor
+    routing: Routing
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or unchanged where its type is already wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def entropy_from_logits(logits: Tensor) -> Tensor:
+    """Entropy in nats of softmax(logits) over the last axis, in float32 or better, without gradient.
+
+    `logits` (..., V) of any float type; returns (...,). Entries of -inf have probability 0.
+    """
+    with torch.no_grad():
+        log_prob = F.log_softmax(at_least_float32(logits), dim=-1).clamp_(min=LOWEST_LOG_PROB)
+        entropy: Tensor = -torch.linalg.vecdot(log_prob.exp(), log_prob)
+        return entropy
+
+
+def load_balance_loss(routing: Routing, counted: Tensor | None = None) -> Tensor:
+    """Switch load-balance loss `E sum_e f_e P_e` (arXiv 2101.03961), a scalar; 1 when uniform.
+
+    `f_e` is the share of routed (token, slot) pairs that go to expert e, `P_e` its mean router
+    probability. `counted` (...,) bool names the tokens that count in the loss (default all);
+    with none the loss is 0.
+    """
+    probs_TE = routing.probs.flatten(0, -2)
+    routed_TE = (routing.gates > 0).flatten(0, -2).to(probs_TE.dtype)
+    weight_T = probs_TE.new_ones(len(probs_TE)) if counted is None else counted.flatten().to(probs_TE.dtype)
+    routed_E = weight_T @ routed_TE
+    share_E = routed_E / routed_E.sum().clamp(min=1)
+    mean_E = (weight_T @ probs_TE) / weight_T.sum().clamp(min=1)
+    return probs_TE.shape[-1] * (share_E * mean_E).sum()
+
+
+class MoEBiasLayer(nn.Module):
+    """Router, expert biases and entropy gate, as the module docstring defines them.
+
+    Parameters: `router.weight` (E, D), `experts` (E, M), `entropy_gate` alpha and beta. Buffers:
+    `support` (M,) int64 token ids (absent when every token has a bias), `hidden_mean` and
+    `hidden_scale` (D,), the fixed normalisation that the router sees h through.
+    """
+
+    support: Tensor | None
+    hidden_mean: Tensor
+    hidden_scale: Tensor
+
+    def __init__(self, config: LayerConfig, hidden_size: int, vocab_size: int) -> None:
+        """Raises ValueError where the support names ids outside the vocabulary."""
+        super().__init__()
+        config.check_vocabulary(vocab_size)
+        self.config = config
+        self.hidden_size = hidden_size
+        self.vocab_size = vocab_size
+        self.strength = config.strength
+        self.router = nn.Linear(hidden_size, config.num_experts, bias=False)
+        self.experts = nn.Parameter(torch.zeros(config.num_experts, config.support_size(vocab_size)))
+        self.entropy_gate = nn.Linear(1, 1) if config.entropy_gate else None
+        support = None if config.support is None else torch.tensor(config.support, dtype=torch.int64)
+        self.register_buffer("support", support, persistent=False)
+        self.register_buffer("hidden_mean", torch.zeros(hidden_size))
+        self.register_buffer("hidden_scale", torch.ones(hidden_size))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Zero biases, a small random router, a gate that starts at sigmoid(H)."""
+        self.experts.zero_()
+        nn.init.normal_(self.router.weight, std=1 / math.sqrt(self.hidden_size))
+        if self.entropy_gate is not None:
+            self.entropy_gate.weight.fill_(1.0)
+            self.entropy_gate.bias.zero_()
+
+    @torch.no_grad()
+    def calibrate(self, hidden: Tensor) -> None:
+        """Sets the router's normalisation to the mean and the scale of `hidden` (..., D).
+
+        Raises ValueError on fewer than two tokens, which have no scale.
+        """
+        hidden_TD = at_least_float32(hidden.flatten(0, -2))
+        if len(hidden_TD) < 2:
+            raise ValueError(f"calibration needs at least 2 hidden states, got {len(hidden_TD)}")
+        self.hidden_mean.copy_(hidden_TD.mean(0))
+        self.hidden_scale.copy_(hidden_TD.std(0).clamp(min=1e-6))
+
+    def route(self, hidden: Tensor) -> Routing:
+        """Router probabilities and top-k gates for `hidden` (..., D). No gradient enters `hidden`."""
+        hidden = at_least_float32(hidden.detach())
+        normed = (hidden - self.hidden_mean.to(hidden.dtype)) / self.hidden_scale.to(hidden.dtype)
+        probs = F.linear(normed, self.router.weight.to(hidden.dtype)).softmax(-1)
+        top_probs, top_experts = probs.topk(self.config.top_k, dim=-1)
+        kept = top_probs / top_probs.sum(-1, keepdim=True)
+        return Routing(probs, torch.zeros_like(probs).scatter(-1, top_experts, kept))
+
+    def gate_weight(self, entropy: Tensor) -> Tensor:
+        """`sigmoid(alpha H + beta)` for base entropies (...,) in nats, or ones without the gate."""
+        if self.entropy_gate is None:
+            return torch.ones_like(entropy)
+        alpha, beta = self.entropy_gate.weight, self.entropy_gate.bias
+        return torch.sigmoid(entropy * alpha.to(entropy.dtype).squeeze() + beta.to(entropy.dtype).squeeze())
+
+    def forward(self, hidden: Tensor, entropy: Tensor) -> LayerOutput:
+        """The bias for hidden states (..., D) and base entropies (...,), in float32 or better."""
+        routing = self.route(hidden)
+        weight = self.gate_weight(entropy.to(routing.gates.dtype))
+        mixed = routing.gates * weight.unsqueeze(-1)
+        return LayerOutput(mixed @ self.experts.to(mixed.dtype), weight, routing)
+
+    def on_vocabulary(self, bias: Tensor) -> Tensor:
+        """A bias on the support (..., M) as one on the vocabulary (..., V), 0 off the support."""
+        if self.support is None:
+            return bias
+        return bias.new_zeros(*bias.shape[:-1], self.vocab_size).index_copy(-1, self.support, bias)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        own = self.state_dict()
+        check_layer_tensors(
+            {name: state_dict[prefix + name] for name in own if prefix + name in state_dict},
+            {name: tuple(tensor.shape) for name, tensor in own.items()},
+        )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def check_layer_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises ValueError naming the first tensor that has another shape or is not finite."""
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != shapes[name]:
+            raise ValueError(
+                f"adapter tensor {name!r} has shape {tuple(tensor.shape)}, this model and config need {shapes[name]}"
+            )
+        if not tensor.is_meta and not torch.isfinite(tensor).all():
+            raise ValueError(f"adapter tensor {name!r} holds NaN or infinite values; the file is damaged")

@@ -1,0 +1,183 @@
+"""The support: which M tokens have a bias, and exact softmax quantities of the adapted policy from them.
+
+At temperature T let u = z / T be the final base logits and d the move of the support's columns
+(s b / T). With two scalars per token from the pass that computed the hidden state,
+
+    R = log sum_{v not in S} exp(u_v)          rest log-sum-exp
+    A = sum_{v not in S} exp(u_v - R) u_v      rest mean logit
+
+the adapted policy needs only the support's columns (u' = u + d on S):
+
+    log Z'    = logaddexp(R, logsumexp_S u')
+    log pi'(y) = u_y + [y in S] d_y - log Z'
+    H(pi')    = log Z' - (exp(R - log Z') A + sum_S exp(u' - log Z') u')
+    KL(pi'|q) = sum_S exp(u' - log Z') d - (log Z' - log Z)
+
+Everything is computed relative to one shift per token, near the largest logit, and R and A are kept
+in float64: at logits of 1e4 a float32 R alone would lose three decimals that the full softmax keeps.
+
+Shapes: T tokens, V vocabulary, M support.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_bias.layer import LOWEST_LOG_PROB, at_least_float32, entropy_from_logits
+
+FORK_SHARE = 0.2
+"""rho: forks are the positions in the top 20% of base entropy (arXiv 2506.01939)."""
+
+
+@dataclass(frozen=True)
+class RestScalars:
+    """R and A of each token, (T,) float64; R = -inf and A = 0 where the rest is empty."""
+
+    log_sum_exp: Tensor
+    mean_logit: Tensor
+
+
+@dataclass(frozen=True)
+class PolicyStats:
+    """Of the adapted policy, each (T,): `log_partition` (float64), `entropy` and `kl` to the base in nats."""
+
+    log_partition: Tensor
+    entropy: Tensor
+    kl: Tensor
+
+
+def rest_mask(support: Tensor, vocab_size: int) -> Tensor:
+    """(V,) bool, True off the support."""
+    mask = torch.ones(vocab_size, dtype=torch.bool, device=support.device)
+    mask[support] = False
+    return mask
+
+
+def rest_scalars(logits_TV: Tensor, support_M: Tensor) -> RestScalars:
+    """R and A from the full scaled logits. -inf logits count as probability 0."""
+    logits_TV = at_least_float32(logits_TV)
+    rest_TR = logits_TV[:, rest_mask(support_M, logits_TV.shape[-1])]
+    if rest_TR.shape[-1] == 0:
+        empty_T = torch.zeros(len(logits_TV), dtype=torch.float64, device=logits_TV.device)
+        return RestScalars(empty_T - math.inf, empty_T)
+    shift_T = _finite(rest_TR.amax(-1))
+    centred_TR = rest_TR - shift_T[:, None]
+    relative_lse_T = centred_TR.logsumexp(-1).double()
+    share_TR = (centred_TR - relative_lse_T[:, None].to(centred_TR.dtype)).exp()
+    relative_mean_T = torch.where(share_TR > 0, share_TR * centred_TR, 0).sum(-1).double()
+    empty_T = relative_lse_T.isneginf()
+    mean_T = torch.where(empty_T, 0.0, relative_mean_T.nan_to_num() + shift_T.double())
+    return RestScalars(relative_lse_T + shift_T.double(), mean_T)
+
+
+def reduced_log_partition(logits_TM: Tensor, move_TM: Tensor, rest: RestScalars) -> tuple[Tensor, Tensor]:
+    """`(shift, log Z' - shift)`, both (T,): the shift in the logits' type without gradient.
+
+    The second carries the gradient to `move_TM` (T, M). `logits_TM` are the scaled base logits.
+    """
+    adapted_TM = at_least_float32(logits_TM) + move_TM
+    shift_T = _finite(torch.maximum(adapted_TM.detach().amax(-1), rest.log_sum_exp.to(adapted_TM.dtype)))
+    relative_rest_T = (rest.log_sum_exp - shift_T.double()).to(adapted_TM.dtype)
+    return shift_T, torch.logaddexp(relative_rest_T, (adapted_TM - shift_T[:, None]).logsumexp(-1))
+
+
+def reduced_log_prob(
+    logit_T: Tensor, column_T: Tensor, logits_TM: Tensor, move_TM: Tensor, rest: RestScalars
+) -> Tensor:
+    """`log pi'(y)` (T,) of the realised tokens, differentiable in `move_TM`.
+
+    `logit_T` is the scaled base logit of y, `column_T` (int64) its column in the support, -1 where
+    it has none.
+    """
+    shift_T, log_partition_T = reduced_log_partition(logits_TM, move_TM, rest)
+    moved_T = move_TM.gather(-1, column_T.clamp(min=0)[:, None]).squeeze(-1)
+    moved_T = torch.where(column_T >= 0, moved_T, 0)
+    return (at_least_float32(logit_T) - shift_T) + moved_T - log_partition_T
+
+
+def reduced_stats(logits_TM: Tensor, move_TM: Tensor, rest: RestScalars) -> PolicyStats:
+    """Log-partition, entropy and exact KL to the base of the adapted policy, differentiable in `move_TM`."""
+    shift_T, log_partition_T = reduced_log_partition(logits_TM, move_TM, rest)
+    relative_TM = (at_least_float32(logits_TM) + move_TM) - shift_T[:, None] - log_partition_T[:, None]
+    prob_TM = relative_TM.exp()
+    rest_prob_T = (_relative(rest.log_sum_exp, shift_T) - log_partition_T).exp()
+    rest_mean_T = _relative(rest.mean_logit, shift_T) - log_partition_T
+    rest_part_T = torch.where(rest_prob_T > 0, rest_prob_T * rest_mean_T, 0)
+    support_part_T = (prob_TM * relative_TM.clamp(min=LOWEST_LOG_PROB)).sum(-1)
+    base_shift_T, base_T = reduced_log_partition(logits_TM, torch.zeros_like(move_TM), rest)
+    change_T = log_partition_T - base_T + (shift_T - base_shift_T)
+    return PolicyStats(
+        log_partition=log_partition_T.double() + shift_T.double(),
+        entropy=-(rest_part_T + support_part_T),
+        kl=(prob_TM * move_TM).sum(-1) - change_T,
+    )
+
+
+def full_log_prob(logits_TV: Tensor, move_TM: Tensor, support_M: Tensor, token_T: Tensor) -> Tensor:
+    """The plain reference of `reduced_log_prob`: log-softmax over the whole vocabulary, (T,)."""
+    adapted_TV = logits_TV.index_add(-1, support_M, move_TM.to(logits_TV.dtype))
+    return adapted_TV.log_softmax(-1).gather(-1, token_T[:, None]).squeeze(-1)
+
+
+def full_stats(logits_TV: Tensor, move_TM: Tensor, support_M: Tensor) -> PolicyStats:
+    """The plain reference of `reduced_stats`, over the whole vocabulary."""
+    adapted_TV = logits_TV.index_add(-1, support_M, move_TM.to(logits_TV.dtype))
+    log_prob_TV = adapted_TV.log_softmax(-1)
+    prob_TV = log_prob_TV.exp()
+    gap_TV = log_prob_TV - logits_TV.log_softmax(-1)
+    return PolicyStats(
+        log_partition=adapted_TV.logsumexp(-1),
+        entropy=-torch.where(prob_TV > 0, prob_TV * log_prob_TV, 0).sum(-1),
+        kl=torch.where(prob_TV > 0, prob_TV * gap_TV, 0).sum(-1),
+    )
+
+
+def fork_threshold(entropy_T: Tensor, share: float = FORK_SHARE) -> float:
+    """The (1 - share) quantile of base entropy over the given tokens; ties at it are forks.
+
+    Raises ValueError without tokens.
+    """
+    if len(entropy_T) == 0:
+        raise ValueError("no tokens to take the entropy threshold over")
+    rank = max(math.ceil(share * len(entropy_T)), 1)
+    return float(entropy_T.topk(rank).values[-1])
+
+
+def fork_mass(logits_TV: Tensor, threshold: float) -> Tensor:
+    """(V,) float64: the base's probability mass per token, summed over positions with `H >= threshold`."""
+    forks_TV = at_least_float32(logits_TV[entropy_from_logits(logits_TV) >= threshold])
+    return forks_TV.softmax(-1).double().sum(0)
+
+
+def choose_support(mass_V: Tensor, size: int, always: Sequence[int] = ()) -> list[int]:
+    """The `size` token ids of largest fork mass, ascending, `always` among them.
+
+    `always` holds the ids that must be in whatever their mass: EOS, the end of a turn, training
+    targets. Raises ValueError where `size` exceeds the vocabulary or cannot hold `always`.
+    """
+    needed = set(always)
+    if size > len(mass_V):
+        raise ValueError(f"a support of {size} tokens is larger than the vocabulary of {len(mass_V)}")
+    if len(needed) > size:
+        raise ValueError(f"a support of {size} tokens cannot hold the {len(needed)} that must be in it")
+    score_V = mass_V.clone()
+    score_V[sorted(needed)] = math.inf
+    return sorted(score_V.topk(size).indices.tolist())
+
+
+def coverage(mass_V: Tensor, support: Sequence[int]) -> float:
+    """The share of fork mass that the support holds, in [0, 1]. Measure it on held-out text."""
+    return float(mass_V[list(support)].sum() / mass_V.sum())
+
+
+def _relative(value_T: Tensor, shift_T: Tensor) -> Tensor:
+    return (value_T - shift_T.double()).to(shift_T.dtype)
+
+
+def _finite(shift_T: Tensor) -> Tensor:
+    return torch.where(shift_T.isfinite(), shift_T, torch.zeros_like(shift_T))
