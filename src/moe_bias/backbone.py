@@ -83,6 +83,12 @@ class Head:
         """V, the rows of the output embedding, which may exceed the tokenizer's tokens."""
         return int(self.module.out_features)  # type: ignore[arg-type]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that the output embedding computes in."""
+        dtype: torch.dtype = next(self.module.parameters()).dtype
+        return dtype if dtype.is_floating_point else torch.float32
+
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """Final logits (..., V) in float32 or better of hidden states (..., D)."""
@@ -221,7 +227,8 @@ def _converted_bundle() -> Path:
     if target.is_dir():
         return target
     spec = importlib.util.find_spec(_BUNDLED_PACKAGE)
-    assert spec is not None and spec.origin is not None
+    assert spec is not None
+    assert spec.origin is not None
     source = Path(spec.origin).parent
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=_BUNDLED_FILE, dtype=torch.float32)
     model.dequantized = True
@@ -320,7 +327,7 @@ def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterato
 def _unwrapped(module: nn.Module) -> nn.Module:
     """The module under an adapter, or the module itself."""
     getter: Any = getattr(module, "get_base_layer", None)
-    return module if getter is None else getter()  # type: ignore[no-any-return]
+    return module if getter is None else getter()
 
 
 def _class_of(model: nn.Module) -> str:

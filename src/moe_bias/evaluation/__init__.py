@@ -1,0 +1,1 @@
+"""Measuring: likelihood, accuracy, intervals."""

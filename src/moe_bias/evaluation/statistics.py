@@ -1,0 +1,63 @@
+"""Intervals: Wilson for a share, paired bootstrap over problems for everything else (scipy)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import binomtest, bootstrap
+
+CONFIDENCE = 0.95
+RESAMPLES = 4000
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its interval at the level `CONFIDENCE`."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether zero lies outside the interval."""
+        return self.low > 0 or self.high < 0
+
+
+def wilson(successes: int, trials: int) -> Estimate:
+    """A share with its Wilson score interval."""
+    interval = binomtest(successes, trials).proportion_ci(CONFIDENCE, method="wilson")
+    return Estimate(successes / trials, float(interval.low), float(interval.high))
+
+
+def ratio_of_sums(numerator: Floats, denominator: Floats, seed: int = 0) -> Estimate:
+    """`sum numerator / sum denominator` over problems, resampled by problem (percentile bootstrap).
+
+    With summed losses and token counts per problem this is the loss per token, and with differences
+    of summed losses the paired difference per token: tokens of one problem are not independent.
+    """
+
+    def statistic(top: Floats, bottom: Floats, axis: int = -1) -> Floats:
+        share: Floats = top.sum(axis=axis) / bottom.sum(axis=axis)
+        return share
+
+    result = bootstrap(
+        (numerator, denominator),
+        statistic,
+        paired=True,
+        n_resamples=RESAMPLES,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    interval = result.confidence_interval
+    value = float(numerator.sum() / denominator.sum())
+    return Estimate(value, float(interval.low), float(interval.high))
+
+
+def mean(values: Floats, seed: int = 0) -> Estimate:
+    """The mean over problems, resampled by problem."""
+    return ratio_of_sums(values, np.ones_like(values), seed)

@@ -1,0 +1,1 @@
+"""Hidden states of the frozen model with the scalars that training needs."""

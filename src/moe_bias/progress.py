@@ -1,0 +1,52 @@
+"""Progress bars with a rate and an expected end, on standard error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+
+class RateColumn(ProgressColumn):
+    """How many units a second."""
+
+    def render(self, task: Task) -> Text:
+        """The mean speed so far, or a dash before there is one."""
+        speed = task.finished_speed or task.speed
+        unit = task.fields["unit"]
+        return Text("-" if speed is None else f"{speed:,.0f} {unit}/s", style="progress.data.speed")
+
+
+@dataclass
+class Meter:
+    """A running bar: `advance` moves it, `note` shows a few words beside it."""
+
+    progress: Progress
+    task: TaskID
+
+    def advance(self, units: float) -> None:
+        """Adds units of work done."""
+        self.progress.advance(self.task, units)
+
+    def note(self, text: str) -> None:
+        """Replaces the words beside the bar."""
+        self.progress.update(self.task, note=text)
+
+
+@contextmanager
+def meter(description: str, total: float, unit: str) -> Iterator[Meter]:
+    """A bar over `total` units of work, drawn while the block runs."""
+    columns = (
+        TextColumn("{task.description:<34}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.percentage:>3.0f}%"),
+        RateColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        yield Meter(progress, progress.add_task(description, total=total, unit=unit, note=""))

@@ -1,0 +1,1 @@
+"""Sampling from the frozen model under one or more adapters."""

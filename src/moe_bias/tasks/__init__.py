@@ -1,0 +1,1 @@
+"""Prompts, gold answers and what counts as right."""

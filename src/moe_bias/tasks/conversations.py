@@ -1,0 +1,175 @@
+"""Prompts and completions: reading them from files or the Hub, and turning them into tokens.
+
+A row is one of: `messages` (a chat whose last turn is the assistant's), `prompt` and `completion`
+(text, or lists of messages), or a pair of the Hub's usual column names (`COLUMN_PAIRS`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from moe_bias.config import UserError
+
+COLUMN_PAIRS = (
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("question", "answer"),
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("problem", "solution"),
+    ("problem", "answer"),
+    ("query", "response"),
+    ("input", "output"),
+)
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns before the answer, and the answer. `is_chat` is False for plain text to be continued."""
+
+    turns: tuple[Message, ...]
+    completion: str
+    is_chat: bool = True
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and its completion as token ids; the completion ends with the end-of-turn token."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+
+
+def ask(question: str, answer: str = "") -> Conversation:
+    """A conversation of one question, and its answer."""
+    return Conversation(({"role": "user", "content": question},), answer)
+
+
+def read_conversations(source: str, split: str) -> list[Conversation]:
+    """Conversations of a JSON Lines file or of a Hub data set's split.
+
+    Raises UserError on a file that is missing, empty or not JSON Lines, on a row without known
+    columns, and on an empty completion, naming the row.
+    """
+    rows = _file_rows(Path(source)) if Path(source).is_file() else _hub_rows(source, split)
+    conversations = [_conversation(row, f"row {number} of {source}") for number, row in enumerate(rows, 1)]
+    if not conversations:
+        raise UserError(f"{source} has no rows")
+    return conversations
+
+
+def prompt_text(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The prompt as the model is to see it. Raises UserError without a chat template for a chat."""
+    if not conversation.is_chat:
+        return conversation.turns[0]["content"]
+    _require_chat_template(tokenizer)
+    text: str = tokenizer.apply_chat_template(list(conversation.turns), tokenize=False, add_generation_prompt=True)
+    return text
+
+
+def encode_prompt(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of the prompt; a chat template brings its own special tokens."""
+    ids: list[int] = tokenizer(
+        prompt_text(conversation, tokenizer), add_special_tokens=not conversation.is_chat
+    ).input_ids
+    return ids
+
+
+def encode(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Example | None:
+    """Token ids of prompt and completion, cut to `max_length` together.
+
+    None where the prompt alone leaves no room for a completion.
+    """
+    prompt_ids = encode_prompt(conversation, tokenizer)
+    room = max_length - len(prompt_ids)
+    if room < 1:
+        return None
+    completion_ids: list[int] = tokenizer(conversation.completion, add_special_tokens=False).input_ids
+    end = end_of_turn(conversation, tokenizer)
+    return Example(prompt_ids, (completion_ids + end)[:room])
+
+
+def end_of_turn(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token that ends an answer: what the chat template puts after one, else EOS."""
+    if conversation.is_chat:
+        mark = "\u241f"
+        turns = [*conversation.turns, {"role": "assistant", "content": mark}]
+        after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(mark)[2]
+        ids: list[int] = tokenizer(after, add_special_tokens=False).input_ids
+        special = [token for token in ids if token in tokenizer.all_special_ids]
+        if special:
+            return special[:1]
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+def _require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; give plain text "
+            "in prompt and completion columns instead of questions or messages"
+        )
+
+
+def _file_rows(path: Path) -> list[Mapping[str, Any]]:
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise UserError(f"line {number} of {path} is not JSON: {error}") from error
+    return rows
+
+
+def _hub_rows(name: str, split: str) -> Sequence[Mapping[str, Any]]:
+    if name.endswith((".jsonl", ".json")):
+        raise UserError(f"{name} is not a file")
+    from datasets import load_dataset
+
+    try:
+        rows: Sequence[Mapping[str, Any]] = load_dataset(name, split=split)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{name!r} is neither a file nor a data set that the Hub delivered ({reason})") from error
+    return rows
+
+
+def _conversation(row: Mapping[str, Any], where: str) -> Conversation:
+    found = _from_messages(row) or _from_pair(row)
+    if found is None:
+        pairs = ", ".join(f"{prompt}/{completion}" for prompt, completion in COLUMN_PAIRS)
+        raise UserError(f"{where} has columns {sorted(row)}; needed are messages, or one of {pairs}")
+    if not found.completion.strip():
+        raise UserError(f"{where} has an empty completion")
+    return found
+
+
+def _from_messages(row: Mapping[str, Any]) -> Conversation | None:
+    messages = row.get("messages")
+    if not messages or messages[-1].get("role") != "assistant":
+        return None
+    return Conversation(tuple(messages[:-1]), messages[-1]["content"])
+
+
+def _from_pair(row: Mapping[str, Any]) -> Conversation | None:
+    for prompt_key, completion_key in COLUMN_PAIRS:
+        if prompt_key in row and completion_key in row:
+            return _paired(prompt_key, row[prompt_key], row[completion_key], str(row.get("input") or ""))
+    return None
+
+
+def _paired(prompt_key: str, prompt: Any, completion: Any, context: str) -> Conversation:
+    if isinstance(prompt, list):
+        return Conversation(tuple(prompt), completion if isinstance(completion, str) else completion[-1]["content"])
+    if prompt_key == "prompt":
+        return Conversation(({"role": "user", "content": prompt},), completion, is_chat=False)
+    if prompt_key == "instruction" and context:
+        prompt = f"{prompt}\n\n{context}"
+    return ask(prompt, completion)
