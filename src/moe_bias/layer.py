@@ -73,13 +73,14 @@ def load_balance_loss(routing: Routing, counted: Tensor | None = None) -> Tensor
     probability. `counted` (...,) bool names the tokens that count in the loss (default all);
     with none the loss is 0.
     """
-    probs_TE = routing.probs.flatten(0, -2)
-    routed_TE = (routing.gates > 0).flatten(0, -2).to(probs_TE.dtype)
+    num_experts = routing.probs.shape[-1]
+    probs_TE = routing.probs.reshape(-1, num_experts)
+    routed_TE = (routing.gates > 0).reshape(-1, num_experts).to(probs_TE.dtype)
     weight_T = probs_TE.new_ones(len(probs_TE)) if counted is None else counted.flatten().to(probs_TE.dtype)
     routed_E = weight_T @ routed_TE
     share_E = routed_E / routed_E.sum().clamp(min=1)
     mean_E = (weight_T @ probs_TE) / weight_T.sum().clamp(min=1)
-    return probs_TE.shape[-1] * (share_E * mean_E).sum()
+    return num_experts * (share_E * mean_E).sum()
 
 
 class MoEBiasLayer(nn.Module):
@@ -126,7 +127,7 @@ class MoEBiasLayer(nn.Module):
 
         Raises ValueError on fewer than two tokens, which have no scale.
         """
-        hidden_TD = at_least_float32(hidden.flatten(0, -2))
+        hidden_TD = at_least_float32(hidden.reshape(-1, self.hidden_size))
         if len(hidden_TD) < 2:
             raise ValueError(f"calibration needs at least 2 hidden states, got {len(hidden_TD)}")
         self.hidden_mean.copy_(hidden_TD.mean(0))

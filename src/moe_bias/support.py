@@ -13,8 +13,10 @@ the adapted policy needs only the support's columns (u' = u + d on S):
     H(pi')    = log Z' - (exp(R - log Z') A + sum_S exp(u' - log Z') u')
     KL(pi'|q) = sum_S exp(u' - log Z') d - (log Z' - log Z)
 
-Everything is computed relative to one shift per token, near the largest logit, and R and A are kept
-in float64: at logits of 1e4 a float32 R alone would lose three decimals that the full softmax keeps.
+Everything is computed relative to one shift per token, near the largest adapted logit, and R, A and
+the differences u + d - shift and log(pi'/q) are taken in float64: at logits of 1e4 a float32 R, or a
+float32 u + d, alone would lose three decimals that the result keeps. KL is summed over log(pi'/q),
+which is near 0 where the two policies agree, and not over d, which need not be.
 
 Shapes: T tokens, V vocabulary, M support.
 """
@@ -32,6 +34,8 @@ from moe_bias.layer import LOWEST_LOG_PROB, at_least_float32, entropy_from_logit
 
 FORK_SHARE = 0.2
 """rho: forks are the positions in the top 20% of base entropy (arXiv 2506.01939)."""
+_ROUNDING = 1e-6
+"""0.07 * 100 is 7.000000000000001: without this allowance its rank would be 8."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +70,11 @@ def rest_scalars(logits_TV: Tensor, support_M: Tensor) -> RestScalars:
         empty_T = torch.zeros(len(logits_TV), dtype=torch.float64, device=logits_TV.device)
         return RestScalars(empty_T - math.inf, empty_T)
     shift_T = _finite(rest_TR.amax(-1))
-    centred_TR = rest_TR - shift_T[:, None]
-    relative_lse_T = centred_TR.logsumexp(-1).double()
-    share_TR = (centred_TR - relative_lse_T[:, None].to(centred_TR.dtype)).exp()
-    relative_mean_T = torch.where(share_TR > 0, share_TR * centred_TR, 0).sum(-1).double()
-    empty_T = relative_lse_T.isneginf()
-    mean_T = torch.where(empty_T, 0.0, relative_mean_T.nan_to_num() + shift_T.double())
-    return RestScalars(relative_lse_T + shift_T.double(), mean_T)
+    relative_TR = rest_TR - shift_T[:, None]
+    log_sum_T = relative_TR.logsumexp(-1)
+    share_TR = (relative_TR - log_sum_T[:, None]).exp()
+    mean_T = torch.where(share_TR > 0, share_TR * relative_TR, 0).sum(-1)
+    return RestScalars(log_sum_T.double() + shift_T.double(), mean_T.double() + shift_T.double())
 
 
 def reduced_log_partition(logits_TM: Tensor, move_TM: Tensor, rest: RestScalars) -> tuple[Tensor, Tensor]:
@@ -80,10 +82,8 @@ def reduced_log_partition(logits_TM: Tensor, move_TM: Tensor, rest: RestScalars)
 
     The second carries the gradient to `move_TM` (T, M). `logits_TM` are the scaled base logits.
     """
-    adapted_TM = at_least_float32(logits_TM) + move_TM
-    shift_T = _finite(torch.maximum(adapted_TM.detach().amax(-1), rest.log_sum_exp.to(adapted_TM.dtype)))
-    relative_rest_T = (rest.log_sum_exp - shift_T.double()).to(adapted_TM.dtype)
-    return shift_T, torch.logaddexp(relative_rest_T, (adapted_TM - shift_T[:, None]).logsumexp(-1))
+    shift_T, relative_TM = _adapted(logits_TM, move_TM, rest)
+    return shift_T, _log_partition(relative_TM, shift_T, rest)
 
 
 def reduced_log_prob(
@@ -97,25 +97,42 @@ def reduced_log_prob(
     shift_T, log_partition_T = reduced_log_partition(logits_TM, move_TM, rest)
     moved_T = move_TM.gather(-1, column_T.clamp(min=0)[:, None]).squeeze(-1)
     moved_T = torch.where(column_T >= 0, moved_T, 0)
-    return (at_least_float32(logit_T) - shift_T) + moved_T - log_partition_T
+    return _relative(logit_T + moved_T.double(), shift_T) - log_partition_T
 
 
 def reduced_stats(logits_TM: Tensor, move_TM: Tensor, rest: RestScalars) -> PolicyStats:
     """Log-partition, entropy and exact KL to the base of the adapted policy, differentiable in `move_TM`."""
-    shift_T, log_partition_T = reduced_log_partition(logits_TM, move_TM, rest)
-    relative_TM = (at_least_float32(logits_TM) + move_TM) - shift_T[:, None] - log_partition_T[:, None]
-    prob_TM = relative_TM.exp()
+    shift_T, relative_TM = _adapted(logits_TM, move_TM, rest)
+    log_partition_T = _log_partition(relative_TM, shift_T, rest)
+    log_prob_TM = relative_TM - log_partition_T[:, None]
+    prob_TM = log_prob_TM.exp()
     rest_prob_T = (_relative(rest.log_sum_exp, shift_T) - log_partition_T).exp()
     rest_mean_T = _relative(rest.mean_logit, shift_T) - log_partition_T
     rest_part_T = torch.where(rest_prob_T > 0, rest_prob_T * rest_mean_T, 0)
-    support_part_T = (prob_TM * relative_TM.clamp(min=LOWEST_LOG_PROB)).sum(-1)
+    support_part_T = (prob_TM * log_prob_TM).sum(-1)
     base_shift_T, base_T = reduced_log_partition(logits_TM, torch.zeros_like(move_TM), rest)
-    change_T = log_partition_T - base_T + (shift_T - base_shift_T)
+    change_T = (log_partition_T - base_T).double() + (shift_T.double() - base_shift_T.double())
+    gap_TM = (move_TM.double() - change_T[:, None]).to(prob_TM.dtype)
     return PolicyStats(
         log_partition=log_partition_T.double() + shift_T.double(),
         entropy=-(rest_part_T + support_part_T),
-        kl=(prob_TM * move_TM).sum(-1) - change_T,
+        kl=(prob_TM * gap_TM).sum(-1) - rest_prob_T * change_T.to(prob_TM.dtype),
     )
+
+
+def _adapted(logits_TM: Tensor, move_TM: Tensor, rest: RestScalars) -> tuple[Tensor, Tensor]:
+    """A shift (T,) near the largest adapted logit, rest included, and `u + d - shift` (T, M).
+
+    The second is kept finite: a support of -inf logits alone would have no gradient otherwise.
+    """
+    adapted_TM = logits_TM + move_TM.double()
+    largest_T = torch.maximum(adapted_TM.detach().amax(-1), rest.log_sum_exp)
+    shift_T = _finite(largest_T).to(torch.promote_types(logits_TM.dtype, torch.float32))
+    return shift_T, _relative(adapted_TM, shift_T[:, None]).clamp(min=LOWEST_LOG_PROB)
+
+
+def _log_partition(relative_TM: Tensor, shift_T: Tensor, rest: RestScalars) -> Tensor:
+    return torch.logaddexp(_relative(rest.log_sum_exp, shift_T), relative_TM.logsumexp(-1))
 
 
 def full_log_prob(logits_TV: Tensor, move_TM: Tensor, support_M: Tensor, token_T: Tensor) -> Tensor:
@@ -140,12 +157,15 @@ def full_stats(logits_TV: Tensor, move_TM: Tensor, support_M: Tensor) -> PolicyS
 def fork_threshold(entropy_T: Tensor, share: float = FORK_SHARE) -> float:
     """The (1 - share) quantile of base entropy over the given tokens; ties at it are forks.
 
-    Raises ValueError without tokens.
+    It is the entropy of the token whose rank is `share` of all, rounded up. Raises ValueError
+    without tokens, or where `share` is not in (0, 1].
     """
     if len(entropy_T) == 0:
         raise ValueError("no tokens to take the entropy threshold over")
-    rank = max(math.ceil(share * len(entropy_T)), 1)
-    return float(entropy_T.topk(rank).values[-1])
+    if not 0 < share <= 1:
+        raise ValueError(f"share = {share} of the tokens: it must be above 0 and at most 1")
+    rank = math.ceil(share * len(entropy_T) - _ROUNDING)
+    return float(entropy_T.topk(max(rank, 1)).values[-1])
 
 
 def fork_mass(logits_TV: Tensor, threshold: float) -> Tensor:
@@ -158,25 +178,35 @@ def choose_support(mass_V: Tensor, size: int, always: Sequence[int] = ()) -> lis
     """The `size` token ids of largest fork mass, ascending, `always` among them.
 
     `always` holds the ids that must be in whatever their mass: EOS, the end of a turn, training
-    targets. Raises ValueError where `size` exceeds the vocabulary or cannot hold `always`.
+    targets. Of equal masses the lower id goes first. Raises ValueError where `size` exceeds the
+    vocabulary or cannot hold `always`, and where `always` has ids outside the vocabulary.
     """
     needed = set(always)
-    if size > len(mass_V):
-        raise ValueError(f"a support of {size} tokens is larger than the vocabulary of {len(mass_V)}")
+    outside = sorted(token for token in needed if not 0 <= token < len(mass_V))
+    if outside:
+        raise ValueError(f"token id {outside[0]} is outside the vocabulary of {len(mass_V)} tokens")
+    if not 1 <= size <= len(mass_V):
+        raise ValueError(f"a support of {size} tokens does not fit a vocabulary of {len(mass_V)}")
     if len(needed) > size:
         raise ValueError(f"a support of {size} tokens cannot hold the {len(needed)} that must be in it")
     score_V = mass_V.clone()
     score_V[sorted(needed)] = math.inf
-    return sorted(score_V.topk(size).indices.tolist())
+    return sorted(score_V.sort(descending=True, stable=True).indices[:size].tolist())
 
 
 def coverage(mass_V: Tensor, support: Sequence[int]) -> float:
-    """The share of fork mass that the support holds, in [0, 1]. Measure it on held-out text."""
+    """The share of fork mass that the support holds, in [0, 1]. Measure it on held-out text.
+
+    Raises ValueError where there is no mass: the text had no forks.
+    """
+    if not float(mass_V.sum()) > 0:
+        raise ValueError("no fork mass to cover: the text has no token at or above the entropy threshold")
     return float(mass_V[list(support)].sum() / mass_V.sum())
 
 
-def _relative(value_T: Tensor, shift_T: Tensor) -> Tensor:
-    return (value_T - shift_T.double()).to(shift_T.dtype)
+def _relative(value: Tensor, shift: Tensor) -> Tensor:
+    """`value - shift` of a float64 value, in the shift's type."""
+    return (value - shift.double()).to(shift.dtype)
 
 
 def _finite(shift_T: Tensor) -> Tensor:
