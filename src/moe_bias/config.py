@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import os
 import tomllib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 from pydantic_settings import (
     BaseSettings,
     CliPositionalArg,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     TomlConfigSettingsSource,
@@ -29,6 +32,18 @@ class UserError(ValueError):
     """A user's mistake, told in one sentence: the command prints it and exits with 2."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """An interrupt with a sentence on what was saved: the command prints it and exits with 130."""
+
+
+def _split_at_commas(value: object) -> object:
+    return value.split(",") if isinstance(value, str) else value
+
+
+IntList = Annotated[list[int], NoDecode, BeforeValidator(_split_at_commas)]
+"""A list of numbers; in a variable or an option it is written `1,4,16`."""
+
+
 class LayerConfig(BaseModel):
     """The choices that define one MoE-Bias layer, apart from the sizes of its model.
 
@@ -36,19 +51,18 @@ class LayerConfig(BaseModel):
     ValueError, on anything that cannot be built.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     num_experts: Annotated[int, Field(ge=1)] = 16
     top_k: Annotated[int, Field(ge=1)] = 2
     support: tuple[int, ...] | None = None
     entropy_gate: bool = True
-    load_balance_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
-    strength: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    load_balance_weight: Annotated[float, Field(ge=0)] = 0.01
+    strength: float = 1.0
 
     @model_validator(mode="after")
     def _consistent(self) -> LayerConfig:
-        if self.top_k > self.num_experts:
-            raise ValueError(f"top_k = {self.top_k} is more than num_experts = {self.num_experts}")
+        _check_top_k(self.top_k, self.num_experts)
         if self.support is not None:
             check_support(self.support)
         return self
@@ -68,15 +82,25 @@ class LayerConfig(BaseModel):
         return self.num_experts * columns + (2 if self.entropy_gate else 0)
 
 
+def _check_top_k(top_k: int, num_experts: int) -> None:
+    """The error's context names the two fields, so that `describe_error` can say where they came from."""
+    if top_k > num_experts:
+        raise PydanticCustomError(
+            "top_k",
+            "top_k = {top_k} is more than num_experts = {num_experts}",
+            {"top_k": top_k, "num_experts": num_experts},
+        )
+
+
 def check_support(support: Sequence[int]) -> None:
     """Raises ValueError on an empty support, a negative id or an id that stands twice."""
     if not support:
         raise ValueError("support is empty; give at least one token id, or none at all for the whole vocabulary")
     if min(support) < 0:
         raise ValueError(f"support id {min(support)} is negative")
-    if len(set(support)) < len(support):
-        twice = next(token for token in support if support.count(token) > 1)
-        raise ValueError(f"support id {twice} stands more than once")
+    token, times = Counter(support).most_common(1)[0]
+    if times > 1:
+        raise ValueError(f"support id {token} stands more than once")
 
 
 class Settings(BaseSettings):
@@ -85,6 +109,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         env_prefix=ENV_PREFIX,
         extra="ignore",
+        allow_inf_nan=False,
         cli_kebab_case=True,
         cli_implicit_flags=True,
         cli_hide_none_type=True,
@@ -115,7 +140,7 @@ class LayerSettings(Settings):
 
     @model_validator(mode="after")
     def _buildable(self) -> LayerSettings:
-        self.layer_config()
+        _check_top_k(self.top_k, self.num_experts)
         return self
 
     def layer_config(self, support: Sequence[int] | None = None) -> LayerConfig:
@@ -154,6 +179,8 @@ class TrainingSettings(LayerSettings):
 class DemoSettings(ModelSettings, TrainingSettings):
     """Train an adapter on the bundled model, from nothing to a measured gain, in minutes."""
 
+    task: str = Field("products", description="reasoning-gym task")
+    task_options: dict[str, int] = Field({}, description="options of the task, e.g. '{\"max_terms\": 3}'")
     output: Path = Field(Path("moe-bias-demo"), description="folder that the adapter is saved in")
     train_problems: int = Field(900, ge=10, description="problems to train on")
     test_problems: int = Field(200, ge=10, description="held-out problems to measure on")
@@ -189,8 +216,8 @@ class ParamsSettings(Settings):
     """What an adapter would cost on a model, for choices of E and M. Reads only its config."""
 
     model: str = Field(BUNDLED_MODEL, description="Hub id, folder, or 'bundled'")
-    experts: list[int] = Field([1, 4, 16, 64], description="choices of E")
-    supports: list[int] = Field([1024, 4096, 16384], description="choices of M; the whole vocabulary is added")
+    experts: IntList = Field([1, 4, 16, 64], description="choices of E")
+    supports: IntList = Field([1024, 4096, 16384], description="choices of M; the whole vocabulary is added")
     trust_remote_code: bool = Field(False, description="run code that the model's repository brings")
 
 
@@ -239,21 +266,34 @@ def describe_error(error: ValidationError, given: Mapping[str, Any] | None = Non
     `given` holds the values that came from the command line, by field name.
     """
     first = error.errors(include_url=False)[0]
+    origin = _origins(error.title, given or {})
     reason = first["msg"].removeprefix("Value error, ")
     if not first["loc"]:
-        return reason
+        sources = [f"{name} comes from {origin[name]}" for name in first.get("ctx", {}) if name in origin]
+        return f"{reason} ({', '.join(sources)})" if sources else reason
     key = str(first["loc"][0])
     if first["type"] == "missing":
-        return f"--{key.replace('_', '-')} is required"
-    return f"{_origin(key, given or {})} = {first['input']!r}: {reason[0].lower()}{reason[1:]}"
+        return f"{_option(key)} is required"
+    where = f"{key} from {origin[key]}" if key in origin else key
+    return f"{where} is {first['input']!r}: {reason[0].lower()}{reason[1:]}"
 
 
-def _origin(key: str, given: Mapping[str, Any]) -> str:
-    variable = ENV_PREFIX + key.upper()
-    if given.get(key) is not None:
-        return f"--{key.replace('_', '-')}"
-    if variable in os.environ:
-        return variable
-    if settings_file().is_file():
-        return f"{key} in {settings_file()}"
-    return key
+def _origins(title: str, given: Mapping[str, Any]) -> dict[str, str]:
+    """Where each field of the settings class of this name was set; fields left alone are not listed."""
+    settings = next((child for child in _subclasses(Settings) if child.__name__ == title), None)
+    if settings is None:
+        return {}
+    path = settings_file()
+    in_file = tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    set_variables = {name.upper() for name in os.environ}
+    found = {name: str(path) for name in in_file}
+    found |= {name: _variable(name) for name in settings.model_fields if _variable(name) in set_variables}
+    return found | {name: _option(name) for name in given}
+
+
+def _variable(field: str) -> str:
+    return ENV_PREFIX + field.upper()
+
+
+def _option(field: str) -> str:
+    return "--" + field.replace("_", "-")
