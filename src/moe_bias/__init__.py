@@ -4,3 +4,90 @@ The public names are resolved on first use, so that `import moe_bias` costs noth
 import has an effect of its own: PEFT must know the method before it loads an adapter, so importing
 this package after PEFT, or PEFT after it, registers the method.
 """
+
+from __future__ import annotations
+
+import importlib
+import sys
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moe_bias.adapter import MoEBiasConfig, MoEBiasHead, MoEBiasModel, find_adapter_head
+    from moe_bias.config import LayerConfig
+    from moe_bias.functional import (
+        apply_moe_bias,
+        get_load_balance_loss,
+        get_moe_bias_layer,
+        load_moe_bias_layer,
+        save_moe_bias_layer,
+    )
+    from moe_bias.layer import MoEBiasLayer
+
+__all__ = [
+    "LayerConfig",
+    "MoEBiasConfig",
+    "MoEBiasHead",
+    "MoEBiasLayer",
+    "MoEBiasModel",
+    "apply_moe_bias",
+    "find_adapter_head",
+    "get_load_balance_loss",
+    "get_moe_bias_layer",
+    "load_moe_bias_layer",
+    "save_moe_bias_layer",
+]
+
+_HOMES = {
+    "adapter": ("MoEBiasConfig", "MoEBiasHead", "MoEBiasModel", "find_adapter_head"),
+    "config": ("LayerConfig",),
+    "functional": (
+        "apply_moe_bias",
+        "get_load_balance_loss",
+        "get_moe_bias_layer",
+        "load_moe_bias_layer",
+        "save_moe_bias_layer",
+    ),
+    "layer": ("MoEBiasLayer",),
+}
+_HOME_OF = {name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_HOME_OF[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
+class _RegisterAfterPeft(MetaPathFinder):
+    """Finds PEFT as Python itself would, and registers the method once PEFT's own code has run."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if fullname != "peft":
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is None or spec.loader is None:
+            return spec
+        run_peft = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            run_peft(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+            importlib.import_module("moe_bias.adapter")
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+if "peft" in sys.modules:
+    importlib.import_module("moe_bias.adapter")
+else:
+    sys.meta_path.insert(0, _RegisterAfterPeft())

@@ -43,7 +43,8 @@ class HeadTransform:
 
     def apply(self, raw: Tensor) -> Tensor:
         """Final logits of raw ones, in float32 or better."""
-        scaled = at_least_float32(raw) * self.scale
+        scaled = at_least_float32(raw)
+        scaled = scaled if self.scale == 1.0 else scaled * self.scale
         return scaled if self.cap is None else self.cap * torch.tanh(scaled / self.cap)
 
     def reachable(self, final: Tensor, move: Tensor) -> Tensor:
@@ -60,7 +61,7 @@ class HeadTransform:
         that it is 0 at a move of 0 whatever the rounding.
         """
         if self.cap is None:
-            return move / self.scale
+            return move if self.scale == 1.0 else move / self.scale
         level, step = final / self.cap, self.reachable(final, move) / self.cap
         difference = 0.5 * (torch.log1p(step / (1 + level)) - torch.log1p(-step / (1 - level)))
         return torch.where(step == 0, 0.0, difference) * (self.cap / self.scale)
