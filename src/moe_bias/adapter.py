@@ -25,17 +25,27 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from huggingface_hub import hf_hub_download
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from moe_bias.backbone import HeadTransform, measure_head_transform, output_embedding
 from moe_bias.card import write_card
 from moe_bias.config import LayerConfig
-from moe_bias.layer import LayerOutput, MoEBiasLayer, Routing, check_layer_tensors, entropy_from_logits
+from moe_bias.layer import (
+    LayerOutput,
+    MoEBiasLayer,
+    Routing,
+    at_least_float32,
+    check_layer_tensors,
+    entropy_from_logits,
+)
 
 PREFIX = "moe_bias_"
 LAYERS = "moe_bias_layers"
@@ -401,8 +411,7 @@ def move_logits(raw: Tensor, layer: MoEBiasLayer, output: LayerOutput, transform
 
 
 def _raw_move(raw: Tensor, move: Tensor, transform: HeadTransform) -> Tensor:
-    final = raw if transform.cap is None else transform.apply(raw)
-    return transform.raw_move(final, move)
+    return transform.raw_move(raw, move)
 
 
 def merged_bias(head: MoEBiasHead, adapter_name: str) -> Tensor:
@@ -470,6 +479,50 @@ def check_adapter_file(state_dict: Mapping[str, Tensor], config: MoEBiasConfig) 
         if names:
             raise ValueError(f"the adapter file {what} tensor {min(names)!r}")
     check_layer_tensors(tensors, shapes)
+
+
+def save_layer(
+    layer: MoEBiasLayer, folder: str | Path, model: nn.Module, fork_coverage: float | None = None
+) -> MoEBiasConfig:
+    """Writes a layer that stands alone as an adapter folder that PEFT loads; returns its config."""
+    head = output_embedding(model)
+    name = next(name for name, module in model.named_modules() if module is head)
+    config = MoEBiasConfig(
+        **layer.config.model_dump(), fork_coverage=fork_coverage, base_model_name_or_path=_name_of(model)
+    ).for_model(layer.hidden_size, layer.vocab_size)
+    config.inference_mode = True
+    config.strength = layer.strength
+    tensors = layer.state_dict()
+    config.save_pretrained(str(folder))
+    save_file(
+        {
+            f"base_model.model.{name}.{LAYERS}.{key}": at_least_float32(value).contiguous()
+            for key, value in tensors.items()
+        },
+        Path(folder) / SAFETENSORS_WEIGHTS_NAME,
+        metadata={"format": "pt"},
+    )
+    return config
+
+
+def read_adapter(source: str | Path) -> tuple[MoEBiasConfig, dict[str, Tensor]]:
+    """Config and tensors of an adapter folder or Hub id, the tensors named as in its file.
+
+    Raises ValueError where there is no MoE-Bias adapter.
+    """
+    config = PeftConfig.from_pretrained(str(source))
+    if not isinstance(config, MoEBiasConfig):
+        raise ValueError(f"{str(source)!r} holds a {config.peft_type} adapter, not a MoE-Bias one")
+    path = Path(source) / SAFETENSORS_WEIGHTS_NAME
+    if not path.is_file():
+        if Path(source).is_dir():
+            raise ValueError(f"{str(source)!r} holds no {SAFETENSORS_WEIGHTS_NAME}")
+        path = Path(hf_hub_download(str(source), SAFETENSORS_WEIGHTS_NAME))
+    return config, load_file(path)
+
+
+def _name_of(model: nn.Module) -> str | None:
+    return getattr(model, "name_or_path", None) or None
 
 
 def refuse_resize(*args: Any, **kwargs: Any) -> None:

