@@ -125,21 +125,21 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """What pydantic-settings reads, the first winning; the command line stands in `init_settings`."""
         toml = TomlConfigSettingsSource(settings_cls, toml_file=settings_file())
         return init_settings, env_settings, toml
 
 
-class LayerSettings(Settings):
-    """The `MOE_BIAS_*` variables of the four-line use."""
+class LayerOptions(Settings):
+    """The layer, as options of every command that makes one."""
 
-    enabled: bool = Field(True, description="apply the layer at all")
     num_experts: int = Field(16, ge=1, description="experts E")
     top_k: int = Field(2, ge=1, description="experts that each token is routed to")
     load_balance_weight: float = Field(0.01, ge=0, description="weight of the load-balance loss")
     entropy_gate: bool = Field(True, description="scale the bias by sigmoid(alpha H + beta)")
 
     @model_validator(mode="after")
-    def _buildable(self) -> LayerSettings:
+    def _buildable(self) -> LayerOptions:
         _check_top_k(self.top_k, self.num_experts)
         return self
 
@@ -154,6 +154,12 @@ class LayerSettings(Settings):
         )
 
 
+class LayerSettings(LayerOptions):
+    """The `MOE_BIAS_*` variables of the four-line use."""
+
+    enabled: bool = Field(True, description="apply the layer at all")
+
+
 class ModelSettings(Settings):
     """Which model, where and in which precision."""
 
@@ -163,7 +169,7 @@ class ModelSettings(Settings):
     trust_remote_code: bool = Field(False, description="run code that the model's repository brings")
 
 
-class TrainingSettings(LayerSettings):
+class TrainingSettings(LayerOptions):
     """How a layer is trained on hidden states."""
 
     support: str = Field("auto:4096", description="'auto:M', 'all', or a JSON file of token ids")
@@ -216,7 +222,7 @@ class ParamsSettings(Settings):
     """What an adapter would cost on a model, for choices of E and M. Reads only its config."""
 
     model: str = Field(BUNDLED_MODEL, description="Hub id, folder, or 'bundled'")
-    experts: IntList = Field([1, 4, 16, 64], description="choices of E")
+    experts: IntList = Field([1, 4, 16, 64], description="choices of E, such as 1,16")
     supports: IntList = Field([1024, 4096, 16384], description="choices of M; the whole vocabulary is added")
     trust_remote_code: bool = Field(False, description="run code that the model's repository brings")
 
