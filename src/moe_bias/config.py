@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import (
     BaseSettings,
@@ -40,8 +40,8 @@ def _split_at_commas(value: object) -> object:
     return value.split(",") if isinstance(value, str) else value
 
 
-IntList = Annotated[list[int], NoDecode, BeforeValidator(_split_at_commas)]
-"""A list of numbers; in a variable or an option it is written `1,4,16`."""
+PositiveInts = Annotated[list[PositiveInt], NoDecode, BeforeValidator(_split_at_commas)]
+"""A list of positive numbers; in a variable or an option it is written `1,4,16`."""
 
 
 class LayerConfig(BaseModel):
@@ -186,12 +186,12 @@ class DemoSettings(ModelSettings, TrainingSettings):
     """Train an adapter on the bundled model, from nothing to a measured gain, in minutes."""
 
     task: str = Field("products", description="reasoning-gym task")
-    task_options: dict[str, int] = Field({}, description="options of the task, e.g. '{\"max_terms\": 3}'")
+    task_options: dict[str, int] = Field({}, description="options of the task; given as --task-options max_terms=3")
     output: Path = Field(Path("moe-bias-demo"), description="folder that the adapter is saved in")
-    train_problems: int = Field(900, ge=10, description="problems to train on")
+    train_problems: int = Field(600, ge=10, description="problems to train on")
     test_problems: int = Field(200, ge=10, description="held-out problems to measure on")
-    max_new_tokens: int = Field(96, ge=1, description="token limit of an answer, the same for every arm")
-    batch_size: int = Field(100, ge=1, description="answers sampled together")
+    max_new_tokens: int = Field(192, ge=1, description="token limit of an answer, the same for every arm")
+    batch_size: int = Field(50, ge=1, description="problems in one forward pass")
 
 
 class TrainSFTSettings(ModelSettings, TrainingSettings):
@@ -222,8 +222,8 @@ class ParamsSettings(Settings):
     """What an adapter would cost on a model, for choices of E and M. Reads only its config."""
 
     model: str = Field(BUNDLED_MODEL, description="Hub id, folder, or 'bundled'")
-    experts: IntList = Field([1, 4, 16, 64], description="choices of E, such as 1,16")
-    supports: IntList = Field([1024, 4096, 16384], description="choices of M; the whole vocabulary is added")
+    experts: PositiveInts = Field([1, 4, 16, 64], description="choices of E, such as 1,16")
+    supports: PositiveInts = Field([1024, 4096, 16384], description="choices of M; the whole vocabulary is added")
     trust_remote_code: bool = Field(False, description="run code that the model's repository brings")
 
 

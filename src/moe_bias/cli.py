@@ -1,0 +1,182 @@
+"""The command `moe-bias`: its subcommands, their options, and what it says when something goes wrong.
+
+Nothing here imports torch: each command imports what it needs when it runs, so that `--help` is quick.
+
+Exit codes: 0; 2 for a user's mistake, told in one sentence on standard error; 130 after an
+interrupt, with a sentence of what was saved. Anything else is a fault of the program and shows its
+traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dis
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, NoReturn
+
+from pydantic import ValidationError
+from pydantic_settings import CliSettingsSource, SettingsError
+
+from moe_bias.config import (
+    DemoSettings,
+    GenerateSettings,
+    InspectSettings,
+    Interrupted,
+    ParamsSettings,
+    Settings,
+    TrainSFTSettings,
+    UserError,
+    describe_error,
+)
+
+PROGRAM = "moe-bias"
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand: its words, its positional argument if any, its settings, and what runs it."""
+
+    words: str
+    settings: type[Settings]
+    run: Callable[[Any], None]
+    argument: str = ""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command with these arguments (default: the process's own); returns the exit code."""
+    try:
+        _run(build_parser().parse_args(argv))
+    except KeyboardInterrupt as interrupt:
+        saved = str(interrupt) if isinstance(interrupt, Interrupted) else "nothing was saved"
+        return _exit_with(INTERRUPTED, f"interrupted: {saved}")
+    except SettingsError as error:
+        return _exit_with(USER_ERROR, str(error))
+    except ValueError as error:
+        if not _is_meant_for_users(error):
+            raise
+        return _exit_with(USER_ERROR, str(error))
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line; each subcommand's options come from its settings class."""
+    parser = _Parser(prog=PROGRAM, usage=f"{PROGRAM} [options] COMMAND", description=_DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {version(PROGRAM)}")
+    groups = {"": _group(parser)}
+    for command in COMMANDS:
+        group, _, word = command.words.rpartition(" ")
+        if group not in groups:
+            groups[group] = _group(_subparser(groups[""], group, "COMMAND", GROUPS[group]))
+        leaf = _subparser(groups[group], word, command.argument, _summary(command.settings), group)
+        source: CliSettingsSource[Any] = CliSettingsSource(command.settings, root_parser=leaf, cli_parse_args=False)
+        leaf.set_defaults(command=command, source=source)
+    return parser
+
+
+def _group(parser: argparse.ArgumentParser) -> Any:
+    return parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+
+def _subparser(group: Any, word: str, argument: str, summary: str, parent: str = "") -> argparse.ArgumentParser:
+    usage = " ".join(part for part in (PROGRAM, parent, word, "[options]", argument) if part)
+    parser: argparse.ArgumentParser = group.add_parser(word, usage=usage, help=summary, description=summary)
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    given = vars(arguments)
+    command: Command = given.pop("command")
+    source: CliSettingsSource[Any] = given.pop("source")
+    command.run(_settings(command.settings, source, given))
+
+
+def _settings(cls: type[Settings], source: CliSettingsSource[Any], given: Mapping[str, Any]) -> Settings:
+    """The settings of this run. Raises UserError naming where a bad value came from."""
+    try:
+        return cls(_cli_settings_source=source(parsed_args=dict(given)))
+    except ValidationError as error:
+        raise UserError(describe_error(error, given)) from error
+
+
+def _summary(settings: type[Settings]) -> str:
+    return (settings.__doc__ or "").strip().splitlines()[0]
+
+
+def _is_meant_for_users(error: ValueError) -> bool:
+    """Whether a `raise` statement of this package made the error; ValueErrors from elsewhere are faults.
+
+    A failing call, such as `int("x")`, ends in a frame of this package too, but not at a `raise`.
+    """
+    if isinstance(error, ValidationError):
+        return False
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None:
+        return False
+    module = str(last.tb_frame.f_globals.get("__name__"))
+    raised = last.tb_frame.f_code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return raised and module.partition(".")[0] == "moe_bias"
+
+
+def _exit_with(code: int, sentence: str) -> int:
+    sys.stderr.write(f"{PROGRAM}: {' '.join(sentence.split())}\n")
+    return code
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, where argparse would print the usage first."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exits with 2."""
+        self.exit(USER_ERROR, f"{PROGRAM}: {message}; see {self.usage_words()} --help\n")
+
+    def usage_words(self) -> str:
+        """The command itself, without its arguments."""
+        return str(self.usage).partition(" [")[0]
+
+
+def _demo(settings: DemoSettings) -> None:
+    from moe_bias import demo
+
+    demo.run(settings)
+
+
+def _train_sft(settings: TrainSFTSettings) -> None:
+    from moe_bias.training import sft
+
+    sft.run(settings)
+
+
+def _generate(settings: GenerateSettings) -> None:
+    from moe_bias.commands import generate
+
+    generate.run(settings)
+
+
+def _params(settings: ParamsSettings) -> None:
+    from moe_bias.commands import params
+
+    params.run(settings)
+
+
+def _inspect(settings: InspectSettings) -> None:
+    from moe_bias.commands import inspect_adapter
+
+    inspect_adapter.run(settings)
+
+
+_DESCRIPTION = "Adapt a frozen language model at its output: entropy-gated, routed logit biases."
+GROUPS = {"train": "Train an adapter."}
+COMMANDS = (
+    Command("demo", DemoSettings, _demo),
+    Command("train sft", TrainSFTSettings, _train_sft),
+    Command("generate", GenerateSettings, _generate, argument="PROMPT"),
+    Command("params", ParamsSettings, _params),
+    Command("inspect", InspectSettings, _inspect, argument="ADAPTER"),
+)
