@@ -11,9 +11,10 @@ from rich.text import Text
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from moe_bias.adapter import MoEBiasConfig
 from moe_bias.analysis import TokenBias, strongest_tokens
 from moe_bias.backbone import resolve_model
-from moe_bias.commands.saved import SavedAdapter, read_adapter
+from moe_bias.commands.saved import read_saved
 from moe_bias.config import InspectSettings
 
 Spelling = Callable[[int], str]
@@ -21,19 +22,19 @@ Spelling = Callable[[int], str]
 
 def run(settings: InspectSettings) -> None:
     """Prints three tables. Raises UserError where the adapter is missing, foreign or damaged."""
-    adapter = read_adapter(settings.adapter)
-    spelling, remark = _spelling(adapter.config.get("base_model_name_or_path"))
+    config, tensors = read_saved(settings.adapter)
+    spelling, remark = _spelling(config.base_model_name_or_path)
     console = Console()
-    for table in (_config_table(adapter), _tensor_table(adapter.tensors)):
-        console.print(table)
-    console.print(_expert_table(adapter, spelling, settings.top))
+    console.print(_config_table(config))
+    console.print(_tensor_table(tensors))
+    console.print(_expert_table(tensors["experts"].double(), config.support, spelling, settings.top))
     if remark:
         console.print(Text(remark))
 
 
-def _config_table(adapter: SavedAdapter) -> Table:
+def _config_table(config: MoEBiasConfig) -> Table:
     table = Table("config", "", box=box.SIMPLE_HEAD)
-    for key, value in sorted(adapter.config.items()):
+    for key, value in sorted(config.to_dict().items()):
         if value not in (None, {}, []):
             table.add_row(Text(key), Text(_short(key, value)))
     return table
@@ -52,10 +53,9 @@ def _tensor_table(tensors: dict[str, Tensor]) -> Table:
     return table
 
 
-def _expert_table(adapter: SavedAdapter, spelling: Spelling, top: int) -> Table:
-    experts_EM = adapter.tensors["experts"].double()
+def _expert_table(experts_EM: Tensor, support: list[int] | None, spelling: Spelling, top: int) -> Table:
     table = Table("expert", "norm", "raises", "lowers", box=box.SIMPLE_HEAD)
-    for number, tokens in enumerate(strongest_tokens(experts_EM, adapter.layer.support, top)):
+    for number, tokens in enumerate(strongest_tokens(experts_EM, support, top)):
         raised, lowered = (_listed(side, spelling) for side in (tokens.raised, tokens.lowered))
         table.add_row(str(number), f"{float(experts_EM[number].norm()):.4g}", raised, lowered)
     return table

@@ -3,74 +3,57 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from moe_bias.adapter import LAYERS
-from moe_bias.config import LayerConfig, UserError, describe_error
-from moe_bias.layer import check_layer_tensors
+from moe_bias.adapter import PEFT_TYPE, MoEBiasConfig, check_adapter_file, layer_tensors, read_adapter
+from moe_bias.config import UserError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-_LAYER_KEYS = frozenset(LayerConfig.model_fields)
 
 
-@dataclass(frozen=True)
-class SavedAdapter:
-    """An adapter's config file, the layer it describes, and its tensors by their name in the layer."""
+def read_saved(name: str) -> tuple[MoEBiasConfig, dict[str, Tensor]]:
+    """Config of an adapter folder or Hub id, and its tensors by their name in the layer.
 
-    config: dict[str, Any]
-    layer: LayerConfig
-    tensors: dict[str, Tensor]
+    Raises UserError where the adapter is missing, of another method, or damaged.
+    """
+    folder = adapter_folder(name)
+    try:
+        config, tensors = read_adapter(folder)
+        if config.hidden_size is None or config.vocab_size is None:
+            raise ValueError(f"{CONFIG_FILE} lacks hidden_size or vocab_size")
+        check_adapter_file(tensors, config)
+    except (ValueError, SafetensorError) as error:
+        raise UserError(f"the adapter in {str(folder)!r} is damaged: {error}") from error
+    return config, layer_tensors(tensors)
 
 
 def adapter_folder(name: str) -> Path:
-    """The folder of an adapter, downloaded if it is on the Hub. Raises UserError where there is none."""
-    folder = Path(name)
-    if not folder.is_dir():
-        folder = _download(name)
+    """The folder of a MoE-Bias adapter, downloaded if it is on the Hub.
+
+    Raises UserError where there is none, or one of another method.
+    """
+    folder = Path(name) if Path(name).is_dir() else _download(name)
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():
             raise UserError(f"{name!r} has no {file}: it is not a saved adapter")
+    method = _method(folder / CONFIG_FILE)
+    if method != str(PEFT_TYPE.value):
+        raise UserError(f"{name!r} is an adapter of type {method!r}, not of {PEFT_TYPE.value}")
     return folder
 
 
-def read_adapter(name: str) -> SavedAdapter:
-    """Raises UserError where the adapter is missing, of another method, or damaged."""
-    folder = adapter_folder(name)
-    config = read_config(folder)
-    try:
-        layer = LayerConfig(**{key: config[key] for key in _LAYER_KEYS if key in config})
-    except ValidationError as error:
-        raise UserError(f"{folder / CONFIG_FILE} cannot be used: {describe_error(error)}") from error
-    tensors = _read_tensors(folder / WEIGHTS_FILE)
-    try:
-        check_layer_tensors(tensors, _shapes(layer, tensors))
-    except ValueError as error:
-        raise UserError(f"{folder / WEIGHTS_FILE}: {error}") from error
-    return SavedAdapter(config, layer, tensors)
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The config file of a MoE-Bias adapter. Raises UserError on one of another method or no JSON."""
-    path = folder / CONFIG_FILE
+def _method(path: Path) -> object:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    method = config.get("peft_type") if isinstance(config, dict) else None
-    if method != "MOE_BIAS":
-        raise UserError(f"{path} describes an adapter of type {method!r}, not of MOE_BIAS")
-    assert isinstance(config, dict)
-    return config
+        raise UserError(f"{str(path)!r} is not JSON: {error}") from error
+    return config.get("peft_type") if isinstance(config, dict) else None
 
 
 def _download(name: str) -> Path:
@@ -78,33 +61,3 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise UserError(f"{name!r} is neither a folder nor an adapter that the Hub delivered") from error
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """The layer's tensors; in the file their names begin with the path of the output embedding."""
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-    mark = LAYERS + "."
-    return {name.partition(mark)[2]: tensor for name, tensor in tensors.items() if mark in name}
-
-
-def _shapes(layer: LayerConfig, tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """The shapes that the config asks for; what only the model knows is taken from the file.
-
-    Raises UserError where the file lacks a tensor of the layer or has one too many.
-    """
-    needed = {"experts", "router.weight", "hidden_mean", "hidden_scale"}
-    needed |= {"entropy_gate.weight", "entropy_gate.bias"} if layer.entropy_gate else set()
-    if needed != tensors.keys():
-        raise UserError(f"it should hold the tensors {sorted(needed)}, and holds {sorted(tensors)}")
-    hidden_size, columns = tensors["router.weight"].shape[-1], tensors["experts"].shape[-1]
-    return {
-        "experts": (layer.num_experts, layer.support_size(columns)),
-        "router.weight": (layer.num_experts, hidden_size),
-        "hidden_mean": (hidden_size,),
-        "hidden_scale": (hidden_size,),
-        "entropy_gate.weight": (1, 1),
-        "entropy_gate.bias": (1,),
-    }
