@@ -170,7 +170,7 @@ class MoEBiasHead(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter: list[str] = [adapter_name]
-        self._bias_before_merge: nn.Parameter | None = None
+        self._bias_before_merge: list[nn.Parameter | None] = []  # a list, or it would be a parameter of this module
         self._unchecked: set[str] = set()
 
     @property
@@ -236,14 +236,14 @@ class MoEBiasHead(nn.Module, BaseTunerLayer):
                     "architecture drops: save the adapter, not the merged model",
                     stacklevel=2,
                 )
-            self._bias_before_merge = self.base_layer.bias
+            self._bias_before_merge = [self.base_layer.bias]
             self.base_layer.bias = nn.Parameter(bias, requires_grad=False)
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
         """Gives the output embedding the very bias back that it had, or none."""
         if self.merged:
-            self.base_layer.bias = self._bias_before_merge
+            self.base_layer.bias = self._bias_before_merge.pop()
             self.merged_adapters.clear()
 
     def train(self, mode: bool = True) -> MoEBiasHead:

@@ -59,7 +59,8 @@ class HeadTransform:
         """What to add to the raw logits so that the final ones move by `move`; exactly 0 for 0.
 
         The raw logits are needed, and not only the final ones: near the soft-cap many raw logits
-        have the same final one.
+        have the same final one. Where the move is 0 the gradient still is that of the formula: every
+        fresh layer starts there.
         """
         if self.cap is None:
             return move if self.scale == 1.0 else move / self.scale
@@ -67,7 +68,7 @@ class HeadTransform:
         target = self._bounded(final, move)
         level = (target / self.cap).clamp(-_BELOW_ONE, _BELOW_ONE)
         needed = torch.atanh(level) * (self.cap / self.scale) - at_least_float32(raw)
-        return torch.where((move == 0) | (target == final), 0.0, needed)
+        return torch.where((move == 0) | (target == final), needed - needed.detach(), needed)
 
     def _bounded(self, final: Tensor, move: Tensor) -> Tensor:
         """`final + move`, inside the soft-cap's margin; a logit already beyond that goes no further."""
