@@ -271,10 +271,10 @@ def _from_pretrained(auto_class: Any, path: str, settings: ModelSettings, **kwar
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise UserError(f"model {path!r} brings its own code; pass --trust-remote-code to run it") from error
-        raise UserError(
-            f"model {settings.model!r} cannot be loaded: {path!r} is no folder with a model in it, and the Hub "
-            f"did not deliver it ({_first_line(error)})"
-        ) from error
+        reason = f"({_first_line(error)})"
+        if isinstance(error, OSError):
+            reason = f"{path!r} is no folder with a model in it, and the Hub did not deliver it {reason}"
+        raise UserError(f"model {settings.model!r} cannot be loaded: {reason}") from error
 
 
 def _device(name: str) -> torch.device:

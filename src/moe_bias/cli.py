@@ -148,9 +148,9 @@ def _demo(settings: DemoSettings) -> None:
 
 
 def _train_sft(settings: TrainSFTSettings) -> None:
-    from moe_bias.training import sft
+    from moe_bias.commands import train_sft
 
-    sft.run(settings)
+    train_sft.run(settings)
 
 
 def _generate(settings: GenerateSettings) -> None:

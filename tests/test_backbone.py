@@ -1,0 +1,186 @@
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.conftest import ARCHITECTURES, HIDDEN, VOCABULARY, tiny_model, token_ids
+
+from moe_bias import backbone
+from moe_bias.backbone import (
+    BUNDLED_HUB_ID,
+    HeadTransform,
+    cache_folder,
+    captured_hidden,
+    find_head,
+    hidden_states,
+    load_model,
+    model_sizes,
+    resolve_model,
+)
+from moe_bias.config import ModelSettings, UserError
+
+quick = settings(max_examples=50, deadline=None)
+CAPPED = HeadTransform(scale=0.5, cap=30.0)
+
+
+def settings_for(model: str, **changes) -> ModelSettings:
+    return ModelSettings(**{"model": model, "device": "cpu", **changes})
+
+
+@quick
+@given(st.floats(-2000, 2000, width=32), st.floats(-100, 100, width=32))
+def test_raw_move_moves_the_final_logit_by_what_is_reachable(raw, move):
+    raw_1, move_1 = torch.tensor([raw]), torch.tensor([move])
+    final_1 = CAPPED.apply(raw_1)
+    moved_1 = CAPPED.apply(raw_1 + CAPPED.raw_move(raw_1, move_1))
+    expected_1 = final_1 + CAPPED.reachable(final_1, move_1)
+    torch.testing.assert_close(moved_1, expected_1, rtol=0, atol=2e-5)
+    assert abs(float(moved_1)) <= 30
+
+
+def test_saturated_logit_comes_down_by_the_move():
+    # 1e4 * 0.5 / 30 is so far out that the final logit is the cap itself.
+    raw_1 = torch.tensor([1e4])
+    assert float(CAPPED.apply(raw_1)) == 30
+    assert float(CAPPED.apply(raw_1 + CAPPED.raw_move(raw_1, torch.tensor([-1.0])))) == pytest.approx(29, abs=1e-5)
+
+
+def test_saturated_logit_goes_no_further_and_never_back():
+    final_1 = torch.tensor([30.0])
+    assert float(CAPPED.reachable(final_1, torch.tensor([0.5]))) == 0
+    assert float(CAPPED.raw_move(torch.tensor([1e4]), torch.tensor([0.5]))) == 0
+
+
+@pytest.mark.parametrize("transform", [HeadTransform(), HeadTransform(scale=0.25), CAPPED])
+def test_no_move_is_exactly_nothing(transform):
+    raw_V = torch.cat([torch.randn(1000) * 100, torch.tensor([1e4, -1e4])])
+    assert torch.equal(transform.raw_move(raw_V, torch.zeros(1002)), torch.zeros(1002))
+
+
+@pytest.mark.parametrize("transform", [HeadTransform(), HeadTransform(scale=0.25), CAPPED])
+def test_gradients_of_the_raw_move_are_finite(transform):
+    raw_V = torch.tensor([0.0, 50.0, -150.0, 1e4, -1e4, 1e4])
+    move_V = torch.tensor([0.0, 1.0, -1.0, 0.0, 1.0, 1.0], requires_grad=True)
+    (gradient_V,) = torch.autograd.grad(transform.raw_move(raw_V, move_V).sum(), move_V)
+    assert gradient_V.isfinite().all()
+
+
+def test_transform_by_hand():
+    # 30 tanh(0.5 * 60 / 30) = 30 tanh(1).
+    assert float(CAPPED.apply(torch.tensor(60.0))) == pytest.approx(30 * math.tanh(1))
+    assert float(HeadTransform(scale=0.25).raw_move(torch.tensor(9.0), torch.tensor(1.0))) == 4
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_head_makes_the_models_own_logits_from_captured_hidden_states(name):
+    model, ids = tiny_model(name), token_ids()
+    hidden = hidden_states(model, ids, torch.ones_like(ids))
+    assert hidden.shape == (2, 7, HIDDEN)
+    _, head = find_head(model)
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+    torch.testing.assert_close(head.logits(hidden), logits, rtol=1e-5, atol=1e-5)
+    support_M = torch.tensor([5, 0, 96])
+    torch.testing.assert_close(head.columns(support_M)(hidden), logits[..., support_M], rtol=1e-5, atol=1e-5)
+
+
+def test_capture_leaves_the_model_as_it_was():
+    model, ids = tiny_model(), token_ids()
+    with pytest.raises(RuntimeError, match="inside"), captured_hidden(model):
+        raise RuntimeError("inside")
+    assert model(input_ids=ids).logits.shape == (2, 7, VOCABULARY)
+
+
+def test_capture_keeps_a_forward_that_another_library_set():
+    model, ids = tiny_model(), token_ids()
+    head = model.get_output_embeddings()
+    own = head.forward
+    head.forward = lambda hidden: own(hidden) + 1
+    changed = model(input_ids=ids).logits
+    hidden_states(model, ids, torch.ones_like(ids))
+    assert torch.equal(model(input_ids=ids).logits, changed)
+
+
+def test_finding_the_head_works_without_weights():
+    with torch.device("meta"):
+        model = tiny_model("granite")
+    assert find_head(model)[1].transform.scale == pytest.approx(0.25)
+
+
+@pytest.fixture
+def saved_model(tmp_path):
+    tiny_model("qwen2").save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gemma2", "gpt2"])
+def test_sizes_are_read_from_the_config_alone(name, tmp_path):
+    model = tiny_model(name)
+    model.config.save_pretrained(tmp_path)
+    assert model_sizes(settings_for(str(tmp_path))) == (HIDDEN, VOCABULARY, model.num_parameters())
+
+
+def test_loaded_model_is_frozen_and_in_evaluation_mode(saved_model, monkeypatch):
+    monkeypatch.setattr(backbone.AutoTokenizer, "from_pretrained", lambda *args, **kwargs: "tokenizer")
+    model, tokenizer = load_model(settings_for(saved_model))
+    assert tokenizer == "tokenizer"
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    half, _ = load_model(settings_for(saved_model, dtype="bfloat16"))
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        (
+            "nowhere/to-be-found",
+            "model 'nowhere/to-be-found' cannot be loaded: .* is no folder with a model in it, and",
+        ),
+        ("", "model '' cannot be loaded"),
+    ],
+)
+def test_missing_model_is_told_in_one_sentence(name, sentence):
+    for use in (load_model, model_sizes):
+        with pytest.raises(UserError, match=sentence):
+            use(settings_for(name))
+
+
+def test_model_of_another_kind_is_told_in_one_sentence(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    with pytest.raises(UserError, match="is not a causal language model"):
+        model_sizes(settings_for(str(tmp_path)))
+    with pytest.raises(UserError, match=r"cannot be loaded: .Unrecognized configuration"):
+        load_model(settings_for(str(tmp_path)))
+
+
+def test_model_with_its_own_code_needs_permission(tmp_path):
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own.py").write_text("raise AssertionError('this must not run')\n")
+    with pytest.raises(UserError, match="brings its own code; pass --trust-remote-code to run it"):
+        model_sizes(settings_for(str(tmp_path)))
+
+
+def test_unknown_device_is_told_in_one_sentence():
+    with pytest.raises(UserError, match="--device 'toaster' is not a device; use auto, cpu, cuda, cuda:1 or mps"):
+        load_model(settings_for("anything", device="toaster"))
+
+
+def test_bundled_model_without_its_package_is_the_one_on_the_hub(monkeypatch):
+    monkeypatch.setattr(backbone.importlib.util, "find_spec", lambda name: None)
+    assert resolve_model("bundled") == BUNDLED_HUB_ID
+    assert resolve_model("some/model") == "some/model"
+    with pytest.raises(UserError, match=f"model 'bundled' cannot be loaded: '{BUNDLED_HUB_ID}' is no folder"):
+        load_model(settings_for("bundled"))
+
+
+def test_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("MOE_BIAS_CACHE", str(tmp_path))
+    assert cache_folder() == tmp_path
+    monkeypatch.delenv("MOE_BIAS_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "moe-bias"
