@@ -353,7 +353,7 @@ class MoEBiasModel(BaseTuner):
             return
         head = MoEBiasHead(target, self._transform, adapter_name)
         head.update_layer(adapter_name, peft_config)
-        self._replace_module(parent, target_name, head, target)
+        setattr(parent, target_name, head)  # PEFT's own replacement would move layers of an offloaded head to meta
         head.watch(self.model)
         self.model.resize_token_embeddings = refuse_resize
 
