@@ -91,31 +91,21 @@ def run_backbone(model: nn.Module, examples: Sequence[Example], batch_size: int,
     return HiddenTokens(torch.cat([parts[index] for index in range(len(examples))]), torch.cat(tokens), numbers)
 
 
-def extract(
-    model: nn.Module,
-    head: Head,
-    examples: Sequence[Example],
-    support: Sequence[int],
-    batch_size: int,
-    description: str = "hidden states",
-) -> Features:
-    """Features of the examples' completions on the given support, in the examples' order."""
-    return with_scalars(head, run_backbone(model, examples, batch_size, description), support)
-
-
 @torch.no_grad()
-def with_scalars(head: Head, tokens: HiddenTokens, support: Sequence[int]) -> Features:
+def with_scalars(head: Head, tokens: HiddenTokens, support: Sequence[int], description: str) -> Features:
     """Adds what only the full vocabulary gives, a chunk of tokens at a time."""
     device = next(head.module.parameters()).device
     support_M = torch.tensor(support, device=device)
     entropies, logits, lses, means = [], [], [], []
-    for chunk in torch.arange(len(tokens.token)).split(CHUNK_TOKENS):
-        logits_TV = head.logits(tokens.hidden[chunk].to(device, head.dtype))
-        rest = rest_scalars(logits_TV, support_M)
-        entropies.append(entropy_from_logits(logits_TV).cpu())
-        logits.append(logits_TV.gather(-1, tokens.token[chunk].to(device)[:, None]).squeeze(-1).cpu())
-        lses.append(rest.log_sum_exp.cpu())
-        means.append(rest.mean_logit.cpu())
+    with meter(description, len(tokens.token), "tokens") as bar:
+        for chunk in torch.arange(len(tokens.token)).split(CHUNK_TOKENS):
+            logits_TV = head.logits(tokens.hidden[chunk].to(device, head.dtype))
+            rest = rest_scalars(logits_TV, support_M)
+            entropies.append(entropy_from_logits(logits_TV).cpu())
+            logits.append(logits_TV.gather(-1, tokens.token[chunk].to(device)[:, None]).squeeze(-1).cpu())
+            lses.append(rest.log_sum_exp.cpu())
+            means.append(rest.mean_logit.cpu())
+            bar.advance(len(chunk))
     rest = RestScalars(torch.cat(lses), torch.cat(means))
     column_V = torch.full((head.vocab_size,), -1)
     column_V[support_M.cpu()] = torch.arange(len(support))

@@ -13,11 +13,27 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from moe_bias.backbone import Head, captured_hidden
+from moe_bias.backbone import Head, HeadTransform, captured_hidden
+from moe_bias.layer import MoEBiasLayer, entropy_from_logits
 from moe_bias.progress import Meter, meter
 
 Policy = Callable[[Tensor, Tensor], Tensor]
 """From hidden states (B, D) and final base logits (B, V) to the policy's logits (B, V)."""
+
+
+def base_policy(hidden_BD: Tensor, logits_BV: Tensor) -> Tensor:
+    """The frozen model as it is."""
+    return logits_BV
+
+
+def layer_policy(layer: MoEBiasLayer, transform: HeadTransform) -> Policy:
+    """The frozen model under a MoE-Bias layer."""
+
+    def policy(hidden_BD: Tensor, logits_BV: Tensor) -> Tensor:
+        bias_BM = layer(hidden_BD, entropy_from_logits(logits_BV)).bias
+        return logits_BV + transform.reachable(logits_BV, layer.on_vocabulary(layer.strength * bias_BM))
+
+    return policy
 
 
 @dataclass(frozen=True)

@@ -29,12 +29,31 @@ class Problem:
     entry: Entry = field(repr=False, compare=False)
 
 
+SMALL_OPTIONS: dict[str, dict[str, Any]] = {
+    "products": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1},
+    "chain_sum": {"min_terms": 3, "max_terms": 4, "min_digits": 1, "max_digits": 1},
+    "leg_counting": {"min_animals": 2, "max_animals": 3, "min_instances": 1, "max_instances": 5},
+    "letter_counting": {"min_words": 3, "max_words": 6},
+    "spell_backward": {"min_word_len": 3, "max_word_len": 5},
+    "gcd": {"max_value": 50},
+    "count_bits": {"max_n": 255},
+    "simple_equations": {"min_terms": 2, "max_terms": 2, "max_value": 12},
+    "number_filtering": {"max_numbers": 5, "max_decimals": 0},
+}
+"""Options that bring a task into the reach of a model of 135M parameters, where it has any."""
+
+
 @dataclass(frozen=True)
 class ProceduralTask:
-    """A reasoning-gym data set with its options."""
+    """A reasoning-gym data set with its options; `sized_for_small_models` gives easy ones."""
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def sized_for_small_models(cls, name: str, options: Mapping[str, Any]) -> ProceduralTask:
+        """The task with `SMALL_OPTIONS`, and the given options over them."""
+        return cls(name, {**SMALL_OPTIONS.get(name, {}), **options})
 
     def problems(self, count: int, seed: int) -> list[Problem]:
         """`count` problems, no question twice.

@@ -1,0 +1,155 @@
+"""What the demonstration prints."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from moe_bias.analysis import TokenBias, strongest_tokens
+from moe_bias.backbone import Head
+from moe_bias.config import DemoSettings
+from moe_bias.evaluation.comparison import Arm
+from moe_bias.evaluation.statistics import Estimate
+from moe_bias.layer import MoEBiasLayer
+
+WIDTH_OF_A_FILE = 100
+"""Columns where standard output is no terminal, which would give 80."""
+SHOWN_ANSWERS = 3
+SHOWN_TOKENS = 4
+SHOWN_CHARACTERS = 150
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A held-out problem with each arm's answer, and whether it was right."""
+
+    question: str
+    gold: str
+    answers: list[str]
+    correct: list[bool]
+
+
+@dataclass(frozen=True)
+class DemoReport:
+    """Everything the demonstration found; `expert_share` is of routed slots on held-out tokens."""
+
+    arms: list[Arm]
+    samples: list[Sample]
+    expert_share: list[float]
+    fork_coverage: float
+    train_tokens: int
+    seconds: float
+
+
+def report_console() -> Console:
+    """A console on standard output, wide enough for the tables where it is no terminal."""
+    return Console(width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE)
+
+
+def announce(console: Console, settings: DemoSettings, head: Head, model_parameters: int) -> None:
+    """Says what will be trained on what, and at which share of the model's parameters."""
+    size = settings.support.partition(":")[2]
+    support = tuple(range(int(size))) if size else None
+    trainable = settings.layer_config(support).num_parameters(head.hidden_size, head.vocab_size)
+    console.print(
+        f"Model {settings.model}: {model_parameters:,} parameters, frozen. Adapter: {settings.num_experts} experts, "
+        f"top-{settings.top_k}, support {settings.support}: {trainable:,} trainable parameters "
+        f"({trainable / model_parameters:.3%}).\n"
+        f"Task: {settings.task} from reasoning-gym, {settings.train_problems} worked answers to learn from, "
+        f"{settings.test_problems} other problems to measure on."
+    )
+
+
+def print_report(
+    console: Console,
+    report: DemoReport,
+    layer: MoEBiasLayer,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: DemoSettings,
+) -> None:
+    """Prints the comparison, answers side by side, what the experts do, and how to use the adapter."""
+    console.print(_arms_table(report.arms, settings))
+    console.print(_answers_table(report))
+    console.print(_experts_table(report, layer, tokenizer))
+    console.print(
+        f"The support of {layer.experts.shape[1]:,} tokens holds {report.fork_coverage:.1%} of the base's probability\n"
+        f"mass at held-out forks. Trained on {report.train_tokens:,} tokens; the run took {report.seconds:.0f} s.\n"
+    )
+    console.print(f"Saved in {settings.output}. To use it:\n")
+    console.print(
+        f"  from peft import AutoPeftModelForCausalLM; import moe_bias\n"
+        f'  model = AutoPeftModelForCausalLM.from_pretrained("{settings.output}")\n\n'
+        f'  moe-bias generate --adapter {settings.output} --compare "What is 7 * 8 * 2?"',
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _arms_table(arms: Sequence[Arm], settings: DemoSettings) -> Table:
+    table = Table(
+        title=f"{settings.test_problems} held-out problems, greedy answers of at most {settings.max_new_tokens} tokens;\n"
+        "in brackets 95% intervals, second lines: paired change against the row above",
+        title_justify="left",
+    )
+    for heading in ("arm", "parameters", "NLL per token", "accuracy", "tokens", "cut off"):
+        table.add_column(heading, justify="left" if heading == "arm" else "right", no_wrap=True)
+    for arm in arms:
+        table.add_row(
+            arm.name,
+            f"{arm.parameters:,}",
+            _with_change(arm.nll, arm.nll_change, "{:.3f}", "{:+.3f}"),
+            _with_change(arm.accuracy, arm.accuracy_change, "{:.1%}", "{:+.1%}"),
+            f"{arm.tokens.value:.1f}",
+            f"{arm.cut:.0%}",
+        )
+    return table
+
+
+def _with_change(value: Estimate, change: Estimate | None, form: str, change_form: str) -> str:
+    lines = [_interval(value, form)] + ([] if change is None else [_interval(change, change_form)])
+    return "\n".join(lines)
+
+
+def _interval(estimate: Estimate, form: str) -> str:
+    return f"{form.format(estimate.value)} [{form.format(estimate.low)}, {form.format(estimate.high)}]"
+
+
+def _answers_table(report: DemoReport) -> Table:
+    table = Table(title=f"The first {SHOWN_ANSWERS} of them", title_justify="left", show_lines=True)
+    table.add_column("problem (gold answer)", ratio=2)
+    for arm in report.arms:
+        table.add_column(arm.name, ratio=3)
+    for sample in report.samples[:SHOWN_ANSWERS]:
+        cells = [_answer(text, right) for text, right in zip(sample.answers, sample.correct, strict=True)]
+        table.add_row(Text(f"{sample.question.strip()} ({sample.gold})"), *cells)
+    return table
+
+
+def _answer(text: str, right: bool) -> Text:
+    shown = " ".join(text.split())
+    shown = shown if len(shown) <= SHOWN_CHARACTERS else f"{shown[:SHOWN_CHARACTERS]} ..."
+    return Text.assemble(("right: " if right else "wrong: ", "green" if right else "red"), shown)
+
+
+def _experts_table(report: DemoReport, layer: MoEBiasLayer, tokenizer: PreTrainedTokenizerBase) -> Table:
+    table = Table(title="What each used expert does (bias in nats before the gate)", title_justify="left")
+    table.add_column("expert", justify="right")
+    table.add_column("use", justify="right")
+    table.add_column("raises most")
+    table.add_column("lowers most")
+    experts = strongest_tokens(layer.experts.detach(), layer.config.support, SHOWN_TOKENS)
+    for number, (share, tokens) in enumerate(zip(report.expert_share, experts, strict=True)):
+        if share > 0:
+            raised, lowered = (_tokens(side, tokenizer) for side in (tokens.raised, tokens.lowered))
+            table.add_row(str(number), f"{share:.1%}", raised, lowered)
+    return table
+
+
+def _tokens(moves: Sequence[TokenBias], tokenizer: PreTrainedTokenizerBase) -> Text:
+    return Text("  ".join(f"{tokenizer.decode([move.token])!r} {move.bias:+.1f}" for move in moves))
