@@ -5,8 +5,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.conftest import ARCHITECTURES, HIDDEN, VOCABULARY, tiny_model, token_ids
 
+from conftest import ARCHITECTURES, HIDDEN, VOCABULARY, tiny_model, token_ids
 from moe_bias import backbone
 from moe_bias.backbone import (
     BUNDLED_HUB_ID,

@@ -142,7 +142,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _demo(settings: DemoSettings) -> None:
-    from moe_bias import demo
+    from moe_bias.commands import demo
 
     demo.run(settings)
 
