@@ -512,7 +512,7 @@ def read_adapter(source: str | Path) -> tuple[MoEBiasConfig, dict[str, Tensor]]:
     """
     config = PeftConfig.from_pretrained(str(source))
     if not isinstance(config, MoEBiasConfig):
-        raise ValueError(f"{str(source)!r} holds a {config.peft_type} adapter, not a MoE-Bias one")
+        raise ValueError(f"{str(source)!r} holds an adapter of {type(config).__name__}, not a MoE-Bias one")
     path = Path(source) / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
         if Path(source).is_dir():
