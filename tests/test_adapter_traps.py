@@ -359,8 +359,11 @@ def test_trl_refuses_the_adapter_and_its_fused_head_is_refused_where_it_does_not
     assert torch.isfinite(logits_of(model)).all()
 
 
-@pytest.mark.parametrize("wrapped", ["PeftModel", "add_adapter"])
-def test_trl_sft_does_not_train_without_gradient(wrapped, tmp_path):
+@pytest.mark.parametrize(
+    ("wrapped", "message"),
+    [("PeftModel", "PEFT adapter to `lm_head` is not supported"), ("add_adapter", "went past its output embedding")],
+)
+def test_trl_sft_does_not_train_without_gradient(wrapped, message, tmp_path):
     trl = pytest.importorskip("trl")
     from datasets import Dataset
 
@@ -375,7 +378,7 @@ def test_trl_sft_does_not_train_without_gradient(wrapped, tmp_path):
     arguments = trl.SFTConfig(
         output_dir=str(tmp_path), max_steps=1, report_to="none", use_cpu=True, bf16=False, per_device_train_batch_size=1
     )
-    with pytest.raises(ValueError, match=r"lm_head|output embedding"):
+    with pytest.raises(ValueError, match=message):
         trl.SFTTrainer(model, args=arguments, train_dataset=data, processing_class=word_tokenizer()).train()
 
 
@@ -387,7 +390,7 @@ def test_trl_takes_no_peft_config_of_ours(tmp_path):
 
     data = Dataset.from_dict({"input_ids": [list(range(3, 12))] * 2})
     arguments = trl.SFTConfig(output_dir=str(tmp_path), max_steps=1, report_to="none", use_cpu=True, bf16=False)
-    with pytest.raises(ValueError, match=r"lm_head|output embedding"):
+    with pytest.raises(ValueError, match="PEFT adapter to `lm_head` is not supported"):
         trl.SFTTrainer(
             tiny_model(),
             args=arguments,

@@ -143,7 +143,7 @@ def test_a_toml_file_is_read_and_variables_win(monkeypatch, tmp_path):
 
 def test_bad_variable_is_named(monkeypatch):
     monkeypatch.setenv("MOE_BIAS_TOP_K", "many")
-    with pytest.raises(ValueError, match="MOE_BIAS_TOP_K.*'many'"):
+    with pytest.raises(ValueError, match=r"MOE_BIAS_TOP_K.*'many'"):
         get_moe_bias_layer(tiny_model())
 
 
