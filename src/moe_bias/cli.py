@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dis
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -30,6 +31,7 @@ from moe_bias.config import (
     TrainSFTSettings,
     UserError,
     describe_error,
+    describe_unreadable,
 )
 
 PROGRAM = "moe-bias"
@@ -54,8 +56,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         saved = str(interrupt) if isinstance(interrupt, Interrupted) else "nothing was saved"
         return _exit_with(INTERRUPTED, f"interrupted: {saved}")
-    except SettingsError as error:
-        return _exit_with(USER_ERROR, str(error))
     except ValueError as error:
         if not _is_meant_for_users(error):
             raise
@@ -92,7 +92,10 @@ def _run(arguments: argparse.Namespace) -> None:
     given = vars(arguments)
     command: Command = given.pop("command")
     source: CliSettingsSource[Any] = given.pop("source")
-    command.run(_settings(command.settings, source, given))
+    settings = _settings(command.settings, source, given)
+    # These pass between our dependencies; someone at a terminal can do nothing about them.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    command.run(settings)
 
 
 def _settings(cls: type[Settings], source: CliSettingsSource[Any], given: Mapping[str, Any]) -> Settings:
@@ -101,6 +104,8 @@ def _settings(cls: type[Settings], source: CliSettingsSource[Any], given: Mappin
         return cls(_cli_settings_source=source(parsed_args=dict(given)))
     except ValidationError as error:
         raise UserError(describe_error(error, given)) from error
+    except SettingsError as error:
+        raise UserError(describe_unreadable(error)) from error
 
 
 def _summary(settings: type[Settings]) -> str:

@@ -7,6 +7,7 @@ folder, or the file that MOE_BIAS_CONFIG names), `MOE_BIAS_*` variables and the 
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from pydantic_settings import (
     NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
     TomlConfigSettingsSource,
 )
 
@@ -282,6 +284,15 @@ def describe_error(error: ValidationError, given: Mapping[str, Any] | None = Non
         return f"{_option(key)} is required"
     where = f"{key} from {origin[key]}" if key in origin else key
     return f"{where} is {first['input']!r}: {reason[0].lower()}{reason[1:]}"
+
+
+def describe_unreadable(error: SettingsError) -> str:
+    """One sentence on an option or variable of several values that cannot be taken apart."""
+    reason = str(error)
+    field = re.search(r'value for field "(\w+)"', reason)
+    if field is None:
+        return reason[0].lower() + reason[1:]
+    return f'{field[1]} from {_variable(field[1])} must be written as JSON, such as {{"max_terms": 3}}'
 
 
 def _origins(title: str, given: Mapping[str, Any]) -> dict[str, str]:

@@ -29,7 +29,7 @@ def run(settings: InspectSettings) -> None:
     console.print(_tensor_table(tensors))
     console.print(_expert_table(tensors["experts"].double(), config.support, spelling, settings.top))
     if remark:
-        console.print(Text(remark))
+        console.print(Text(remark), soft_wrap=True)
 
 
 def _config_table(config: MoEBiasConfig) -> Table:

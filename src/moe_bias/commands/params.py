@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from moe_bias.backbone import model_sizes
 from moe_bias.config import LayerConfig, ModelSettings, ParamsSettings, UserError
@@ -30,7 +31,8 @@ def run(settings: ParamsSettings) -> None:
     hidden_size, vocab_size, total = model_sizes(model)
     sizes = support_sizes(settings, vocab_size)
     console = Console()
-    console.print(f"{settings.model}: {total:,} parameters, hidden size {hidden_size:,}, vocabulary {vocab_size:,}")
+    sizes_of_model = f"{total:,} parameters, hidden size {hidden_size:,}, vocabulary {vocab_size:,}"
+    console.print(Text(f"{settings.model}: {sizes_of_model}"), soft_wrap=True)
     console.print(_table(costs(settings.experts, sizes, hidden_size, vocab_size), vocab_size, total))
 
 

@@ -1,0 +1,98 @@
+"""Writes docs/commands.md from the command's own help, or checks it: `python docs/generate.py [--check]`.
+
+Checking also parses every `moe-bias` command that README and docs show, so that none goes stale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ["COLUMNS"] = "100"  # argparse wraps at the terminal's width; the page must not depend on it
+os.environ["NO_COLOR"] = "1"
+
+from moe_bias.cli import COMMANDS, GROUPS, PROGRAM, build_parser
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "commands.md"
+HEADER = """# Commands
+
+Every option can also be set by a variable (`--top-k` is `MOE_BIAS_TOP_K`) or by a key of the TOML file
+`moe-bias.toml` in the current folder (`top_k = 2`); `MOE_BIAS_CONFIG` names another file. The command line wins
+over variables, variables over the file.
+
+Exit codes: 0; 2 for a mistake of the user's, told in one sentence; 130 after an interrupt, with what was saved.
+
+This page is the commands' own `--help`; `python docs/generate.py` writes it.
+"""
+_FENCED = re.compile(r"^```[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def page() -> str:
+    """The whole of docs/commands.md."""
+    words = ["", *GROUPS, *(command.words for command in COMMANDS)]
+    return HEADER + "".join(f"\n## `{title(entry)}`\n\n```text\n{help_of(entry)}```\n" for entry in words)
+
+
+def title(words: str) -> str:
+    """A command as it is typed."""
+    return f"{PROGRAM} {words}".strip()
+
+
+def help_of(words: str) -> str:
+    """What `--help` prints."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        build_parser().parse_args([*words.split(), "--help"])
+    return printed.getvalue()
+
+
+def shown_commands(text: str) -> Iterator[list[str]]:
+    """The arguments of every `moe-bias` command in the fenced blocks of a Markdown page."""
+    for block in _FENCED.findall(text):
+        for line in block.replace("\\\n", " ").splitlines():
+            _, found, arguments = line.partition(f"{PROGRAM} ")
+            if found and line.lstrip("$ ").startswith((PROGRAM, "uv run", "pip install", "MOE_BIAS_")):
+                yield shlex.split(arguments.split("|")[0], comments=True)
+
+
+def stale_commands() -> Iterator[str]:
+    """One sentence for each shown command that does not parse."""
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for arguments in shown_commands(path.read_text(encoding="utf-8")):
+            if not _parses(arguments):
+                yield f"{path.relative_to(ROOT)} shows a command that does not parse: {PROGRAM} {shlex.join(arguments)}"
+
+
+def _parses(arguments: list[str]) -> bool:
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            build_parser().parse_args(arguments)
+    except SystemExit as stop:
+        return stop.code == 0
+    return True
+
+
+def main() -> int:
+    """Writes the page, or with --check says what is stale; returns the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 where something is stale")
+    if not parser.parse_args().check:
+        PAGE.write_text(page(), encoding="utf-8")
+        return 0
+    stale = [*stale_commands()]
+    if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != page():
+        stale.append("docs/commands.md is not what --help prints; run python docs/generate.py")
+    sys.stderr.writelines(f"{sentence}\n" for sentence in stale)
+    return 1 if stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

