@@ -1,6 +1,7 @@
 """Writes docs/commands.md from the command's own help, or checks it: `python docs/generate.py [--check]`.
 
-Checking also parses every `moe-bias` command that README and docs show, so that none goes stale.
+Checking also parses every `moe-bias` command that README and docs show, and looks for the reason of
+every dependency in CONTRIBUTING.md, so that none goes stale.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import os
 import re
 import shlex
 import sys
+import tomllib
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 os.environ["COLUMNS"] = "100"  # argparse wraps at the terminal's width; the page must not depend on it
@@ -80,6 +83,16 @@ def _parses(arguments: list[str]) -> bool:
     return True
 
 
+def undefended_dependencies() -> Iterator[str]:
+    """One sentence for each direct dependency that CONTRIBUTING.md does not say the reason of."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for requirement in (*project["project"]["dependencies"], *chain(*project["dependency-groups"].values())):
+        name = re.split(r"[^\w.-]", requirement)[0]
+        if f"| `{name}`" not in contributing:
+            yield f"CONTRIBUTING.md does not say why {name} is a dependency"
+
+
 def main() -> int:
     """Writes the page, or with --check says what is stale; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -87,7 +100,7 @@ def main() -> int:
     if not parser.parse_args().check:
         PAGE.write_text(page(), encoding="utf-8")
         return 0
-    stale = [*stale_commands()]
+    stale = [*stale_commands(), *undefended_dependencies()]
     if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != page():
         stale.append("docs/commands.md is not what --help prints; run python docs/generate.py")
     sys.stderr.writelines(f"{sentence}\n" for sentence in stale)
