@@ -33,7 +33,8 @@ def strongest_tokens(experts_EM: Tensor, support: Sequence[int] | Tensor | None,
     `support` holds the token id of each column (None: column m is token m).
     """
     ids = range(experts_EM.shape[-1]) if support is None else [int(token) for token in support]
-    return [ExpertTokens(_largest(bias_M, ids, top, 1), _largest(bias_M, ids, top, -1)) for bias_M in experts_EM.detach()]
+    rows = experts_EM.detach()
+    return [ExpertTokens(_largest(bias_M, ids, top, 1), _largest(bias_M, ids, top, -1)) for bias_M in rows]
 
 
 def _largest(bias_M: Tensor, ids: Sequence[int], top: int, sign: int) -> list[TokenBias]:
