@@ -42,6 +42,15 @@ class Routing:
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """Each token's share of each expert's bias, gates times weight (..., E); the weight; the routing."""
+
+    shares: Tensor
+    weight: Tensor
+    routing: Routing
+
+
+@dataclass(frozen=True)
 class LayerOutput:
     """The bias before the strength (..., M), the entropy gate's weight (...,), and the routing."""
 
@@ -59,10 +68,15 @@ def entropy_from_logits(logits: Tensor) -> Tensor:
     """Entropy in nats of softmax(logits) over the last axis, in float32 or better, without gradient.
 
     `logits` (..., V) of any float type; returns (...,). Entries of -inf have probability 0.
+    With c = z - max z the entropy is `log sum e^c - sum e^c c / sum e^c`, two terms of one sign, so
+    that nothing cancels.
     """
     with torch.no_grad():
-        log_prob = F.log_softmax(at_least_float32(logits), dim=-1).clamp_(min=LOWEST_LOG_PROB)
-        entropy: Tensor = -torch.linalg.vecdot(log_prob.exp(), log_prob)
+        logits = at_least_float32(logits)
+        centred = (logits - logits.amax(-1, keepdim=True)).clamp_(min=LOWEST_LOG_PROB)
+        mass = centred.exp()
+        total = mass.sum(-1)
+        entropy: Tensor = total.log() - torch.linalg.vecdot(mass, centred) / total
         return entropy
 
 
@@ -149,12 +163,17 @@ class MoEBiasLayer(nn.Module):
         alpha, beta = self.entropy_gate.weight, self.entropy_gate.bias
         return torch.sigmoid(entropy * alpha.to(entropy.dtype).squeeze() + beta.to(entropy.dtype).squeeze())
 
-    def forward(self, hidden: Tensor, entropy: Tensor) -> LayerOutput:
-        """The bias for hidden states (..., D) and base entropies (...,), in float32 or better."""
+    def mix(self, hidden: Tensor, entropy: Tensor) -> Mixture:
+        """How much of each expert each token gets, for hidden states (..., D) and base entropies (...,)."""
         routing = self.route(hidden)
         weight = self.gate_weight(entropy.to(routing.gates.dtype))
-        mixed = routing.gates * weight.unsqueeze(-1)
-        return LayerOutput(mixed @ self.experts.to(mixed.dtype), weight, routing)
+        return Mixture(routing.gates * weight.unsqueeze(-1), weight, routing)
+
+    def forward(self, hidden: Tensor, entropy: Tensor) -> LayerOutput:
+        """The bias for hidden states (..., D) and base entropies (...,), in float32 or better."""
+        mixture = self.mix(hidden, entropy)
+        shares = mixture.shares
+        return LayerOutput(shares @ self.experts.to(shares.dtype), mixture.weight, mixture.routing)
 
     def on_vocabulary(self, bias: Tensor) -> Tensor:
         """A bias on the support (..., M) as one on the vocabulary (..., V), 0 off the support."""

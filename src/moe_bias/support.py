@@ -26,9 +26,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moe_bias.layer import LOWEST_LOG_PROB, at_least_float32, entropy_from_logits
 
@@ -89,15 +91,45 @@ def reduced_log_partition(logits_TM: Tensor, move_TM: Tensor, rest: RestScalars)
 def reduced_log_prob(
     logit_T: Tensor, column_T: Tensor, logits_TM: Tensor, move_TM: Tensor, rest: RestScalars
 ) -> Tensor:
-    """`log pi'(y)` (T,) of the realised tokens, differentiable in `move_TM`.
+    """`log pi'(y)` (T,) of the realised tokens, differentiable once, in `move_TM` alone.
 
     `logit_T` is the scaled base logit of y, `column_T` (int64) its column in the support, -1 where
     it has none.
     """
-    shift_T, log_partition_T = reduced_log_partition(logits_TM, move_TM, rest)
-    moved_T = move_TM.gather(-1, column_T.clamp(min=0)[:, None]).squeeze(-1)
-    moved_T = torch.where(column_T >= 0, moved_T, 0)
-    return _relative(logit_T + moved_T.double(), shift_T) - log_partition_T
+    log_prob_T: Tensor = _ReducedLogProb.apply(move_TM, logit_T, column_T, logits_TM, rest.log_sum_exp)
+    return log_prob_T
+
+
+class _ReducedLogProb(torch.autograd.Function):
+    """`u_y + d_y - log Z'` with the gradient `1[y] - pi'` written out: training spends its time here.
+
+    Autograd would keep a tensor of T x M for each step of the sum; this keeps one.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, move_TM: Tensor, logit_T: Tensor, column_T: Tensor, logits_TM: Tensor, rest_T: Tensor
+    ) -> Tensor:
+        logits_TM = at_least_float32(logits_TM)
+        shift_T = torch.maximum(logits_TM.amax(-1).double(), rest_T).to(logits_TM.dtype)
+        relative_TM = torch.sub(logits_TM, shift_T[:, None]).add_(move_TM)
+        relative_rest_T = _relative(rest_T, shift_T)
+        largest_T = torch.maximum(relative_TM.amax(-1), relative_rest_T)
+        weight_TM = relative_TM.sub_(largest_T[:, None]).exp_()
+        total_T = weight_TM.sum(-1) + (relative_rest_T - largest_T).exp()
+        ctx.save_for_backward(weight_TM, total_T, column_T)
+        moved_T = move_TM.gather(-1, column_T.clamp(min=0)[:, None]).squeeze(-1)
+        moved_T = torch.where(column_T >= 0, moved_T, 0)
+        return (_relative(logit_T.double(), shift_T) + moved_T - largest_T) - total_T.log()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_T: Tensor) -> tuple[Tensor, None, None, None, None]:
+        weight_TM, total_T, column_T = ctx.saved_tensors
+        gradient_TM = weight_TM * (-gradient_T / total_T)[:, None]
+        held_T = torch.where(column_T >= 0, gradient_T, 0)
+        gradient_TM.scatter_add_(-1, column_T.clamp(min=0)[:, None], held_T[:, None])
+        return gradient_TM, None, None, None, None
 
 
 def reduced_stats(logits_TM: Tensor, move_TM: Tensor, rest: RestScalars) -> PolicyStats:

@@ -45,8 +45,8 @@ class Features:
     def __len__(self) -> int:
         return len(self.token)
 
-    def at(self, index: Tensor) -> Features:
-        """The given tokens."""
+    def at(self, index: Tensor | slice) -> Features:
+        """The given tokens; a slice copies nothing."""
         rest = RestScalars(self.rest.log_sum_exp[index], self.rest.mean_logit[index])
         return Features(
             self.hidden[index],

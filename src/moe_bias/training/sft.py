@@ -28,7 +28,7 @@ from moe_bias.features.extract import (
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.progress import meter
 from moe_bias.tasks.conversations import Example
-from moe_bias.training.objective import adapted_log_prob, supervised_loss
+from moe_bias.training.objective import supervised_gradients
 
 CALIBRATION_TOKENS = 4096
 """Forks for choosing a support are looked for among this many training tokens."""
@@ -127,23 +127,17 @@ def fit(layer: MoEBiasLayer, features: Features, head: Head, settings: TrainingS
     losses: list[Tensor] = []
     with meter(description, settings.epochs * len(features), "tokens") as bar:
         for batch in _batches(features, settings):
-            adapted = adapted_log_prob(layer, batch, logits_of(batch.hidden), head.transform)
-            loss = supervised_loss(adapted, layer.config.load_balance_weight)
-            _step(layer, loss.total, optimizer, settings.max_grad_norm)
+            optimizer.zero_grad()
+            loss = supervised_gradients(layer, batch, logits_of, head.transform)
+            if not torch.isfinite(loss.total):
+                raise FloatingPointError(f"the training loss became {loss.total.item()}; lower the learning rates")
+            torch.nn.utils.clip_grad_norm_(layer.parameters(), settings.max_grad_norm)
+            optimizer.step()
             schedule.step()
-            losses.append(loss.nll.detach())
+            losses.append(loss.nll)
             bar.advance(len(batch))
             bar.note(f"loss {losses[-1].item():.3f}")
     return FitReport(len(losses), float(torch.stack(losses[-steps_per_epoch:]).mean()))
-
-
-def _step(layer: MoEBiasLayer, loss: Tensor, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
-    if not torch.isfinite(loss):
-        raise FloatingPointError(f"the training loss became {loss.item()}; lower the learning rates")
-    optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(layer.parameters(), max_grad_norm)
-    optimizer.step()
 
 
 def _batches(features: Features, settings: TrainingSettings) -> Iterator[Features]:
