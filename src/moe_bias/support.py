@@ -13,10 +13,10 @@ the adapted policy needs only the support's columns (u' = u + d on S):
     H(pi')    = log Z' - (exp(R - log Z') A + sum_S exp(u' - log Z') u')
     KL(pi'|q) = sum_S exp(u' - log Z') d - (log Z' - log Z)
 
-Everything is computed relative to one shift per token, near the largest adapted logit, and R, A and
-the differences u + d - shift and log(pi'/q) are taken in float64: at logits of 1e4 a float32 R, or a
-float32 u + d, alone would lose three decimals that the result keeps. KL is summed over log(pi'/q),
-which is near 0 where the two policies agree, and not over d, which need not be.
+Everything is computed relative to one shift per token, near the largest adapted logit. R and A, and
+where entropy and KL are wanted also u + d - shift and log(pi'/q), are taken in float64: at logits of
+1e4 float32 alone would lose three decimals that the result keeps. KL is summed over log(pi'/q), which
+is near 0 where the two policies agree, and not over d, which need not be.
 
 Shapes: T tokens, V vocabulary, M support.
 """
@@ -103,24 +103,22 @@ def reduced_log_prob(
 class _ReducedLogProb(torch.autograd.Function):
     """`u_y + d_y - log Z'` with the gradient `1[y] - pi'` written out: training spends its time here.
 
-    Autograd would keep a tensor of T x M for each step of the sum; this keeps one.
+    Autograd would keep a tensor of T x M for each step of the sum; this keeps one. `u + d` is rounded
+    as the full softmax rounds it, so that y and log Z' have that error in common and it cancels alike.
     """
 
     @staticmethod
     def forward(
         ctx: Any, move_TM: Tensor, logit_T: Tensor, column_T: Tensor, logits_TM: Tensor, rest_T: Tensor
     ) -> Tensor:
-        logits_TM = at_least_float32(logits_TM)
-        shift_T = torch.maximum(logits_TM.amax(-1).double(), rest_T).to(logits_TM.dtype)
-        relative_TM = torch.sub(logits_TM, shift_T[:, None]).add_(move_TM)
-        relative_rest_T = _relative(rest_T, shift_T)
-        largest_T = torch.maximum(relative_TM.amax(-1), relative_rest_T)
-        weight_TM = relative_TM.sub_(largest_T[:, None]).exp_()
-        total_T = weight_TM.sum(-1) + (relative_rest_T - largest_T).exp()
+        adapted_TM = at_least_float32(logits_TM) + move_TM
+        held_T = adapted_TM.gather(-1, column_T.clamp(min=0)[:, None]).squeeze(-1)
+        adapted_T = torch.where(column_T >= 0, held_T, logit_T)
+        largest_T = torch.maximum(adapted_TM.amax(-1), rest_T.to(adapted_TM.dtype))
+        weight_TM = adapted_TM.sub_(largest_T[:, None]).exp_()
+        total_T = weight_TM.sum(-1) + _relative(rest_T, largest_T).exp()
         ctx.save_for_backward(weight_TM, total_T, column_T)
-        moved_T = move_TM.gather(-1, column_T.clamp(min=0)[:, None]).squeeze(-1)
-        moved_T = torch.where(column_T >= 0, moved_T, 0)
-        return (_relative(logit_T.double(), shift_T) + moved_T - largest_T) - total_T.log()
+        return (adapted_T - largest_T) - total_T.log()
 
     @staticmethod
     @once_differentiable
