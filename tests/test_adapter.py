@@ -11,7 +11,14 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizer
 from transformers.cache_utils import Cache
 
 from conftest import VOCABULARY, randomise, tiny_model, token_ids
-from moe_bias import LayerConfig, MoEBiasConfig, MoEBiasLayer, find_adapter_head, get_load_balance_loss
+from moe_bias import (
+    LayerConfig,
+    MoEBiasConfig,
+    MoEBiasLayer,
+    find_adapter_head,
+    get_load_balance_loss,
+    push_to_hub,
+)
 from moe_bias.adapter import read_adapter, save_layer
 
 SUPPORT = [2, 3, 5, 8, 40, 96]
@@ -194,6 +201,26 @@ def test_push_to_hub_uploads_the_adapter_and_a_card(monkeypatch):
     assert sorted(uploaded) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
 
 
+def test_our_push_to_hub_keeps_the_adapters_own_card(monkeypatch):
+    uploaded = {}
+
+    class Hub:
+        def __init__(self, token):
+            assert token == "secret"
+
+        def create_repo(self, repo_id, **_):
+            return type("Url", (), {"repo_id": repo_id})()
+
+        def upload_folder(self, folder_path, **_):
+            uploaded.update({path.name: path.read_bytes() for path in folder_path.iterdir()})
+            return "address"
+
+    monkeypatch.setattr("moe_bias.card.HfApi", Hub)
+    assert push_to_hub(with_adapter(tiny_model()), "someone/adapter", token="secret") == "address"
+    assert sorted(uploaded) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert b"# adapter\n\nA MoE-Bias adapter" in uploaded["README.md"]
+
+
 def test_a_layer_that_stands_alone_is_saved_as_an_adapter(base_folder, tmp_path):
     model = load_base(base_folder)
     layer = MoEBiasLayer(LayerConfig(num_experts=4, support=tuple(SUPPORT)), 16, VOCABULARY)
@@ -241,6 +268,15 @@ def test_only_the_active_adapter_is_trainable():
     trainable = {name for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
     assert trainable
     assert all(".default." in name for name in trainable)
+
+
+def test_an_adapter_deleted_before_it_was_used_leaves_no_trace():
+    peft_model = with_adapter(tiny_model())
+    peft_model.add_adapter("other", MoEBiasConfig())
+    peft_model.delete_adapter("other")
+    peft_model.eval()
+    assert list(find_adapter_head(peft_model).moe_bias_layers) == ["default"]
+    logits_of(peft_model)
 
 
 def test_deleting_the_last_adapter_leaves_the_base_model():

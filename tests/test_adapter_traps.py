@@ -55,6 +55,14 @@ def test_method_is_registered_whatever_is_imported_first(order, adapter_folder):
     assert output.strip() == "PeftType.MOE_BIAS"
 
 
+def test_without_the_import_peft_does_not_know_the_method(monkeypatch, adapter_folder):
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    monkeypatch.delitem(PEFT_TYPE_TO_CONFIG_MAPPING, "MOE_BIAS")
+    with pytest.raises(KeyError, match="MOE_BIAS"):
+        PeftModel.from_pretrained(tiny_model(), adapter_folder)
+
+
 def test_import_alone_is_light():
     program = "import moe_bias, sys; assert not {'torch', 'peft', 'transformers', 'pydantic'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)

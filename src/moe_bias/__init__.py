@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moe_bias.adapter import MoEBiasConfig, MoEBiasHead, MoEBiasModel, find_adapter_head
+    from moe_bias.card import push_to_hub
     from moe_bias.config import LayerConfig
     from moe_bias.functional import (
         apply_moe_bias,
@@ -37,11 +38,13 @@ __all__ = [
     "get_load_balance_loss",
     "get_moe_bias_layer",
     "load_moe_bias_layer",
+    "push_to_hub",
     "save_moe_bias_layer",
 ]
 
 _HOMES = {
     "adapter": ("MoEBiasConfig", "MoEBiasHead", "MoEBiasModel", "find_adapter_head"),
+    "card": ("push_to_hub",),
     "config": ("LayerConfig",),
     "functional": (
         "apply_moe_bias",

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -249,9 +249,9 @@ class MoEBiasHead(nn.Module, BaseTunerLayer):
             self.merged_adapters.clear()
 
     def train(self, mode: bool = True) -> MoEBiasHead:
-        """Sets the mode. PEFT and transformers call `eval()` after they loaded, so loaded values are checked."""
+        """Sets the mode. PEFT and transformers call `eval()` when they have loaded an adapter: it is checked here."""
         if not mode:
-            self._check_layers(self.moe_bias_layers)
+            self._check_new_layers()
         return super().train(mode)
 
     def watch(self, model: nn.Module) -> None:
@@ -288,11 +288,11 @@ class MoEBiasHead(nn.Module, BaseTunerLayer):
     def _check_once(self) -> None:
         """Transformers assigns loaded tensors without load_state_dict: a first forward checks them too."""
         if self._unchecked and not torch.compiler.is_compiling():
-            self._check_layers(self._unchecked)
+            self._check_new_layers()
             self._unchecked.clear()
 
-    def _check_layers(self, names: Iterable[str]) -> None:
-        for name in names:
+    def _check_new_layers(self) -> None:
+        for name in self._unchecked.intersection(self.moe_bias_layers):
             layer = self.moe_bias_layers[name]
             assert isinstance(layer, MoEBiasLayer)
             check_layer_tensors(layer.state_dict(), layer_shapes(layer.config, self.in_features, self.out_features))

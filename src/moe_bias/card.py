@@ -1,12 +1,13 @@
-"""The model card that is written beside an adapter's files."""
+"""The model card that is written beside an adapter's files, and how both reach the Hub together."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 _PLACEHOLDER = "[More Information Needed]"
 
@@ -26,6 +27,20 @@ def write_card(folder: Path, config: Mapping[str, Any]) -> None:
     data.tags = sorted({*(data.tags or []), "moe-bias"})
     data.base_model = data.base_model or config["base_model_name_or_path"] or None
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(folder.resolve().name, config)}").save(path)
+
+
+def push_to_hub(model: Any, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+    """Uploads a PEFT model's adapters with their model card; returns the address.
+
+    The `push_to_hub` that PEFT inherits from transformers uploads the same files, but puts a card of
+    its own, of a transformers model, over the adapter's.
+    """
+    hub = HfApi(token=token)
+    repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    with TemporaryDirectory() as beside:
+        folder = Path(beside) / repo_id.rpartition("/")[2]
+        model.save_pretrained(folder)
+        return str(hub.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload MoE-Bias adapter"))
 
 
 def _text(name: str, config: Mapping[str, Any]) -> str:
