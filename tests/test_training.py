@@ -1,0 +1,151 @@
+import math
+
+import pytest
+import torch
+
+from conftest import HIDDEN, VOCABULARY, randomise, tiny_model
+from moe_bias.backbone import find_head
+from moe_bias.config import LayerConfig, TrainingSettings, UserError
+from moe_bias.evaluation.likelihood import per_example, token_nll
+from moe_bias.features.extract import Features, HiddenTokens, with_scalars
+from moe_bias.layer import MoEBiasLayer
+from moe_bias.support import full_log_prob
+from moe_bias.training import objective
+from moe_bias.training.objective import adapted_log_prob, supervised_gradients, supervised_loss
+from moe_bias.training.sft import fit, parse_support
+
+SUPPORT = list(range(2, 60))
+
+
+def head_of(name="llama"):
+    return find_head(tiny_model(name))[1]
+
+
+def features_of(head, tokens=61, support=SUPPORT) -> Features:
+    """Random hidden states whose next token depends on them, so that there is something to learn."""
+    generator = torch.Generator().manual_seed(0)
+    hidden_TD = torch.randn(tokens, HIDDEN, generator=generator)
+    token_T = torch.where(hidden_TD[:, 0] > 0, 7, torch.where(hidden_TD[:, 1] > 0, 30, 80))
+    return with_scalars(head, HiddenTokens(hidden_TD, token_T, torch.arange(tokens) // 7), support, "test")
+
+
+def layer_of(support=SUPPORT, **choices) -> MoEBiasLayer:
+    torch.manual_seed(0)
+    config = LayerConfig(**{"num_experts": 4, "support": None if support is None else tuple(support), **choices})
+    return MoEBiasLayer(config, HIDDEN, VOCABULARY)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "cohere"])
+@pytest.mark.parametrize("support", [SUPPORT, None])
+def test_log_prob_from_features_is_that_of_the_full_softmax(name, support):
+    head, layer = head_of(name), layer_of(support)
+    randomise(layer)
+    features = features_of(head, support=range(VOCABULARY) if support is None else support)
+    adapted = adapted_log_prob(layer, features, head.columns(features.support)(features.hidden), head.transform)
+    logits_TV = head.logits(features.hidden)
+    bias_TV = layer.on_vocabulary(layer(features.hidden, features.entropy).bias)
+    move_TV = head.transform.reachable(logits_TV, bias_TV)
+    everything = torch.arange(VOCABULARY)
+    expected = full_log_prob(logits_TV.double(), move_TV.double(), everything, features.token)
+    torch.testing.assert_close(adapted.log_prob.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("elements", [1, 58 * 7, 10**9])
+def test_gradients_by_chunks_are_those_of_the_whole_batch(monkeypatch, elements):
+    head, layer = head_of(), layer_of(load_balance_weight=0.3)
+    randomise(layer)
+    features = features_of(head)
+    logits_of = head.columns(features.support)
+    whole = supervised_loss(adapted_log_prob(layer, features, logits_of(features.hidden), head.transform), 0.3)
+    whole.total.backward()
+    expected = {name: parameter.grad.clone() for name, parameter in layer.named_parameters()}
+    layer.zero_grad()
+    monkeypatch.setitem(objective.CHUNK_ELEMENTS, "cpu", elements)
+    by_chunks = supervised_gradients(layer, features, logits_of, head.transform)
+    torch.testing.assert_close(by_chunks.total, whole.total.detach())
+    torch.testing.assert_close(by_chunks.nll, whole.nll.detach())
+    for name, parameter in layer.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], msg=name)
+
+
+def test_supervised_loss_by_hand():
+    # Two tokens of log-probability -1 and -3: mean NLL 2. Uniform routing over 2 experts: balance 1.
+    routing = layer_of(num_experts=2, top_k=1).route(torch.zeros(2, HIDDEN))
+    routing.gates.copy_(torch.eye(2))
+    loss = supervised_loss(objective.Adapted(torch.tensor([-1.0, -3.0]), routing), 0.5)
+    assert (float(loss.nll), float(loss.load_balance), float(loss.total)) == (2.0, 1.0, 2.5)
+
+
+def test_fit_learns_what_the_hidden_state_tells_and_a_static_bias_cannot():
+    head = head_of()
+    features = features_of(head, tokens=400)
+    settings = TrainingSettings(epochs=60, batch_tokens=64, expert_rate=0.2, router_rate=0.02)
+    nll = {}
+    for name, choices in {"static": {"num_experts": 1, "top_k": 1, "entropy_gate": False}, "moe": {}}.items():
+        layer = layer_of(**choices)
+        fit(layer, features, head, settings, "test")
+        nll[name] = float(token_nll(layer, features, head).mean())
+    base = float(token_nll(None, features, head).mean())
+    assert nll["static"] < base - 0.5
+    assert nll["moe"] < nll["static"] - 0.2
+
+
+def test_fit_gives_the_same_bytes_again():
+    head = head_of()
+    features = features_of(head)
+    runs = []
+    for _ in range(2):
+        layer = layer_of()
+        fit(layer, features, head, TrainingSettings(epochs=2, batch_tokens=16), "test")
+        runs.append(layer.state_dict())
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    head, layer = head_of(), layer_of()
+    features = features_of(head)
+    features.hidden[3, 0] = math.nan
+    with pytest.raises(FloatingPointError, match="the training loss became nan; lower the learning rates"):
+        fit(layer, features, head, TrainingSettings(epochs=1), "test")
+
+
+def test_nll_per_example_sums_its_tokens():
+    head = head_of()
+    features = features_of(head, tokens=15)
+    nll_T = token_nll(None, features, head)
+    sums = per_example(nll_T, features)
+    assert sums.shape == (3,)
+    assert sums[2] == pytest.approx(float(nll_T[14]))
+    assert sums.sum() == pytest.approx(float(nll_T.sum()), rel=1e-6)
+
+
+def test_parse_support(tmp_path):
+    file = tmp_path / "ids.json"
+    file.write_text("[5, 3]")
+    assert parse_support("auto:12", 97) == 12
+    assert parse_support("all", 97) == list(range(97))
+    assert parse_support(str(file), 97) == [5, 3]
+
+
+@pytest.mark.parametrize("text", ["auto:0", "auto:98", "auto:x", "4096", "missing.json"])
+def test_unusable_supports_are_refused(text):
+    with pytest.raises(UserError, match="is none of 'auto:M' with M from 1 to 97, 'all', or a JSON file"):
+        parse_support(text, 97)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("[1, 97]", "support id 97 is outside the vocabulary of 97 tokens"),
+        ("[1, 1]", "support id 1 stands more than once"),
+        ("[]", "support is empty"),
+        ('{"a": 1}', "must hold one list of token ids"),
+        ("[1.5]", "must hold one list of token ids"),
+        ("[1", "is not JSON"),
+    ],
+)
+def test_unusable_support_files_are_refused(tmp_path, content, sentence):
+    file = tmp_path / "ids.json"
+    file.write_text(content)
+    with pytest.raises(UserError, match=sentence):
+        parse_support(str(file), 97)
