@@ -19,10 +19,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
+
 from moe_bias import MoEBiasConfig
 from moe_bias.backbone import load_model
 from moe_bias.config import ModelSettings
-from peft import LoraConfig, get_peft_model
 from side_by_side import ratio, take_turns, write_record
 
 SUPPORT = 4096

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from moe_bias.records import provenance, write_json
 from scipy.stats import bootstrap
+
+from moe_bias.records import provenance, write_json
 
 RECORDS = Path(__file__).parent.parent / "records" / "benchmarks"
 

@@ -20,6 +20,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
+
 from moe_bias import MoEBiasConfig
 from moe_bias.adapter import find_adapter_head
 from moe_bias.backbone import Head, find_head, load_model
@@ -28,7 +30,6 @@ from moe_bias.features.extract import Features, run_backbone, with_scalars
 from moe_bias.layer import MoEBiasLayer, load_balance_loss
 from moe_bias.tasks.conversations import Example
 from moe_bias.training.objective import supervised_gradients
-from peft import LoraConfig, get_peft_model
 from side_by_side import ratio, take_turns, write_record
 
 SUPPORT = 4096

@@ -93,7 +93,7 @@ def print_report(
 
 def _arms_table(arms: Sequence[Arm], settings: DemoSettings) -> Table:
     table = Table(
-        title=f"{settings.test_problems} held-out problems, greedy answers of at most {settings.max_new_tokens} tokens;\n"
+        title=f"{settings.test_problems} held-out problems, greedy answers, at most {settings.max_new_tokens} tokens;\n"
         "in brackets 95% intervals, second lines: paired change against the row above",
         title_justify="left",
     )
