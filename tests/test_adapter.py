@@ -517,6 +517,21 @@ def test_static_adapter_merges_into_the_head_bias(name, support):
     assert (merged.get_output_embeddings().weight is merged.get_input_embeddings().weight) == tied
 
 
+@pytest.mark.filterwarnings("ignore:the output embedding had no bias")
+def test_two_static_adapters_merge_and_come_out_again():
+    model = tiny_model()
+    base = logits_of(model)
+    settings = {"num_experts": 1, "top_k": 1, "entropy_gate": False}
+    peft_model = with_adapter(model, **settings)
+    peft_model.add_adapter("other", MoEBiasConfig(**settings))
+    randomise(find_adapter_head(peft_model).moe_bias_layers["other"], seed=5)
+    moves = sum(layer.experts[0] for layer in find_adapter_head(peft_model).moe_bias_layers.values())
+    peft_model.merge_adapter(adapter_names=["default", "other"])
+    torch.testing.assert_close(logits_of(peft_model), base + moves.detach(), rtol=1e-5, atol=1e-5)
+    peft_model.unmerge_adapter()
+    assert model.lm_head.base_layer.bias is None
+
+
 def test_merging_warns_where_the_checkpoint_could_not_hold_the_bias():
     peft_model = with_adapter(tiny_model(), num_experts=1, top_k=1, entropy_gate=False)
     with pytest.warns(UserWarning, match="save the adapter, not the merged model"):

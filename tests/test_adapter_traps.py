@@ -271,6 +271,8 @@ def test_copies_and_half_precision_after_a_training_step():
     peft_model = adapted().train()
     peft_model(input_ids=token_ids(), labels=token_ids()).loss.backward()
     twin = copy.deepcopy(peft_model)
+    assert find_adapter_head(peft_model).last.routing is not None
+    assert find_adapter_head(twin).last.routing is None
     assert torch.equal(logits_of(twin), logits_of(peft_model))
     find_adapter_head(twin).active_layer.experts.data.zero_()
     assert not torch.equal(logits_of(twin), logits_of(peft_model))

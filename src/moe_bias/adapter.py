@@ -197,8 +197,9 @@ class MoEBiasHead(nn.Module, BaseTunerLayer):
             unchanged: Tensor = self.base_layer(hidden, *args, **kwargs)
             return unchanged
         self._check_once()
-        raw = self.base_layer(hidden.detach(), *args, **kwargs)
-        output = layer(hidden.detach().to(raw.device), base_entropy(raw, self.transform))
+        hidden = hidden.detach()
+        raw = self.base_layer(hidden, *args, **kwargs)
+        output = layer(hidden.to(raw.device), base_entropy(raw, self.transform))
         self.last.routing = output.routing if torch.is_grad_enabled() and self.training else None
         return move_logits(raw, layer, output, self.transform)
 
@@ -238,7 +239,8 @@ class MoEBiasHead(nn.Module, BaseTunerLayer):
                     "architecture drops: save the adapter, not the merged model",
                     stacklevel=2,
                 )
-            self._bias_before_merge = [self.base_layer.bias]
+            if not self.merged:
+                self._bias_before_merge = [self.base_layer.bias]
             self.base_layer.bias = nn.Parameter(bias, requires_grad=False)
             self.merged_adapters.append(name)
 
