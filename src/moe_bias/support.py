@@ -96,38 +96,45 @@ def reduced_log_prob(
     `logit_T` is the scaled base logit of y, `column_T` (int64) its column in the support, -1 where
     it has none.
     """
-    log_prob_T: Tensor = _ReducedLogProb.apply(move_TM, logit_T, column_T, logits_TM, rest.log_sum_exp)
+    return log_prob_from_adapted(logit_T, column_T, at_least_float32(logits_TM) + move_TM, rest)
+
+
+def log_prob_from_adapted(logit_T: Tensor, column_T: Tensor, adapted_TM: Tensor, rest: RestScalars) -> Tensor:
+    """`reduced_log_prob` from `u + d` (T, M) itself, differentiable once, in `adapted_TM` alone."""
+    log_prob_T: Tensor = _ReducedLogProb.apply(adapted_TM, logit_T, column_T, rest.log_sum_exp)
     return log_prob_T
 
 
 class _ReducedLogProb(torch.autograd.Function):
-    """`u_y + d_y - log Z'` with the gradient `1[y] - pi'` written out: training spends its time here.
+    """`u'_y - log Z'` with the gradient `1[y] - pi'` written out: training spends its time here.
 
-    Autograd would keep a tensor of T x M for each step of the sum; this keeps one. `u + d` is rounded
-    as the full softmax rounds it, so that y and log Z' have that error in common and it cancels alike.
+    Autograd would keep a tensor of T x M for each step of the sum; this keeps one, the softmax over
+    the support alone, and scales it by the support's share of Z'. `u'` is rounded as the full softmax
+    rounds it, so that y and log Z' have that error in common and it cancels alike.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, move_TM: Tensor, logit_T: Tensor, column_T: Tensor, logits_TM: Tensor, rest_T: Tensor
-    ) -> Tensor:
-        adapted_TM = at_least_float32(logits_TM) + move_TM
+    def forward(ctx: Any, adapted_TM: Tensor, logit_T: Tensor, column_T: Tensor, rest_T: Tensor) -> Tensor:
+        largest_T = adapted_TM.amax(-1)
+        empty_T = largest_T.isneginf()
+        within_TM = adapted_TM.softmax(-1)
+        if empty_T.any():
+            within_TM[empty_T] = 0
+        shift_T = torch.maximum(largest_T, rest_T.to(largest_T.dtype))
+        support_T = torch.where(empty_T, -math.inf, (largest_T - shift_T) - within_TM.amax(-1).log())
+        log_partition_T = torch.logaddexp(support_T, _relative(rest_T, shift_T))
+        ctx.save_for_backward(within_TM, (support_T - log_partition_T).exp(), column_T)
         held_T = adapted_TM.gather(-1, column_T.clamp(min=0)[:, None]).squeeze(-1)
-        adapted_T = torch.where(column_T >= 0, held_T, logit_T)
-        largest_T = torch.maximum(adapted_TM.amax(-1), rest_T.to(adapted_TM.dtype))
-        weight_TM = adapted_TM.sub_(largest_T[:, None]).exp_()
-        total_T = weight_TM.sum(-1) + _relative(rest_T, largest_T).exp()
-        ctx.save_for_backward(weight_TM, total_T, column_T)
-        return (adapted_T - largest_T) - total_T.log()
+        return (torch.where(column_T >= 0, held_T, logit_T) - shift_T) - log_partition_T
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient_T: Tensor) -> tuple[Tensor, None, None, None, None]:
-        weight_TM, total_T, column_T = ctx.saved_tensors
-        gradient_TM = weight_TM * (-gradient_T / total_T)[:, None]
+    def backward(ctx: Any, gradient_T: Tensor) -> tuple[Tensor, None, None, None]:
+        within_TM, support_share_T, column_T = ctx.saved_tensors
+        gradient_TM = within_TM * (-gradient_T * support_share_T)[:, None]
         held_T = torch.where(column_T >= 0, gradient_T, 0)
         gradient_TM.scatter_add_(-1, column_T.clamp(min=0)[:, None], held_T[:, None])
-        return gradient_TM, None, None, None, None
+        return gradient_TM, None, None, None
 
 
 def reduced_stats(logits_TM: Tensor, move_TM: Tensor, rest: RestScalars) -> PolicyStats:

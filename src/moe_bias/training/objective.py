@@ -19,9 +19,9 @@ from torch import Tensor
 from moe_bias.backbone import HeadTransform
 from moe_bias.features.extract import Features
 from moe_bias.layer import MoEBiasLayer, Routing, load_balance_loss
-from moe_bias.support import reduced_log_prob
+from moe_bias.support import log_prob_from_adapted
 
-CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
+CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
 """Entries of a tokens x support tensor that are worked on at once, by kind of device."""
 
 
@@ -85,6 +85,9 @@ def chunks(tokens: int, experts_EM: Tensor) -> list[slice]:
 def _log_prob_of(
     layer: MoEBiasLayer, shares_TE: Tensor, batch: Features, logits_TM: Tensor, transform: HeadTransform
 ) -> Tensor:
-    bias_TM = (layer.strength * shares_TE) @ layer.experts.to(shares_TE.dtype)
-    move_TM = transform.reachable(logits_TM, bias_TM)
-    return reduced_log_prob(batch.logit, batch.column, logits_TM, move_TM, batch.rest)
+    shares_TE, experts_EM = layer.strength * shares_TE, layer.experts.to(shares_TE.dtype)
+    if transform.cap is None:
+        adapted_TM = torch.addmm(logits_TM, shares_TE, experts_EM)
+    else:
+        adapted_TM = logits_TM + transform.reachable(logits_TM, shares_TE @ experts_EM)
+    return log_prob_from_adapted(batch.logit, batch.column, adapted_TM, batch.rest)
