@@ -215,7 +215,7 @@ def test_our_push_to_hub_keeps_the_adapters_own_card(monkeypatch):
             uploaded.update({path.name: path.read_bytes() for path in folder_path.iterdir()})
             return "address"
 
-    monkeypatch.setattr("moe_bias.card.HfApi", Hub)
+    monkeypatch.setattr("moe_bias.adapter.card.HfApi", Hub)
     assert push_to_hub(with_adapter(tiny_model()), "someone/adapter", token="secret") == "address"
     assert sorted(uploaded) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     assert b"# adapter\n\nA MoE-Bias adapter" in uploaded["README.md"]

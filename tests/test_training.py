@@ -105,7 +105,7 @@ def test_a_loss_that_is_not_finite_stops_the_run():
     head, layer = head_of(), layer_of()
     features = features_of(head)
     features.hidden[3, 0] = math.nan
-    with pytest.raises(FloatingPointError, match="the training loss became nan; lower the learning rates"):
+    with pytest.raises(UserError, match="the training loss became nan; lower --expert-rate"):
         fit(layer, features, head, TrainingSettings(epochs=1), "test")
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moe_bias.adapter import MoEBiasConfig, MoEBiasHead, MoEBiasModel, find_adapter_head
-    from moe_bias.card import push_to_hub
+    from moe_bias.adapter.card import push_to_hub
     from moe_bias.config import LayerConfig
     from moe_bias.functional import (
         apply_moe_bias,
@@ -44,7 +44,7 @@ __all__ = [
 
 _HOMES = {
     "adapter": ("MoEBiasConfig", "MoEBiasHead", "MoEBiasModel", "find_adapter_head"),
-    "card": ("push_to_hub",),
+    "adapter.card": ("push_to_hub",),
     "config": ("LayerConfig",),
     "functional": (
         "apply_moe_bias",

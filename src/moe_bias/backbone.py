@@ -134,10 +134,10 @@ def output_embedding(model: nn.Module) -> nn.Module:
     getter = getattr(model, "get_output_embeddings", None)
     placed = getter() if getter is not None else None
     if not isinstance(placed, nn.Module):
-        raise ValueError(f"{_class_of(model)} has no output embedding: MoE-Bias needs a language model head")
+        raise UserError(f"{_class_of(model)} has no output embedding: MoE-Bias needs a language model head")
     linear = _unwrapped(placed)
     if not (hasattr(linear, "in_features") and hasattr(linear, "out_features")):
-        raise ValueError(f"the output embedding of {_class_of(model)} is a {type(linear).__name__}, not a linear layer")
+        raise UserError(f"the output embedding of {_class_of(model)} is a {type(linear).__name__}, not a linear layer")
     return placed
 
 
@@ -156,7 +156,7 @@ def measure_head_transform(model: nn.Module) -> HeadTransform:
     cap = None if scale and abs(huge / (scale * float(raw_V[0])) - 1) < 1e-3 else huge
     fitted = HeadTransform(scale, cap)
     if not torch.allclose(fitted.apply(raw_V), final_V, rtol=1e-4, atol=1e-5):
-        raise ValueError(f"{_class_of(model)} changes its logits after the output embedding in a way not known here")
+        raise UserError(f"{_class_of(model)} changes its logits after the output embedding in a way not known here")
     return fitted
 
 
@@ -307,7 +307,7 @@ def _forward_of_known_logits(model: nn.Module, raw_V: Tensor) -> Tensor:
     head: Any = output_embedding(model)
     backbone = getattr(model, "base_model", None)
     if backbone is None or backbone is model:
-        raise ValueError(f"{_class_of(model)} has no separate backbone, so its forward cannot be checked")
+        raise UserError(f"{_class_of(model)} has no separate backbone, so its forward cannot be checked")
     hidden = torch.zeros(1, 1, int(head.in_features))
     output = _EmptyBackboneOutput(last_hidden_state=hidden)
     with (
@@ -316,7 +316,7 @@ def _forward_of_known_logits(model: nn.Module, raw_V: Tensor) -> Tensor:
     ):
         final = model(input_ids=torch.zeros(1, 1, dtype=torch.int64)).logits
     if final.numel() != raw_V.numel():
-        raise ValueError(f"{_class_of(model)} cuts its logits from {raw_V.numel()} to {final.numel()} entries")
+        raise UserError(f"{_class_of(model)} cuts its logits from {raw_V.numel()} to {final.numel()} entries")
     flat: Tensor = final.detach().float().flatten()
     return flat
 

@@ -10,7 +10,6 @@ traceback.
 from __future__ import annotations
 
 import argparse
-import dis
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -56,9 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         saved = str(interrupt) if isinstance(interrupt, Interrupted) else "nothing was saved"
         return _exit_with(INTERRUPTED, f"interrupted: {saved}")
-    except ValueError as error:
-        if not _is_meant_for_users(error):
-            raise
+    except UserError as error:
         return _exit_with(USER_ERROR, str(error))
     return 0
 
@@ -110,23 +107,6 @@ def _settings(cls: type[Settings], source: CliSettingsSource[Any], given: Mappin
 
 def _summary(settings: type[Settings]) -> str:
     return (settings.__doc__ or "").strip().splitlines()[0]
-
-
-def _is_meant_for_users(error: ValueError) -> bool:
-    """Whether a `raise` statement of this package made the error; ValueErrors from elsewhere are faults.
-
-    A failing call, such as `int("x")`, ends in a frame of this package too, but not at a `raise`.
-    """
-    if isinstance(error, ValidationError):
-        return False
-    last = error.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    if last is None:
-        return False
-    module = str(last.tb_frame.f_globals.get("__name__"))
-    raised = last.tb_frame.f_code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
-    return raised and module.partition(".")[0] == "moe_bias"
 
 
 def _exit_with(code: int, sentence: str) -> int:

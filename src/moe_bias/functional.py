@@ -63,11 +63,11 @@ def get_moe_bias_layer(model: nn.Module, support: Sequence[int] | None = None) -
     adapter = _adapter_head(model)
     if adapter is not None:
         if adapter.active_layer is None:
-            raise ValueError("the model's MoE-Bias adapter is disabled or merged, so it has no active layer")
+            raise UserError("the model's MoE-Bias adapter is disabled or merged, so it has no active layer")
         return adapter.active_layer
     layer = _attached(model, support).layer
     if support is not None and tuple(support) != layer.config.support:
-        raise ValueError("the model already has a layer with another support; its support cannot be changed")
+        raise UserError("the model already has a layer with another support; its support cannot be changed")
     return layer
 
 
@@ -82,13 +82,13 @@ def apply_moe_bias(model_output: Any, model: nn.Module) -> Any:
     """
     logits = getattr(model_output, "logits", None)
     if logits is None:
-        raise ValueError(
+        raise UserError(
             "the output has no logits; from generate, pass return_dict_in_generate=True and output_logits=True"
         )
     if not _settings().enabled:
         return logits
     if _adapter_head(model) is not None:
-        raise ValueError("the model carries a MoE-Bias adapter, so its logits are adapted already")
+        raise UserError("the model carries a MoE-Bias adapter, so its logits are adapted already")
     attached, hidden = _attached(model), _hidden_states(model_output)
     if isinstance(logits, tuple):
         stacked = torch.stack([step[-1][:, -1] for step in hidden])
@@ -106,7 +106,7 @@ def get_load_balance_loss(model: nn.Module, counted: Tensor | None = None) -> Te
     adapter = _adapter_head(model)
     last = adapter.last if adapter is not None else _attached(model).last
     if last.routing is None:
-        raise ValueError("no call yet whose load could be balanced: run the model in training mode with gradients")
+        raise UserError("no call yet whose load could be balanced: run the model in training mode with gradients")
     weight = get_moe_bias_layer(model).config.load_balance_weight
     return weight * load_balance_loss(last.routing, counted)
 
@@ -123,7 +123,7 @@ def load_moe_bias_layer(model: nn.Module, source: str | Path) -> MoEBiasLayer:
     model carries a PEFT adapter.
     """
     if _adapter_head(model) is not None:
-        raise ValueError("the model carries a PEFT adapter; load another with its load_adapter")
+        raise UserError("the model carries a PEFT adapter; load another with its load_adapter")
     _, head = find_head(model)
     config, tensors = read_adapter(source)
     config = config.for_model(head.hidden_size, head.vocab_size)
@@ -168,13 +168,13 @@ def _hidden_states(model_output: Any) -> Any:
         hidden = getattr(model_output, name, None)
         if hidden is not None:
             return hidden
-    raise ValueError("the output has no hidden states: pass output_hidden_states=True to the model or to generate")
+    raise UserError("the output has no hidden states: pass output_hidden_states=True to the model or to generate")
 
 
 def _moved(attached: _Attached, hidden: Tensor, logits: Tensor) -> Tensor:
     hidden, logits = hidden.detach(), logits.detach()
     if hidden.shape[:-1] != logits.shape[:-1]:
-        raise ValueError(f"hidden states of shape {tuple(hidden.shape)} do not belong to {tuple(logits.shape)} logits")
+        raise UserError(f"hidden states of shape {tuple(hidden.shape)} do not belong to {tuple(logits.shape)} logits")
     if not attached.checked:
         _check_last_hidden_state(attached.head, hidden.flatten(0, -2)[-1:], logits.flatten(0, -2)[-1:])
         attached.checked = True
@@ -192,7 +192,7 @@ def _check_last_hidden_state(head: Head, hidden: Tensor, logits: Tensor) -> None
     tolerance = max(16 * torch.finfo(hidden.dtype).eps, 1e-4) * (1 + float(logits.abs().max()))
     error = float((expected - logits).abs().max())
     if not error <= tolerance:
-        raise ValueError(
+        raise UserError(
             f"the head's logits for the last hidden state are {error:.3g} away from the output's logits: this "
             "architecture returns other hidden states than its head reads; use the PEFT form, MoEBiasConfig"
         )

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_bias.config import LayerConfig
+from moe_bias.config import LayerConfig, UserError
 
 LOWEST_LOG_PROB = -1e4
 """Log-probabilities are raised to this before `p log p`: exp(-1e4) is 0 in float32 and in float64,
@@ -143,7 +143,7 @@ class MoEBiasLayer(nn.Module):
         """
         hidden_TD = at_least_float32(hidden.reshape(-1, self.hidden_size))
         if len(hidden_TD) < 2:
-            raise ValueError(f"calibration needs at least 2 hidden states, got {len(hidden_TD)}")
+            raise UserError(f"calibration needs at least 2 hidden states, got {len(hidden_TD)}")
         self.hidden_mean.copy_(hidden_TD.mean(0))
         self.hidden_scale.copy_(hidden_TD.std(0).clamp(min=1e-6))
 
@@ -194,8 +194,8 @@ def check_layer_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tupl
     """Raises ValueError naming the first tensor that has another shape or is not finite."""
     for name, tensor in tensors.items():
         if tuple(tensor.shape) != shapes[name]:
-            raise ValueError(
+            raise UserError(
                 f"adapter tensor {name!r} has shape {tuple(tensor.shape)}, this model and config need {shapes[name]}"
             )
         if not tensor.is_meta and not torch.isfinite(tensor).all():
-            raise ValueError(f"adapter tensor {name!r} holds NaN or infinite values; the file is damaged")
+            raise UserError(f"adapter tensor {name!r} holds NaN or infinite values; the file is damaged")

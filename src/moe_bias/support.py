@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_bias.config import UserError
 from moe_bias.layer import LOWEST_LOG_PROB, at_least_float32, entropy_from_logits
 
 FORK_SHARE = 0.2
@@ -198,9 +199,9 @@ def fork_threshold(entropy_T: Tensor, share: float = FORK_SHARE) -> float:
     without tokens, or where `share` is not in (0, 1].
     """
     if len(entropy_T) == 0:
-        raise ValueError("no tokens to take the entropy threshold over")
+        raise UserError("no tokens to take the entropy threshold over")
     if not 0 < share <= 1:
-        raise ValueError(f"share = {share} of the tokens: it must be above 0 and at most 1")
+        raise UserError(f"share = {share} of the tokens: it must be above 0 and at most 1")
     rank = math.ceil(share * len(entropy_T) - _ROUNDING)
     return float(entropy_T.topk(max(rank, 1)).values[-1])
 
@@ -221,11 +222,11 @@ def choose_support(mass_V: Tensor, size: int, always: Sequence[int] = ()) -> lis
     needed = set(always)
     outside = sorted(token for token in needed if not 0 <= token < len(mass_V))
     if outside:
-        raise ValueError(f"token id {outside[0]} is outside the vocabulary of {len(mass_V)} tokens")
+        raise UserError(f"token id {outside[0]} is outside the vocabulary of {len(mass_V)} tokens")
     if not 1 <= size <= len(mass_V):
-        raise ValueError(f"a support of {size} tokens does not fit a vocabulary of {len(mass_V)}")
+        raise UserError(f"a support of {size} tokens does not fit a vocabulary of {len(mass_V)}")
     if len(needed) > size:
-        raise ValueError(f"a support of {size} tokens cannot hold the {len(needed)} that must be in it")
+        raise UserError(f"a support of {size} tokens cannot hold the {len(needed)} that must be in it")
     score_V = mass_V.clone()
     score_V[sorted(needed)] = math.inf
     return sorted(score_V.sort(descending=True, stable=True).indices[:size].tolist())
@@ -237,7 +238,7 @@ def coverage(mass_V: Tensor, support: Sequence[int]) -> float:
     Raises ValueError where there is no mass: the text had no forks.
     """
     if not float(mass_V.sum()) > 0:
-        raise ValueError("no fork mass to cover: the text has no token at or above the entropy threshold")
+        raise UserError("no fork mass to cover: the text has no token at or above the entropy threshold")
     return float(mass_V[list(support)].sum() / mass_V.sum())
 
 

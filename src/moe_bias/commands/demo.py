@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moe_bias.adapter import save_layer
 from moe_bias.backbone import Head, find_head, load_model
 from moe_bias.commands.demo_report import DemoReport, Sample, announce, print_report, report_console
-from moe_bias.commands.saved import save_layer
 from moe_bias.config import DemoSettings, LayerConfig
 from moe_bias.evaluation.comparison import Arm, Measured, compare
 from moe_bias.evaluation.likelihood import per_example, token_nll
@@ -66,7 +66,7 @@ def run(settings: DemoSettings) -> None:
     arms, samples = _measure(
         frozen, prepared, {"base": None, "static": static, "moe-bias": moe_bias}, task, test, settings
     )
-    save_layer(frozen.model, moe_bias, prepared.fork_coverage, settings.output)
+    save_layer(moe_bias, settings.output, frozen.model, prepared.fork_coverage)
     report = DemoReport(
         arms,
         samples,

@@ -1,28 +1,23 @@
-"""Adapters in folders: reading one without its model, and saving a trained layer as one."""
+"""Finding and reading a saved adapter without its model."""
 
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from peft import get_peft_model
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from moe_bias.adapter import (
     PEFT_TYPE,
     MoEBiasConfig,
     check_adapter_file,
-    find_adapter_head,
     layer_tensors,
     read_adapter,
 )
 from moe_bias.config import UserError
-from moe_bias.layer import MoEBiasLayer
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -37,7 +32,7 @@ def read_saved(name: str) -> tuple[MoEBiasConfig, dict[str, Tensor]]:
     try:
         config, tensors = read_adapter(folder)
         if config.hidden_size is None or config.vocab_size is None:
-            raise ValueError(f"{CONFIG_FILE} lacks hidden_size or vocab_size")
+            raise UserError(f"{CONFIG_FILE} lacks hidden_size or vocab_size")
         check_adapter_file(tensors, config)
     except (ValueError, SafetensorError) as error:
         raise UserError(f"the adapter in {str(folder)!r} is damaged: {error}") from error
@@ -72,23 +67,6 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise UserError(f"{name!r} is neither a folder nor an adapter that the Hub delivered") from error
-
-
-def save_layer(model: PreTrainedModel, layer: MoEBiasLayer, fork_coverage: float | None, folder: Path) -> None:
-    """Saves a trained layer as a PEFT adapter of the model, which has the adapter attached from then on.
-
-    The files are written beside the folder and moved into it, the config last: until then there is
-    no adapter to be found.
-    """
-    config = MoEBiasConfig(**layer.config.model_dump(), fork_coverage=fork_coverage)
-    adapted = get_peft_model(model, config)
-    attached = find_adapter_head(adapted).moe_bias_layers["default"]
-    attached.load_state_dict(layer.state_dict())
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
-        adapted.save_pretrained(beside)
-        for file in sorted(Path(beside).iterdir(), key=lambda file: file.name == CONFIG_FILE):
-            file.replace(folder / file.name)
 
 
 def refuse_overwriting(folder: Path) -> None:

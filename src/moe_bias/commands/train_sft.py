@@ -10,8 +10,9 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moe_bias.adapter import save_layer
 from moe_bias.backbone import Head, find_head, load_model
-from moe_bias.commands.saved import refuse_overwriting, save_layer
+from moe_bias.commands.saved import refuse_overwriting
 from moe_bias.config import Interrupted, TrainSFTSettings, UserError
 from moe_bias.evaluation.likelihood import per_example, token_nll
 from moe_bias.evaluation.statistics import Estimate, ratio_of_sums
@@ -37,7 +38,7 @@ def run(settings: TrainSFTSettings) -> None:
     prepared = prepare(model, head, train, held_out, settings, always=always, batch_size=settings.batch_size)
     layer = _fresh_layer(prepared, head, settings, console, model.num_parameters())
     _train(model, layer, prepared, head, settings)
-    save_layer(model, layer, prepared.fork_coverage, settings.output)
+    save_layer(layer, settings.output, model, prepared.fork_coverage)
     _report(console, layer, prepared, head, settings)
 
 
@@ -89,7 +90,7 @@ def _train(
     try:
         fit(layer, prepared.train, head, settings, "training")
     except KeyboardInterrupt as interrupt:
-        save_layer(model, layer, prepared.fork_coverage, settings.output)
+        save_layer(layer, settings.output, model, prepared.fork_coverage)
         raise Interrupted(f"the adapter as trained so far is in {settings.output}") from interrupt
 
 

@@ -118,7 +118,7 @@ def _support_from_file(path: Path, vocab_size: int) -> list[int]:
 def fit(layer: MoEBiasLayer, features: Features, head: Head, settings: TrainingSettings, description: str) -> FitReport:
     """Trains the layer in place on the features.
 
-    Raises FloatingPointError where the loss is not finite; the layer then holds the last step's weights.
+    Raises UserError where the loss is not finite; the layer then holds the last step's weights.
     """
     layer.calibrate(features.hidden)
     logits_of = head.columns(features.support)
@@ -130,7 +130,7 @@ def fit(layer: MoEBiasLayer, features: Features, head: Head, settings: TrainingS
             optimizer.zero_grad()
             loss = supervised_gradients(layer, batch, logits_of, head.transform)
             if not torch.isfinite(loss.total):
-                raise FloatingPointError(f"the training loss became {loss.total.item()}; lower the learning rates")
+                raise UserError(f"the training loss became {loss.total.item()}; lower --expert-rate or --router-rate")
             torch.nn.utils.clip_grad_norm_(layer.parameters(), settings.max_grad_norm)
             optimizer.step()
             schedule.step()

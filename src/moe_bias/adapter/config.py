@@ -1,0 +1,107 @@
+"""The adapter's config as PEFT sees it.
+
+`PeftType` is a closed enum; a string that behaves like a member stands in for ours. A
+`target_modules` field naming the output embedding would make PEFT save the whole embedding, so the
+config has no such field.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig
+from pydantic import ValidationError
+
+from moe_bias.adapter.card import write_card
+from moe_bias.config import LayerConfig, UserError
+
+
+class _MoEBiasType(str):
+    """Stands where PEFT expects a member of its enum `PeftType`; hashes and compares as its text."""
+
+    __slots__ = ()
+
+    @property
+    def value(self) -> str:
+        return "MOE_BIAS"
+
+    @property
+    def name(self) -> str:
+        return "MOE_BIAS"
+
+    def __str__(self) -> str:
+        return "PeftType.MOE_BIAS"
+
+
+PEFT_TYPE = _MoEBiasType("MOE_BIAS")
+
+
+@dataclass
+class MoEBiasConfig(PeftConfig):
+    """Settings of one adapter, and what was measured when it was made.
+
+    `support` lists the token ids that have a bias (None: all). `fork_coverage` is the share of the
+    base's probability mass at forks that the support holds on held-out text. `hidden_size` and
+    `vocab_size` are those of the model it was made for; they are filled in when it is attached.
+    Raises ValueError, in one sentence, on anything that cannot be built.
+    """
+
+    task_type: str | None = "CAUSAL_LM"
+    num_experts: int = 16
+    top_k: int = 2
+    support: list[int] | None = None
+    entropy_gate: bool = True
+    load_balance_weight: float = 0.01
+    strength: float = 1.0
+    fork_coverage: float | None = None
+    hidden_size: int | None = None
+    vocab_size: int | None = None
+
+    target_modules = None  # not a field: see the module docstring
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+        layer = self.layer_config()
+        self.support = None if layer.support is None else list(layer.support)
+
+    def layer_config(self) -> LayerConfig:
+        """The choices that define the layer. Raises ValueError naming the offending value."""
+        try:
+            return LayerConfig(
+                num_experts=self.num_experts,
+                top_k=self.top_k,
+                support=None if self.support is None else tuple(self.support),
+                entropy_gate=self.entropy_gate,
+                load_balance_weight=self.load_balance_weight,
+                strength=self.strength,
+            )
+        except ValidationError as error:
+            raise UserError(_one_sentence(error)) from error
+
+    def for_model(self, hidden_size: int, vocab_size: int) -> MoEBiasConfig:
+        """A copy that knows its model's sizes. Raises ValueError where it was made for others."""
+        ours, theirs = (self.hidden_size, self.vocab_size), (hidden_size, vocab_size)
+        for name, made_for, has in zip(("hidden_size", "vocab_size"), ours, theirs, strict=True):
+            if made_for is not None and made_for != has:
+                raise UserError(f"this adapter was made for {name} {made_for}, the model has {has}")
+        self.layer_config().check_vocabulary(vocab_size)
+        config = copy.copy(self)
+        config.hidden_size, config.vocab_size = theirs
+        return config
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Writes the config, and a model card beside it that says what the adapter is."""
+        super().save_pretrained(save_directory, **kwargs)
+        write_card(Path(save_directory), self.to_dict())
+
+
+def _one_sentence(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    reason = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:
+        return reason
+    return f"{first['loc'][0]} = {first['input']!r}: {reason[0].lower()}{reason[1:]}"

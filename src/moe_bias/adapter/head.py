@@ -1,0 +1,287 @@
+"""The output embedding with MoE-Bias layers around it.
+
+With h its input and z = base_layer(h), `MoEBiasHead` returns z moved so that the *final* logits, after
+whatever the model does to z (a soft-cap, a scale), differ from the base model's by exactly s b. A fused
+kernel that multiplies with the head's weight itself would lose the bias without a word, so a forward
+of the model in which the head did not run is refused, whoever caused it.
+
+Shapes: T tokens (any leading shape), D hidden size, V vocabulary, M support.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from moe_bias.adapter.config import MoEBiasConfig
+from moe_bias.adapter.files import LAYERS, layer_shapes
+from moe_bias.backbone import HeadTransform
+from moe_bias.config import UserError
+from moe_bias.layer import LayerOutput, MoEBiasLayer, Routing, check_layer_tensors, entropy_from_logits
+
+_ENTROPY_CHUNK = 2**24
+"""Logits whose entropy is taken at once: 64 MiB of float32, so that long sequences need no more."""
+
+_ENTROPY_CHUNK_CPU = 2**18
+"""On a CPU temporaries of 1 MiB stay in its cache and in the allocator; larger ones cost twice the time."""
+
+
+class LastRouting:
+    """The routing of the last training forward; a copy of the model leaves the graph it holds behind."""
+
+    def __init__(self) -> None:
+        self.routing: Routing | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LastRouting:
+        return LastRouting()
+
+
+class MoEBiasHead(nn.Module, BaseTunerLayer):
+    """The output embedding with MoE-Bias layers around it, one per adapter name, one active at a time.
+
+    `last` holds the routing of the last forward with gradients, for the load-balance loss.
+    """
+
+    adapter_layer_names = (LAYERS,)
+    moe_bias_layers: nn.ModuleDict
+    base_layer: Any
+    active_adapters: list[str]
+    disable_adapters: bool
+    merged: bool
+
+    def __init__(self, base_layer: nn.Module, transform: HeadTransform, adapter_name: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.moe_bias_layers = nn.ModuleDict()
+        self.transform = transform
+        self.in_features = int(self.base_layer.in_features)
+        self.out_features = int(self.base_layer.out_features)
+        self.last = LastRouting()
+        self._ran = False
+        self._hooks: list[RemovableHandle] = []
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter: list[str] = [adapter_name]
+        self._bias_before_merge: list[nn.Parameter | None] = []  # a list, or it would be a parameter of this module
+        self._unchecked: set[str] = set()
+
+    @property
+    def active_layer(self) -> MoEBiasLayer | None:
+        """The layer that the next forward applies: None when disabled, merged or without adapters."""
+        if self.disable_adapters or self.merged or not self.active_adapters:
+            return None
+        layer = self.moe_bias_layers[self.active_adapters[0]]
+        assert isinstance(layer, MoEBiasLayer)
+        return layer
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Raw logits (..., V) in the base layer's type, for hidden states (..., D).
+
+        No gradient enters `hidden`. The base layer's output is overwritten, which spares long
+        sequences a second tensor of T x V.
+        """
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        layer = self.active_layer
+        if layer is None:
+            unchanged: Tensor = self.base_layer(hidden, *args, **kwargs)
+            return unchanged
+        self._check_once()
+        hidden = hidden.detach()
+        raw = self.base_layer(hidden, *args, **kwargs)
+        output = layer(hidden.to(raw.device), base_entropy(raw, self.transform))
+        self.last.routing = output.routing if torch.is_grad_enabled() and self.training else None
+        return move_logits(raw, layer, output, self.transform)
+
+    def update_layer(self, adapter_name: str, config: MoEBiasConfig) -> None:
+        """Adds a fresh layer for an adapter, in float32 on the output embedding's device."""
+        layer = MoEBiasLayer(config.layer_config(), self.in_features, self.out_features)
+        self.moe_bias_layers[adapter_name] = layer
+        self._unchecked.add(adapter_name)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Makes one adapter active. Raises ValueError on several, or on one of another method."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        if len(names) > 1:
+            raise UserError(f"MoE-Bias applies one adapter at a time, got {names}")
+        for name in names:
+            if name not in self.moe_bias_layers:
+                raise UserError(
+                    f"{name!r} is not a MoE-Bias adapter of this model ({sorted(self.moe_bias_layers)} are); "
+                    "one model cannot mix it with adapters of another method"
+                )
+        super().set_adapter(names, inference_mode=inference_mode)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Makes one static bias part of the output embedding's own bias, where that is exact.
+
+        Raises ValueError with the reason where it is not.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            bias = merged_bias(self, name)
+            if safe_merge and not torch.isfinite(bias).all():
+                raise UserError(f"the merged bias of adapter {name!r} holds NaN or infinite values")
+            if self.base_layer.bias is None:
+                warnings.warn(
+                    "the output embedding had no bias and now has one, which from_pretrained of this "
+                    "architecture drops: save the adapter, not the merged model",
+                    stacklevel=2,
+                )
+            if not self.merged:
+                self._bias_before_merge = [self.base_layer.bias]
+            self.base_layer.bias = nn.Parameter(bias, requires_grad=False)
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Gives the output embedding the very bias back that it had, or none."""
+        if self.merged:
+            self.base_layer.bias = self._bias_before_merge.pop()
+            self.merged_adapters.clear()
+
+    def train(self, mode: bool = True) -> MoEBiasHead:
+        """Sets the mode. PEFT and transformers call `eval()` when they have loaded an adapter: it is checked here."""
+        if not mode:
+            self._check_new_layers()
+        return super().train(mode)
+
+    def watch(self, model: nn.Module) -> None:
+        """From here on a forward of `model` that goes past this head raises ValueError.
+
+        Fused losses (TRL, Liger) and pruned heads multiply with the head's weight themselves; the
+        bias would be missing from their output and get no gradient.
+        """
+        self._hooks = [
+            model.register_forward_pre_hook(self._on_model_begun),
+            self.register_forward_pre_hook(self._on_head_ran),
+            model.register_forward_hook(self._on_model_done),
+        ]
+
+    def unwatch(self) -> None:
+        """Takes the hooks of `watch` away."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def _on_model_begun(self, *_: Any) -> None:
+        self._ran = False
+
+    def _on_head_ran(self, *_: Any) -> None:
+        self._ran = True
+
+    def _on_model_done(self, model: nn.Module, *_: Any) -> None:
+        if not self._ran and self.active_layer is not None:
+            raise UserError(
+                f"this forward of {type(model).__name__} went past its output embedding, so the MoE-Bias adapter was "
+                "not applied: it cannot be used with a fused loss or head (TRL's trainers, Liger kernels)"
+            )
+
+    def _check_once(self) -> None:
+        """Transformers assigns loaded tensors without load_state_dict: a first forward checks them too."""
+        if self._unchecked and not torch.compiler.is_compiling():
+            self._check_new_layers()
+            self._unchecked.clear()
+
+    def _check_new_layers(self) -> None:
+        for name in self._unchecked.intersection(self.moe_bias_layers):
+            layer = self.moe_bias_layers[name]
+            assert isinstance(layer, MoEBiasLayer)
+            check_layer_tensors(layer.state_dict(), layer_shapes(layer.config, self.in_features, self.out_features))
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
+        """Only the device: PEFT would also cast to the base's type, and half precision spoils the buffers."""
+        layer = self.moe_bias_layers[adapter_name]
+        target = device or _device_of(self.base_layer)
+        if not any(tensor.is_meta for tensor in layer.parameters()):
+            layer.to(target)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """`weight` and `bias` belong to the base layer: tying weights and FSDP assign them here."""
+        if name in ("weight", "bias"):
+            setattr(self.base_layer, name, value)
+        else:
+            super().__setattr__(name, value)
+
+
+def base_entropy(raw: Tensor, transform: HeadTransform) -> Tensor:
+    """Entropy (...,) in nats of the base distribution, from raw logits (..., V), without gradient."""
+    chunk = _ENTROPY_CHUNK_CPU if raw.device.type == "cpu" else _ENTROPY_CHUNK
+    rows = max(chunk // raw.shape[-1], 1)
+    with torch.no_grad():
+        if raw.numel() <= rows * raw.shape[-1]:
+            return entropy_from_logits(transform.apply(raw))
+        chunks = raw.flatten(0, -2).split(rows)
+        return torch.cat([entropy_from_logits(transform.apply(chunk)) for chunk in chunks]).view(raw.shape[:-1])
+
+
+def move_logits(raw: Tensor, layer: MoEBiasLayer, output: LayerOutput, transform: HeadTransform) -> Tensor:
+    """Raw logits (..., V), overwritten so that the final ones move by `strength * bias` on the support.
+
+    The sum is taken in float32 and rounded once to the type of `raw`; other entries keep their bits.
+    """
+    move = output.bias if layer.strength == 1.0 else layer.strength * output.bias
+    if layer.support is None:
+        return raw.add_(_raw_move(raw, move, transform))
+    columns = raw.index_select(-1, layer.support)
+    return raw.index_copy_(-1, layer.support, columns.add_(_raw_move(columns, move, transform)))
+
+
+def _raw_move(raw: Tensor, move: Tensor, transform: HeadTransform) -> Tensor:
+    return transform.raw_move(raw, move)
+
+
+def merged_bias(head: MoEBiasHead, adapter_name: str) -> Tensor:
+    """The bias (V,) that the base layer would have with a static adapter merged into it.
+
+    Raises ValueError, with the reason, where the result would not be exact.
+    """
+    layer, base = head.moe_bias_layers[adapter_name], head.base_layer
+    assert isinstance(layer, MoEBiasLayer)
+    reason = _why_not_static(layer, head.transform)
+    if reason is None and not isinstance(base, nn.Linear):
+        reason = f"its output embedding is a {type(base).__name__}, which holds no plain bias"
+    if reason is not None:
+        raise UserError(f"adapter {adapter_name!r} cannot be merged: {reason}")
+    with torch.no_grad():
+        move = layer.on_vocabulary(layer.strength * layer.experts.float()).squeeze(0) / head.transform.scale
+        exact = move if base.bias is None else base.bias.float() + move
+        rounded = exact.to(base.weight.dtype)
+    if not torch.equal(rounded.float(), exact):
+        raise UserError(
+            f"adapter {adapter_name!r} cannot be merged: {rounded.dtype} cannot hold its bias exactly; "
+            "load the model in float32 to merge"
+        )
+    return rounded
+
+
+def _why_not_static(layer: MoEBiasLayer, transform: HeadTransform) -> str | None:
+    if layer.config.num_experts > 1:
+        return f"with {layer.config.num_experts} experts its bias depends on the hidden state"
+    if layer.config.entropy_gate:
+        return "with the entropy gate its bias depends on the base distribution"
+    if transform.cap is not None:
+        return f"the model soft-caps its logits at {transform.cap:g}, so no constant before the cap moves them equally"
+    return None
+
+
+def find_adapter_head(model: nn.Module) -> MoEBiasHead:
+    """The output embedding with its adapters. Raises ValueError on a model without a MoE-Bias adapter."""
+    for module in model.modules():
+        if isinstance(module, MoEBiasHead):
+            return module
+    raise UserError(f"{type(model).__name__} has no MoE-Bias adapter; attach one with get_peft_model")
+
+
+def _device_of(base_layer: nn.Module) -> torch.device:
+    """Where the output embedding computes; a head that accelerate offloads has its weights on 'meta'."""
+    hook = getattr(base_layer, "_hf_hook", None)
+    if getattr(hook, "offload", False):
+        return torch.device(hook.execution_device)  # type: ignore[union-attr]
+    tensors = [*base_layer.parameters(), *base_layer.buffers()]
+    return tensors[0].device if tensors else torch.device("cpu")
