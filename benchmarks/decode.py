@@ -11,11 +11,13 @@ adds per token is E x (M + D) multiply-adds and a pass over V for the entropy.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
-import resource
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -106,11 +108,18 @@ def _peak_of(name: str, batch: int, options: argparse.Namespace) -> float:
 
 
 def _print_peak(options: argparse.Namespace) -> None:
-    generate(adapted_model(options.memory_of, options.model), options.batches[0], options.new_tokens)
+    """Peak memory of generation: what loading the model took at its height is not counted."""
+    model = adapted_model(options.memory_of, options.model)
     if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        generate(model, options.batches[0], options.new_tokens)
         print(torch.cuda.max_memory_allocated() / 2**20)
     else:
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew from what is resident now
+        generate(model, options.batches[0], options.new_tokens)
+        status = Path("/proc/self/status").read_text()
+        print(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**10)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Writes docs/commands.md from the command's own help, or checks it: `python docs/generate.py [--check]`.
+"""Writes docs/commands.md from the command's own help, and the tables in README and docs from the records.
+
+    python docs/generate.py [--check]
 
 Checking also parses every `moe-bias` command that README and docs show, and looks for the reason of
 every dependency in CONTRIBUTING.md, so that none goes stale.
@@ -20,6 +22,8 @@ from pathlib import Path
 
 os.environ["COLUMNS"] = "100"  # argparse wraps at the terminal's width; the page must not depend on it
 os.environ["NO_COLOR"] = "1"
+
+from tables import filled
 
 from moe_bias.cli import COMMANDS, GROUPS, PROGRAM, build_parser
 
@@ -93,16 +97,26 @@ def undefended_dependencies() -> Iterator[str]:
             yield f"CONTRIBUTING.md does not say why {name} is a dependency"
 
 
+def pages() -> Iterator[tuple[Path, str]]:
+    """Every generated page, and README and docs with their tables made anew, as path and text."""
+    yield PAGE, page()
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        if path != PAGE:
+            yield path, filled(path.read_text(encoding="utf-8"))
+
+
 def main() -> int:
-    """Writes the page, or with --check says what is stale; returns the exit code."""
+    """Writes the pages, or with --check says what is stale; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 where something is stale")
     if not parser.parse_args().check:
-        PAGE.write_text(page(), encoding="utf-8")
+        for path, text in pages():
+            path.write_text(text, encoding="utf-8")
         return 0
     stale = [*stale_commands(), *undefended_dependencies()]
-    if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != page():
-        stale.append("docs/commands.md is not what --help prints; run python docs/generate.py")
+    for path, text in pages():
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            stale.append(f"{path.relative_to(ROOT)} is not what help and records give; run python docs/generate.py")
     sys.stderr.writelines(f"{sentence}\n" for sentence in stale)
     return 1 if stale else 0
 

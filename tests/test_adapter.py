@@ -68,14 +68,14 @@ def weights_hash(model):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_experts": 0}, "num_experts = 0: input should be greater than or equal to 1"),
-        ({"top_k": 0}, "top_k = 0: input should be greater than or equal to 1"),
+        ({"num_experts": 0}, "num_experts is 0: input should be greater than or equal to 1"),
+        ({"top_k": 0}, "top_k is 0: input should be greater than or equal to 1"),
         ({"num_experts": 1}, "top_k = 2 is more than num_experts = 1"),
         ({"support": []}, "support is empty"),
         ({"support": [4, 4]}, "support id 4 stands more than once"),
         ({"support": [-1]}, "support id -1 is negative"),
-        ({"load_balance_weight": -0.5}, "load_balance_weight = -0.5"),
-        ({"strength": float("nan")}, "strength = nan"),
+        ({"load_balance_weight": -0.5}, "load_balance_weight is -0.5"),
+        ({"strength": float("nan")}, "strength is nan"),
     ],
 )
 def test_settings_that_cannot_be_built_are_refused_in_one_sentence(settings, message):

@@ -16,7 +16,7 @@ from peft import PeftConfig
 from pydantic import ValidationError
 
 from moe_bias.adapter.card import write_card
-from moe_bias.config import LayerConfig, UserError
+from moe_bias.config import LayerConfig, UserError, describe_error
 
 
 class _MoEBiasType(str):
@@ -80,7 +80,7 @@ class MoEBiasConfig(PeftConfig):
                 strength=self.strength,
             )
         except ValidationError as error:
-            raise UserError(_one_sentence(error)) from error
+            raise UserError(describe_error(error)) from error
 
     def for_model(self, hidden_size: int, vocab_size: int) -> MoEBiasConfig:
         """A copy that knows its model's sizes. Raises ValueError where it was made for others."""
@@ -97,11 +97,3 @@ class MoEBiasConfig(PeftConfig):
         """Writes the config, and a model card beside it that says what the adapter is."""
         super().save_pretrained(save_directory, **kwargs)
         write_card(Path(save_directory), self.to_dict())
-
-
-def _one_sentence(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
-    reason = first["msg"].removeprefix("Value error, ")
-    if not first["loc"]:
-        return reason
-    return f"{first['loc'][0]} = {first['input']!r}: {reason[0].lower()}{reason[1:]}"

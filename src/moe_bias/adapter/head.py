@@ -227,13 +227,9 @@ def move_logits(raw: Tensor, layer: MoEBiasLayer, output: LayerOutput, transform
     """
     move = output.bias if layer.strength == 1.0 else layer.strength * output.bias
     if layer.support is None:
-        return raw.add_(_raw_move(raw, move, transform))
+        return raw.add_(transform.raw_move(raw, move))
     columns = raw.index_select(-1, layer.support)
-    return raw.index_copy_(-1, layer.support, columns.add_(_raw_move(columns, move, transform)))
-
-
-def _raw_move(raw: Tensor, move: Tensor, transform: HeadTransform) -> Tensor:
-    return transform.raw_move(raw, move)
+    return raw.index_copy_(-1, layer.support, columns.add_(transform.raw_move(columns, move)))
 
 
 def merged_bias(head: MoEBiasHead, adapter_name: str) -> Tensor:

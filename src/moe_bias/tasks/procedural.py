@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any
 
 from moe_bias.config import UserError
@@ -84,6 +85,10 @@ class ProceduralTask:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)
             import reasoning_gym
+            from reasoning_gym.factory import DATASETS
+        if self.name not in DATASETS:
+            near = get_close_matches(self.name, DATASETS, n=3, cutoff=0.0)
+            raise UserError(f"reasoning-gym has no task {self.name!r}; near names are {', '.join(near)}")
         try:
             return reasoning_gym.create_dataset(self.name, size=size, seed=seed, **self.options)
         except (ValueError, TypeError, AssertionError) as error:

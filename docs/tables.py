@@ -1,0 +1,116 @@
+"""Tables and outputs that the pages show, made from the records: nothing of them is typed by hand.
+
+A page holds `<!-- from records: NAME -->` and `<!-- end -->`; what stands between is made by the
+function of that name in `TABLES`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+RECORDS = Path(__file__).parent.parent / "records"
+_MARKED = re.compile(r"(<!-- from records: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def filled(text: str) -> str:
+    """The page with everything between the marks made anew."""
+    return _MARKED.sub(lambda found: found[1] + TABLES[found[2]]() + found[3], text)
+
+
+def demo_tasks() -> str:
+    """What the demonstration found on each task, best gain in accuracy first."""
+    records = [_read(path) for path in sorted(RECORDS.glob("demo/*.json"))]
+    records.sort(key=lambda record: -record["arms"][2]["accuracy"]["value"] + record["arms"][0]["accuracy"]["value"])
+    headings = ["task", "base NLL", "static", "moe-bias", "change to static", "base accuracy", "static", "moe-bias"]
+    return _table([*headings, "tokens, base", "moe-bias"], (_demo_row(record) for record in records))
+
+
+def demo_output() -> str:
+    """What `moe-bias demo` printed."""
+    return "```text\n" + (RECORDS / "demo-output.txt").read_text(encoding="utf-8").rstrip() + "\n```\n"
+
+
+def train_step() -> str:
+    """Speed of an optimiser step over LoRA's."""
+    record = _latest("train_step")
+    rows = [[_STEP_ARMS[arm], _times(ratio)] for arm, ratio in record["ratio_to_lora"].items()]
+    return _table(["one optimiser step, tokens/s over LoRA's", "ratio"], rows) + _where(record)
+
+
+def decode() -> str:
+    """Speed and memory of generation over the bare model's."""
+    record = _latest("decode")
+    names = list(record["results"][0]["ratio_to_bare"])
+    headings = ["generation"]
+    for result in record["results"]:
+        headings += [f"speed, batch {result['batch']}", "peak memory"]
+    rows = []
+    for name in names:
+        row = [name]
+        for result in record["results"]:
+            row += [_times(result["ratio_to_bare"][name]), f"{result['peak_mib'][name]:,.0f} MiB"]
+        rows.append(row)
+    return _table(headings, rows) + _where(record)
+
+
+def _demo_row(record: dict[str, Any]) -> list[str]:
+    base, static, moe_bias = record["arms"]
+    return [
+        f"`{record['settings']['task']}`",
+        *(f"{arm['nll']['value']:.3f}" for arm in (base, static, moe_bias)),
+        _interval(moe_bias["nll_change"], "+.3f"),
+        *(_interval(arm["accuracy"], ".0%") for arm in (base, static, moe_bias)),
+        *(f"{arm['tokens']['value']:.0f}" for arm in (base, moe_bias)),
+    ]
+
+
+_STEP_ARMS = {
+    "a": "whole vocabulary, through the model",
+    "b": "whole vocabulary, on extracted hidden states",
+    "c": "support of 4,096, on extracted hidden states",
+    "matmul": "(the bare product of hidden states by the support's columns)",
+}
+
+
+def _interval(estimate: dict[str, float], form: str) -> str:
+    value, low, high = (format(estimate[key], form) for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def _times(ratio: dict[str, float]) -> str:
+    digits = 3 if ratio["median"] < 3 else 1
+    return f"{ratio['median']:.{digits}f}x [{ratio['low']:.{digits}f}, {ratio['high']:.{digits}f}]"
+
+
+def _where(record: dict[str, Any]) -> str:
+    machine = record["provenance"]["machine"]
+    hardware = machine["accelerator"] or f"{machine['processor']}, {machine['threads']} threads"
+    return (
+        f"\nMedian over rounds and its 95% interval; {hardware}; torch {record['provenance']['versions']['torch']}.\n"
+    )
+
+
+def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _latest(name: str) -> dict[str, Any]:
+    return _read(max(RECORDS.glob(f"benchmarks/{name}-*.json")))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "decode": decode,
+    "demo-output": demo_output,
+    "demo-tasks": demo_tasks,
+    "train-step": train_step,
+}
