@@ -69,3 +69,13 @@ def test_interrupted_training_keeps_what_it_has(tmp_path, capsys, monkeypatch):
     model, _ = load_model(ModelSettings(device="cpu"))
     layer = find_adapter_head(PeftModel.from_pretrained(model, str(output))).moe_bias_layers["default"]
     assert torch.count_nonzero(layer.experts) > 0
+
+
+@pytest.mark.slow
+def test_the_whole_demo_shows_its_gains_with_intervals_that_exclude_zero(tmp_path):
+    output = tmp_path / "adapter"
+    assert main(["demo", "--output", str(output)]) == 0
+    base, static, moe_bias = json.loads((output / "record.json").read_text())["arms"]
+    assert static["nll_change"]["high"] < 0
+    assert moe_bias["nll_change"]["high"] < 0
+    assert moe_bias["accuracy"]["low"] > base["accuracy"]["high"]

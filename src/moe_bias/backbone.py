@@ -95,6 +95,12 @@ class Head:
         return int(self.module.out_features)  # type: ignore[arg-type]
 
     @property
+    def device(self) -> torch.device:
+        """Where the output embedding computes."""
+        device: torch.device = next(self.module.parameters()).device
+        return device
+
+    @property
     def dtype(self) -> torch.dtype:
         """The type that the output embedding computes in."""
         dtype: torch.dtype = next(self.module.parameters()).dtype
@@ -278,14 +284,17 @@ def _from_pretrained(auto_class: Any, path: str, settings: ModelSettings, **kwar
 
 
 def _device(name: str) -> torch.device:
-    if name != "auto":
-        try:
-            return torch.device(name)
-        except RuntimeError as error:
-            raise UserError(f"--device {name!r} is not a device; use auto, cpu, cuda, cuda:1 or mps") from error
-    if torch.accelerator.is_available():
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
-    return torch.device("cpu")
+    """Raises UserError on a device that there is not, or that lacks the float64 that R and A are kept in."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        raise UserError(
+            f"--device {name!r} is no device of this machine that knows float64; use auto, cpu, cuda or cuda:1"
+        ) from error
+    return device
 
 
 def _probe_logits(vocab_size: int) -> Tensor:

@@ -166,7 +166,7 @@ class ModelSettings(Settings):
     """Which model, where and in which precision."""
 
     model: str = Field(BUNDLED_MODEL, description="Hub id, folder, or 'bundled' (SmolLM2-135M-Instruct)")
-    device: str = Field("auto", description="'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
+    device: str = Field("auto", description="'auto', 'cpu', 'cuda', 'cuda:1'")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="weights' type")
     trust_remote_code: bool = Field(False, description="run code that the model's repository brings")
 

@@ -95,7 +95,7 @@ def _examples(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase) -
 def _trained(frozen: Frozen, prepared: Prepared, settings: DemoSettings, config: LayerConfig) -> MoEBiasLayer:
     torch.manual_seed(settings.seed)
     config = config.model_copy(update={"support": prepared.support})
-    layer = MoEBiasLayer(config, frozen.head.hidden_size, frozen.head.vocab_size)
+    layer = MoEBiasLayer(config, frozen.head.hidden_size, frozen.head.vocab_size).to(frozen.head.device)
     fit(
         layer,
         prepared.train,
@@ -152,5 +152,5 @@ def _policy(layer: MoEBiasLayer | None, head: Head) -> Policy:
 @torch.no_grad()
 def _used_share(layer: MoEBiasLayer, features: Features) -> list[float]:
     """The share of routed slots that goes to each expert on these tokens."""
-    routed_TE = layer.route(features.hidden).gates > 0
+    routed_TE = layer.route(features.hidden.to(layer.experts.device)).gates > 0
     return (routed_TE.sum(0) / routed_TE.sum()).tolist()

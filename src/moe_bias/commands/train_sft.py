@@ -75,7 +75,7 @@ def _fresh_layer(
     prepared: Prepared, head: Head, settings: TrainSFTSettings, console: Console, model_parameters: int
 ) -> MoEBiasLayer:
     torch.manual_seed(settings.seed)
-    layer = MoEBiasLayer(settings.layer_config(prepared.support), head.hidden_size, head.vocab_size)
+    layer = MoEBiasLayer(settings.layer_config(prepared.support), head.hidden_size, head.vocab_size).to(head.device)
     trainable = layer.config.num_parameters(head.hidden_size, head.vocab_size)
     console.print(
         f"{trainable:,} trainable parameters, {trainable / model_parameters:.3%} of the model's {model_parameters:,}; "

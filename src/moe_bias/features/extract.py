@@ -59,6 +59,20 @@ class Features:
             self.support,
         )
 
+    def to(self, device: torch.device) -> Features:
+        """The same features on a device."""
+        rest = RestScalars(self.rest.log_sum_exp.to(device), self.rest.mean_logit.to(device))
+        return Features(
+            self.hidden.to(device),
+            self.token.to(device),
+            self.example.to(device),
+            self.logit.to(device),
+            self.entropy.to(device),
+            rest,
+            self.column.to(device),
+            self.support.to(device),
+        )
+
 
 @dataclass(frozen=True)
 class HiddenTokens:
@@ -94,7 +108,7 @@ def run_backbone(model: nn.Module, examples: Sequence[Example], batch_size: int,
 @torch.no_grad()
 def with_scalars(head: Head, tokens: HiddenTokens, support: Sequence[int], description: str) -> Features:
     """Adds what only the full vocabulary gives, a chunk of tokens at a time."""
-    device = next(head.module.parameters()).device
+    device = head.device
     support_M = torch.tensor(support, device=device)
     entropies, logits, lses, means = [], [], [], []
     with meter(description, len(tokens.token), "tokens") as bar:
@@ -132,7 +146,7 @@ class ForkMass:
 @torch.no_grad()
 def measure_fork_mass(head: Head, hidden_TD: Tensor, share: float = FORK_SHARE) -> ForkMass:
     """Fork mass over the given hidden states; forks are the top `share` of them by base entropy."""
-    device = next(head.module.parameters()).device
+    device = head.device
     chunks = [chunk.to(device, head.dtype) for chunk in hidden_TD.split(CHUNK_TOKENS)]
     threshold = fork_threshold(torch.cat([entropy_from_logits(head.logits(chunk)) for chunk in chunks]), share)
     mass_V = torch.zeros(head.vocab_size, dtype=torch.float64, device=device)

@@ -116,19 +116,19 @@ def _support_from_file(path: Path, vocab_size: int) -> list[int]:
 
 
 def fit(layer: MoEBiasLayer, features: Features, head: Head, settings: TrainingSettings, description: str) -> FitReport:
-    """Trains the layer in place on the features.
+    """Trains the layer in place on the features; it must be where the head is.
 
     Raises UserError where the loss is not finite; the layer then holds the last step's weights.
     """
     layer.calibrate(features.hidden)
-    logits_of = head.columns(features.support)
+    logits_of = head.columns(features.support.to(head.device))
     steps_per_epoch = -(-len(features) // settings.batch_tokens)
     optimizer, schedule = _optimizer(layer, settings, settings.epochs * steps_per_epoch)
     losses: list[Tensor] = []
     with meter(description, settings.epochs * len(features), "tokens") as bar:
         for batch in _batches(features, settings):
             optimizer.zero_grad()
-            loss = supervised_gradients(layer, batch, logits_of, head.transform)
+            loss = supervised_gradients(layer, batch.to(head.device), logits_of, head.transform)
             if not torch.isfinite(loss.total):
                 raise UserError(f"the training loss became {loss.total.item()}; lower --expert-rate or --router-rate")
             torch.nn.utils.clip_grad_norm_(layer.parameters(), settings.max_grad_norm)

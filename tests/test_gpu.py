@@ -1,0 +1,53 @@
+"""What must hold on an accelerator: the same answers as on the CPU, and no adapter left behind there."""
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from conftest import randomise, tiny_model, token_ids
+from moe_bias.adapter import MoEBiasConfig, find_adapter_head
+from moe_bias.backbone import find_head
+from moe_bias.config import LayerConfig, TrainingSettings
+from moe_bias.features.extract import run_backbone, with_scalars
+from moe_bias.layer import MoEBiasLayer
+from moe_bias.rollout.greedy import base_policy, greedy_answers, layer_policy
+from moe_bias.tasks.conversations import Example
+from moe_bias.training.sft import fit
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+SUPPORT = list(range(2, 60))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "granite"])
+def test_adapted_logits_are_those_of_the_cpu(name):
+    adapted = get_peft_model(tiny_model(name), MoEBiasConfig(num_experts=4, support=SUPPORT)).eval()
+    randomise(find_adapter_head(adapted).moe_bias_layers["default"])
+    ids = token_ids()
+    with torch.no_grad():
+        on_cpu = adapted(ids).logits
+        on_gpu = adapted.to("cuda")(ids.cuda()).logits.cpu()
+    torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-3, atol=1e-3)
+
+
+def test_features_training_and_answers_on_the_gpu():
+    model = tiny_model().cuda()
+    head = find_head(model)[1]
+    examples = [Example([5, 6, 7], [8, 9, 2]), Example([5, 9], [11, 8, 2])]
+    features = with_scalars(head, run_backbone(model, examples, 2, "test"), SUPPORT, "test")
+    layer = MoEBiasLayer(LayerConfig(num_experts=4, support=tuple(SUPPORT)), head.hidden_size, head.vocab_size).cuda()
+    report = fit(layer, features, head, TrainingSettings(epochs=40, expert_rate=0.5), "test")
+    assert report.last_nll < float(-features.logit.mean() + features.rest.log_sum_exp.mean())
+    base, adapted = greedy_answers(
+        model,
+        head,
+        [example.prompt_ids for example in examples],
+        [base_policy, layer_policy(layer, head.transform)],
+        stop_ids=[2],
+        max_new_tokens=8,
+        batch_size=2,
+    )
+    assert [answer.token_ids for answer in adapted] == [example.completion_ids[:-1] for example in examples]
+    assert base != adapted
