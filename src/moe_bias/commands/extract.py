@@ -106,6 +106,6 @@ def _summary(manifest: Manifest, folder: Path) -> str:
         total = manifest.tokens + manifest.dropped
         dropped = (
             f"; {manifest.dropped:,} tokens ({manifest.dropped / total:.1%}) of base entropy below "
-            f"{manifest.threshold:.3f} nats were dropped"
+            f"{manifest.threshold} nats were dropped"
         )
     return f"{manifest.tokens:,} tokens kept in {folder}, {in_bytes(manifest.bytes)}{dropped}."

@@ -11,8 +11,8 @@ sample, examples evenly spaced over the whole corpus, the same for every part of
 
 - a support 'auto:M': the ids that must be in, then the corpus's completion tokens by frequency, then
   by fork mass on the sample (`support_for`);
-- the threshold of `keep_top`: the (1 - rho) quantile of base entropy over the sample, rounded to
-  0.001 nat so that machines that round differently agree. Tokens at or above it are kept. The share
+- the threshold of `keep_top`: the (1 - rho) quantile of base entropy over the sample, to four digits so
+  that machines that round differently agree. Tokens at or above it are kept. The share
   that this keeps of the corpus is near rho, not equal to it, and is in the manifest.
 
 Shapes: T tokens, D hidden.
@@ -196,7 +196,7 @@ def _new_manifest(model: nn.Module, head: Head, plan: Plan) -> Manifest:
     if isinstance(support, int) or share is not None:
         hidden_TD = _sample_hidden(model, plan)
         if share is not None:
-            threshold = round(fork_threshold(base_entropies(head, hidden_TD), share), 3)
+            threshold = float(f"{fork_threshold(base_entropies(head, hidden_TD), share):.4g}")
         if isinstance(support, int):
             support = support_for(measure_fork_mass(head, hidden_TD), plan.targets, support, plan.choices.always)
     return Manifest(
