@@ -176,7 +176,7 @@ COMMANDS = (
     Command("demo", DemoSettings, _demo),
     Command("train sft", TrainSFTSettings, _train_sft),
     Command("extract", ExtractSettings, _extract),
-    Command("verify", VerifySettings, _verify, argument="DIR"),
+    Command("verify", VerifySettings, _verify, argument="STORE"),
     Command("generate", GenerateSettings, _generate, argument="PROMPT"),
     Command("params", ParamsSettings, _params),
     Command("inspect", InspectSettings, _inspect, argument="ADAPTER"),

@@ -185,8 +185,16 @@ class _Pace:
         self.batches, self.done = self.batches + 1, self.done + tokens
         if self.batches == ESTIMATE_BATCHES and self.done < self.tokens:
             rate = self.done / (time.monotonic() - self.start)
-            minutes = (self.tokens - self.done) / rate / 60
-            self.bar.say(f"{rate:,.0f} tokens/s with their prompts: about {minutes:.1f} minutes more are expected")
+            more = _in_time((self.tokens - self.done) / rate)
+            self.bar.say(f"{rate:,.0f} tokens/s, prompts counted: about {more} more are expected")
+
+
+def _in_time(seconds: float) -> str:
+    """A duration in the largest unit that leaves a number above 1.5."""
+    for unit, size in (("hours", 3600), ("minutes", 60)):
+        if seconds > 1.5 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
 
 
 def _new_manifest(model: nn.Module, head: Head, plan: Plan) -> Manifest:
