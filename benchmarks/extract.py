@@ -7,8 +7,9 @@ Arms, each over the same examples in the same batches, completion tokens through
     extract   the whole of `moe-bias extract`: entropy, log Z, R, A, realised logit, a shard on disk
 
 Target: extract at 0.9 of matmul or more; matmul is its limit. Tokens are those of prompts and
-completions together. Memory is the peak of a process of its own, also for examples four times as
-long and a quarter as many in a batch: logits are held for a chunk of tokens, whatever the length.
+completions together. Memory is the peak above the loaded model, in a process of its own, also for
+examples four times as long and a quarter as many in a batch: logits are held for a chunk of tokens,
+whatever the length. Without an accelerator it is read from Linux's /proc.
 
     uv run python benchmarks/extract.py [--rounds 7] [--examples 32] [--length 192] [--batch-size 16]
 """
@@ -17,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -55,7 +55,9 @@ def main() -> None:
     rates = take_turns(build_arms(options), options.rounds)
     ratios = {name: ratio(rates, name, "matmul") for name in ARMS}
     peaks = {name: {"short": _peak_of(name, options, 1), "long": _peak_of(name, options, 4)} for name in ARMS}
-    print("tokens/s over those of backbone and one matmul; peak MiB, and with examples four times as long")
+    print(
+        "tokens/s over those of backbone and one matmul; peak MiB above the model, and with examples four times as long"
+    )
     for name, value in ratios.items():
         print(f"  {name:<9} {value}  {peaks[name]['short']:8.0f}  {peaks[name]['long']:8.0f}")
     write_record(
@@ -134,20 +136,23 @@ def _peak_of(name: str, options: argparse.Namespace, times: int) -> float:
 
 
 def _print_peak(options: argparse.Namespace) -> None:
-    """After the arm ran once, so that what loading the model took does not count."""
+    """What one run of the arm takes at most above the loaded model, in MiB."""
     arm = build_arms(options)[options.memory_of]
-    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         arm()
-        print(torch.cuda.max_memory_allocated() / 2**20)
-    elif clear.exists():
-        clear.write_text("5")  # the kernel's word for: forget the peak
-        arm()
-        print(int(status.read_text().partition("VmHWM:")[2].split()[0]) / 2**10)
+        print((torch.cuda.max_memory_allocated() - before) / 2**20)
     else:
+        Path("/proc/self/clear_refs").write_text("5")  # the kernel's word for: forget the peak
+        before = _of_process("VmRSS")
         arm()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+        print((_of_process("VmHWM") - before) / 2**10)
+
+
+def _of_process(name: str) -> int:
+    """KiB, as Linux counts them."""
+    return int(Path("/proc/self/status").read_text().partition(f"{name}:")[2].split()[0])
 
 
 if __name__ == "__main__":
