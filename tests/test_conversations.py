@@ -9,6 +9,7 @@ from moe_bias.tasks.conversations import (
     Conversation,
     ask,
     encode,
+    encode_all,
     encode_prompt,
     end_of_turn,
     prompt_text,
@@ -57,6 +58,31 @@ def test_too_long_is_cut_and_a_prompt_without_room_gives_none(tokenizer):
     prompt_length = len(encode_prompt(ask("how many"), tokenizer))
     assert encode(ask("how many", "so two"), tokenizer, prompt_length + 1).completion_ids == ids("so")
     assert encode(ask("how many", "so two"), tokenizer, prompt_length) is None
+
+
+def test_without_a_prompt_the_first_token_stands_for_one(tokenizer):
+    def plain(completion):
+        return Conversation(({"role": "user", "content": ""},), completion, is_chat=False)
+
+    example = encode(plain("how many"), tokenizer, 100)
+    assert (example.prompt_ids, example.completion_ids) == (ids("how"), ids("many <eos>"))
+    tokenizer.eos_token = None
+    assert encode(plain("how"), tokenizer, 100) is None
+
+
+def test_all_rows_are_counted(tokenizer):
+    room = len(encode_prompt(ask("how many"), tokenizer)) + 2
+    conversations = [
+        ask("how many", "two"),
+        ask("how many two three", "so"),
+        ask("how many", "so two"),
+        ask("how", "so"),
+    ]
+    corpus = encode_all(conversations, tokenizer, room)
+    assert corpus.rows == [0, 2, 3]
+    assert [len(example.completion_ids) for example in corpus.examples] == [2, 2, 2]
+    assert [example.is_cut for example in corpus.examples] == [False, True, False]
+    assert (corpus.left_out, corpus.cut) == (1, 1)
 
 
 def test_chat_without_a_template_is_refused(tokenizer):

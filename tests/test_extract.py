@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from conftest import VOCABULARY, tiny_model
-from moe_bias.backbone import find_head
+from moe_bias.backbone import Head, find_head
+from moe_bias.features import extract
 from moe_bias.features.extract import (
     fork_coverage,
     measure_fork_mass,
@@ -40,6 +41,23 @@ def test_features_are_what_the_model_computes_for_each_completion_token(name, ba
             mean = (logits_V[rest].softmax(-1) * logits_V[rest]).sum()
             torch.testing.assert_close(features.rest.mean_logit[row], mean, rtol=1e-5, atol=1e-5)
             row += 1
+
+
+@pytest.mark.parametrize("elements", [1, 4 * VOCABULARY])
+def test_logits_are_held_for_a_chunk_of_tokens(monkeypatch, elements):
+    model = tiny_model()
+    head = find_head(model)[1]
+    tokens = run_backbone(model, EXAMPLES, 3, "test")
+    whole = with_scalars(head, tokens, SUPPORT, "test")
+    monkeypatch.setitem(extract.LOGIT_ELEMENTS, "cpu", elements)
+    held = []
+    logits = Head.logits
+    monkeypatch.setattr(Head, "logits", lambda head, hidden: held.append(len(hidden)) or logits(head, hidden))
+    chunked = with_scalars(head, tokens, SUPPORT, "test")
+    assert max(held) == max(elements // VOCABULARY, 1)
+    for name in ("logit", "entropy", "log_partition"):
+        torch.testing.assert_close(getattr(chunked, name), getattr(whole, name))
+    assert whole.position.tolist() == [0, 1, 2, 0, 1, 0]
 
 
 def test_support_holds_what_it_must_then_frequent_targets_then_fork_mass():

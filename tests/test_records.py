@@ -1,8 +1,10 @@
+import errno
 import json
+import os
 
 import pytest
 
-from moe_bias.records import provenance, write_json
+from moe_bias.records import provenance, write_json, write_whole
 
 
 def test_written_whole_and_readable(tmp_path):
@@ -18,6 +20,19 @@ def test_what_cannot_be_written_leaves_the_old_file(tmp_path):
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_a_disk_that_takes_no_more_leaves_the_old_file_and_no_half(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_whole(path, b"old")
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(path, b"new")
+    assert [(entry.name, entry.read_bytes()) for entry in tmp_path.iterdir()] == [("file", b"old")]
+
+
+def failing(descriptor):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_provenance_names_versions_and_machine():

@@ -7,9 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moe_bias import support
+from moe_bias.layer import entropy_from_logits
 from moe_bias.support import (
+    BaseScalars,
     PolicyStats,
     RestScalars,
+    base_scalars,
     choose_support,
     coverage,
     fork_mass,
@@ -21,6 +25,7 @@ from moe_bias.support import (
     reduced_stats,
     rest_mask,
     rest_scalars,
+    split_vocabulary,
 )
 
 quick = settings(max_examples=60, deadline=None)
@@ -138,6 +143,58 @@ def test_log_prob_and_partition_agree(case):
     )
     assert shift_T.isfinite().all()
     torch.testing.assert_close(shift_T.double() + relative_T.double(), case.stats().log_partition)
+
+
+def fast_scalars(logits_TV: Tensor, support_M: Tensor) -> BaseScalars:
+    return base_scalars(logits_TV, split_vocabulary(support_M, logits_TV.shape[-1]))
+
+
+def plain_scalars(logits_TV: Tensor, support_M: Tensor) -> BaseScalars:
+    return BaseScalars(entropy_from_logits(logits_TV), logits_TV.logsumexp(-1), rest_scalars(logits_TV, support_M))
+
+
+def assert_base_scalars_are_as_good(logits_TV: Tensor, support_M: Tensor) -> None:
+    found, naive = fast_scalars(logits_TV, support_M), plain_scalars(logits_TV, support_M)
+    exact = plain_scalars(logits_TV.double(), support_M)
+    assert_as_good_as_naive(found.entropy, naive.entropy, exact.entropy)
+    assert_as_good_as_naive(found.log_partition, naive.log_partition, exact.log_partition)
+    for name in ("log_sum_exp", "mean_logit"):
+        assert_as_good_as_naive(*(getattr(scalars.rest, name) for scalars in (found, naive, exact)))
+
+
+@quick
+@given(cases(), st.sampled_from([1, 2**18]))
+def test_base_scalars_are_as_good_as_the_plain_ones(case, piece):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(support.PIECE_ELEMENTS, "cpu", piece)
+        assert_base_scalars_are_as_good(case.logits_TV, case.support_M)
+
+
+@quick
+@given(cases())
+def test_base_scalars_in_float64_are_the_plain_ones(case):
+    found, expected = (of(case.logits_TV.double(), case.support_M) for of in (fast_scalars, plain_scalars))
+    tight = {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(found.entropy, expected.entropy, **tight)
+    torch.testing.assert_close(found.log_partition, expected.log_partition, **tight)
+    torch.testing.assert_close(found.rest.log_sum_exp, expected.rest.log_sum_exp, **tight)
+    torch.testing.assert_close(found.rest.mean_logit, expected.rest.mean_logit, **tight)
+
+
+@pytest.mark.parametrize("lower", [20.0, 90.0, 200.0, 1e4])
+def test_base_scalars_of_a_rest_of_next_to_no_mass(lower):
+    # From 104 nats below the largest, float32 knows no exp of the rest: only its own shift keeps R and A.
+    logits_TV = torch.randn(4, 300)
+    logits_TV[:, 10:] -= lower
+    assert_base_scalars_are_as_good(logits_TV, torch.arange(10))
+    assert_base_scalars_are_as_good(logits_TV, torch.arange(10, 300))
+
+
+def test_base_scalars_of_half_precision_are_summed_in_float32():
+    logits_TV, support_M = torch.randn(4, 5000).bfloat16(), torch.arange(50)
+    found, expected = fast_scalars(logits_TV, support_M), fast_scalars(logits_TV.float(), support_M)
+    assert torch.equal(found.entropy, expected.entropy)
+    assert torch.equal(found.rest.log_sum_exp, expected.rest.log_sum_exp)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -22,6 +22,7 @@ from pydantic_settings import CliSettingsSource, SettingsError
 
 from moe_bias.config import (
     DemoSettings,
+    ExtractSettings,
     GenerateSettings,
     InspectSettings,
     Interrupted,
@@ -29,6 +30,7 @@ from moe_bias.config import (
     Settings,
     TrainSFTSettings,
     UserError,
+    VerifySettings,
     describe_error,
     describe_unreadable,
 )
@@ -138,6 +140,18 @@ def _train_sft(settings: TrainSFTSettings) -> None:
     train_sft.run(settings)
 
 
+def _extract(settings: ExtractSettings) -> None:
+    from moe_bias.commands import extract
+
+    extract.run(settings)
+
+
+def _verify(settings: VerifySettings) -> None:
+    from moe_bias.commands import verify
+
+    verify.run(settings)
+
+
 def _generate(settings: GenerateSettings) -> None:
     from moe_bias.commands import generate
 
@@ -161,6 +175,8 @@ GROUPS = {"train": "Train an adapter."}
 COMMANDS = (
     Command("demo", DemoSettings, _demo),
     Command("train sft", TrainSFTSettings, _train_sft),
+    Command("extract", ExtractSettings, _extract),
+    Command("verify", VerifySettings, _verify, argument="STORE"),
     Command("generate", GenerateSettings, _generate, argument="PROMPT"),
     Command("params", ParamsSettings, _params),
     Command("inspect", InspectSettings, _inspect, argument="ADAPTER"),

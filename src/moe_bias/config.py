@@ -14,7 +14,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 from pydantic_settings import (
     BaseSettings,
@@ -206,6 +215,47 @@ class TrainSFTSettings(ModelSettings, TrainingSettings):
     held_out: float = Field(0.05, gt=0, lt=1, description="share of the examples kept out for measuring")
     max_length: int = Field(2048, ge=2, description="longer examples are cut here")
     batch_size: int = Field(16, ge=1, description="examples in one forward pass")
+
+
+class ExtractSettings(ModelSettings):
+    """Run the model over a corpus once and keep what training needs of it on disk."""
+
+    data: str = Field(description="JSON Lines file or Hub data set of prompts and answers")
+    split: str = Field("train", description="split of a Hub data set")
+    output: Path = Field(description="folder of the feature store; one that was begun there is continued")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="type that hidden states are kept in; 'auto': the type the model computes in"
+    )
+    support: str = Field(
+        "auto:4096", description="'auto:M', 'all', a JSON file of token ids, or a feature store whose support to take"
+    )
+    keep_top: float | None = Field(
+        None, gt=0, le=1, description="keep only about this share of the tokens, those of highest base entropy"
+    )
+    shard: str = Field("1/1", description="extract part i of n of the corpus, written i/n; join parts by listing them")
+    shard_tokens: int = Field(32768, ge=1, description="completion tokens that close a file of the store")
+    max_length: int = Field(2048, ge=2, description="longer examples are cut here, or at the model's context")
+    batch_size: int = Field(16, ge=1, description="examples in one forward pass")
+
+    @field_validator("shard")
+    @classmethod
+    def _part_of_whole(cls, text: str) -> str:
+        number, slash, parts = text.partition("/")
+        if not (slash and number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
+            raise ValueError("write i/n with i from 1 to n, such as 2/4")
+        return text
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """`shard` as (i, n)."""
+        number, _, parts = self.shard.partition("/")
+        return int(number), int(parts)
+
+
+class VerifySettings(Settings):
+    """Read a feature store whole and compare the checksums of its shards."""
+
+    store: CliPositionalArg[Path] = Field(description="folder of a feature store")
 
 
 class GenerateSettings(ModelSettings):

@@ -36,6 +36,10 @@ class Meter:
         """Replaces the words beside the bar."""
         self.progress.update(self.task, note=text)
 
+    def say(self, sentence: str) -> None:
+        """Prints a line that stays, above the bar."""
+        self.progress.console.print(sentence, highlight=False, soft_wrap=True)
+
 
 @contextmanager
 def meter(description: str, total: float, unit: str) -> Iterator[Meter]:

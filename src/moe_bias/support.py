@@ -13,6 +13,10 @@ the adapted policy needs only the support's columns (u' = u + d on S):
     H(pi')    = log Z' - (exp(R - log Z') A + sum_S exp(u' - log Z') u')
     KL(pi'|q) = sum_S exp(u' - log Z') d - (log Z' - log Z)
 
+`base_scalars` takes R, A, log Z and the base entropy in one pass with one exponential a logit: support and
+rest are summed apart, each relative to its own largest logit, so that neither is lost beside the other, and
+every sum is of one sign. `rest_scalars` and `layer.entropy_from_logits` are its plain references.
+
 Everything is computed relative to one shift per token, near the largest adapted logit. R and A, and
 where entropy and KL are wanted also u + d - shift and log(pi'/q), are taken in float64: at logits of
 1e4 float32 alone would lose three decimals that the result keeps. KL is summed over log(pi'/q), which
@@ -37,6 +41,8 @@ from moe_bias.layer import LOWEST_LOG_PROB, at_least_float32, entropy_from_logit
 
 FORK_SHARE = 0.2
 """rho: forks are the positions in the top 20% of base entropy (arXiv 2506.01939)."""
+PIECE_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
+"""Logits that `base_scalars` works on at once: 1 MiB on a CPU, whose cache then holds every temporary."""
 _ROUNDING = 1e-6
 """0.07 * 100 is 7.000000000000001: without this allowance its rank would be 8."""
 
@@ -47,6 +53,28 @@ class RestScalars:
 
     log_sum_exp: Tensor
     mean_logit: Tensor
+
+
+@dataclass(frozen=True)
+class BaseScalars:
+    """Of the base distribution, each (T,): entropy in nats (float32 or better), log Z (float64), R and A."""
+
+    entropy: Tensor
+    log_partition: Tensor
+    rest: RestScalars
+
+
+@dataclass(frozen=True)
+class VocabularySplit:
+    """Support and rest as one pass reads them: the smaller part is gathered, the other masked out of the whole.
+
+    `gathered` (N,) int64: ids of the smaller part; `penalty` (V,) float32: -inf at those ids, 0
+    elsewhere; `rest_is_gathered`: which of the two the smaller part is.
+    """
+
+    gathered: Tensor
+    penalty: Tensor
+    rest_is_gathered: bool
 
 
 @dataclass(frozen=True)
@@ -78,6 +106,69 @@ def rest_scalars(logits_TV: Tensor, support_M: Tensor) -> RestScalars:
     share_TR = (relative_TR - log_sum_T[:, None]).exp()
     mean_T = torch.where(share_TR > 0, share_TR * relative_TR, 0).sum(-1)
     return RestScalars(log_sum_T.double() + shift_T.double(), mean_T.double() + shift_T.double())
+
+
+def split_vocabulary(support_M: Tensor, vocab_size: int) -> VocabularySplit:
+    """The parts that `base_scalars` sums apart, on the support's device."""
+    off_support_V = rest_mask(support_M, vocab_size)
+    rest_is_gathered = 2 * len(support_M) > vocab_size
+    gathered_V = off_support_V if rest_is_gathered else ~off_support_V
+    penalty_V = torch.zeros(vocab_size, device=support_M.device).masked_fill(gathered_V, -math.inf)
+    return VocabularySplit(gathered_V.nonzero().squeeze(-1), penalty_V, rest_is_gathered)
+
+
+def base_scalars(logits_TV: Tensor, split: VocabularySplit) -> BaseScalars:
+    """Entropy, log Z, R and A from the full scaled logits, without gradient. -inf logits count as probability 0."""
+    size = PIECE_ELEMENTS.get(logits_TV.device.type, PIECE_ELEMENTS["cuda"])
+    pieces = logits_TV.detach().split(max(size // logits_TV.shape[-1], 1))
+    entropy, log_partition, log_sum_exp, mean_logit = zip(
+        *(_piece_scalars(piece, split) for piece in pieces), strict=True
+    )
+    return BaseScalars(
+        torch.cat(entropy), torch.cat(log_partition), RestScalars(torch.cat(log_sum_exp), torch.cat(mean_logit))
+    )
+
+
+@dataclass(frozen=True)
+class _PartSums:
+    """Of one part's logits z, each (T,): their largest, `mass = sum e^c` and `moment = sum e^c c`, c = z - largest."""
+
+    largest: Tensor
+    mass: Tensor
+    moment: Tensor
+
+
+def _piece_scalars(logits_TV: Tensor, split: VocabularySplit) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Entropy, log Z, R and A of a few tokens."""
+    logits_TV = at_least_float32(logits_TV)
+    gathered = _part_sums(logits_TV.index_select(-1, split.gathered))
+    masked = _part_sums(logits_TV + split.penalty)
+    rest = gathered if split.rest_is_gathered else masked
+    largest_T = _finite(torch.maximum(gathered.largest, masked.largest))
+    mass_T, moment_T = torch.zeros_like(largest_T), torch.zeros_like(largest_T)
+    for part in (gathered, masked):
+        lower_T = (part.largest - largest_T).clamp(min=LOWEST_LOG_PROB)
+        mass_T += lower_T.exp() * part.mass
+        moment_T += lower_T.exp() * (part.moment + lower_T * part.mass)
+    log_mass_T, shift_T = mass_T.log(), _finite(rest.largest).double()
+    mean_T = torch.where(rest.mass > 0, rest.moment / rest.mass, 0)
+    return (
+        log_mass_T - moment_T / mass_T,
+        log_mass_T.double() + largest_T.double(),
+        rest.mass.log().double() + shift_T,
+        mean_T.double() + shift_T,
+    )
+
+
+def _part_sums(logits_TN: Tensor) -> _PartSums:
+    """Overwrites the logits. A part without tokens, or of -inf alone, has no mass."""
+    if logits_TN.shape[-1] == 0:
+        nothing_T = logits_TN.new_zeros(len(logits_TN))
+        return _PartSums(nothing_T - math.inf, nothing_T, nothing_T)
+    largest_T = logits_TN.amax(-1)
+    centred_TN = logits_TN.sub_(_finite(largest_T)[:, None]).clamp_(min=LOWEST_LOG_PROB)
+    mass_TN = centred_TN.exp()
+    return _PartSums(largest_T, mass_TN.sum(-1), torch.linalg.vecdot(mass_TN, centred_TN))
 
 
 def reduced_log_partition(logits_TM: Tensor, move_TM: Tensor, rest: RestScalars) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,10 @@
 """One pass of the frozen model: hidden states of the completions, with the scalars training needs.
 
 What is kept of a token t that counts (a completion token): the hidden state that predicts it, its
-id and base logit, the base entropy, the rest scalars R and A (see `support`), and which example it
-is of. The backbone is not needed again.
+id and base logit, the base entropy, log Z, the rest scalars R and A (see `support`), which example it
+is of and its place there. The backbone is not needed again.
 
-Shapes: T tokens, D hidden, V vocabulary, M support.
+Shapes: T tokens, C a chunk of them, D hidden, V vocabulary, M support.
 """
 
 from __future__ import annotations
@@ -18,26 +18,40 @@ from torch import Tensor, nn
 from moe_bias.backbone import Head, hidden_states
 from moe_bias.layer import at_least_float32, entropy_from_logits
 from moe_bias.progress import meter
-from moe_bias.support import FORK_SHARE, RestScalars, choose_support, coverage, fork_mass, fork_threshold, rest_scalars
+from moe_bias.support import (
+    FORK_SHARE,
+    BaseScalars,
+    RestScalars,
+    VocabularySplit,
+    base_scalars,
+    choose_support,
+    coverage,
+    fork_mass,
+    fork_threshold,
+    split_vocabulary,
+)
 from moe_bias.tasks.conversations import Example
 
-CHUNK_TOKENS = 256
-"""Full-vocabulary logits are held for this many tokens at a time."""
+LOGIT_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
+"""Full-vocabulary logits that are held at once, by kind of device: memory grows with neither V nor length."""
 
 
 @dataclass(frozen=True)
 class Features:
     """What training and measuring read instead of the backbone.
 
-    hidden (T, D) float32; token, example (T,) int64; logit, entropy (T,) float32; rest: float64;
-    column (T,) int64, the token's place in the support or -1; support (M,) int64.
+    hidden (T, D) float32, or bfloat16 where a store keeps it so; token, example (T,) int64; position
+    (T,) int64, the token's place in its completion; logit, entropy (T,) float32; log_partition (T,)
+    and rest: float64; column (T,) int64, the token's place in the support or -1; support (M,) int64.
     """
 
     hidden: Tensor
     token: Tensor
     example: Tensor
+    position: Tensor
     logit: Tensor
     entropy: Tensor
+    log_partition: Tensor
     rest: RestScalars
     column: Tensor
     support: Tensor
@@ -47,14 +61,15 @@ class Features:
 
     def at(self, index: Tensor | slice) -> Features:
         """The given tokens; a slice copies nothing."""
-        rest = RestScalars(self.rest.log_sum_exp[index], self.rest.mean_logit[index])
         return Features(
             self.hidden[index],
             self.token[index],
             self.example[index],
+            self.position[index],
             self.logit[index],
             self.entropy[index],
-            rest,
+            self.log_partition[index],
+            RestScalars(self.rest.log_sum_exp[index], self.rest.mean_logit[index]),
             self.column[index],
             self.support,
         )
@@ -85,54 +100,98 @@ class HiddenTokens:
 
 def batches_by_length(examples: Sequence[Example], batch_size: int) -> Iterator[list[int]]:
     """Indices of examples in batches of like length, longest first, so that memory is seen to fit."""
-    lengths = [len(example.prompt_ids) + len(example.completion_ids) for example in examples]
-    order = sorted(range(len(examples)), key=lambda index: -lengths[index])
+    order = sorted(range(len(examples)), key=lambda index: -len(examples[index]))
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
 
 
 def run_backbone(model: nn.Module, examples: Sequence[Example], batch_size: int, description: str) -> HiddenTokens:
     """Runs the backbone over the examples and keeps the hidden states that predict completion tokens."""
-    total = sum(len(example.prompt_ids) + len(example.completion_ids) for example in examples)
     parts: dict[int, Tensor] = {}
-    with meter(description, total, "tokens") as bar:
+    with meter(description, sum(len(example) for example in examples), "tokens") as bar:
         for batch in batches_by_length(examples, batch_size):
-            for index, hidden_TD in zip(batch, _completion_hidden(model, [examples[i] for i in batch]), strict=True):
-                parts[index] = hidden_TD
-            bar.advance(sum(len(examples[i].prompt_ids) + len(examples[i].completion_ids) for i in batch))
+            for index, hidden_TD in zip(batch, completion_hidden(model, [examples[i] for i in batch]), strict=True):
+                parts[index] = at_least_float32(hidden_TD).cpu()
+            bar.advance(sum(len(examples[i]) for i in batch))
     tokens = [torch.tensor(example.completion_ids) for example in examples]
     numbers = torch.arange(len(examples)).repeat_interleave(torch.tensor([len(part) for part in tokens]))
     return HiddenTokens(torch.cat([parts[index] for index in range(len(examples))]), torch.cat(tokens), numbers)
 
 
-@torch.no_grad()
 def with_scalars(head: Head, tokens: HiddenTokens, support: Sequence[int], description: str) -> Features:
     """Adds what only the full vocabulary gives, a chunk of tokens at a time."""
-    device = head.device
-    support_M = torch.tensor(support, device=device)
-    entropies, logits, lses, means = [], [], [], []
+    split = split_vocabulary(torch.tensor(support, device=head.device), head.vocab_size)
+    parts = []
     with meter(description, len(tokens.token), "tokens") as bar:
-        for chunk in torch.arange(len(tokens.token)).split(CHUNK_TOKENS):
-            logits_TV = head.logits(tokens.hidden[chunk].to(device, head.dtype))
-            rest = rest_scalars(logits_TV, support_M)
-            entropies.append(entropy_from_logits(logits_TV).cpu())
-            logits.append(logits_TV.gather(-1, tokens.token[chunk].to(device)[:, None]).squeeze(-1).cpu())
-            lses.append(rest.log_sum_exp.cpu())
-            means.append(rest.mean_logit.cpu())
-            bar.advance(len(chunk))
-    rest = RestScalars(torch.cat(lses), torch.cat(means))
-    column_V = torch.full((head.vocab_size,), -1)
-    column_V[support_M.cpu()] = torch.arange(len(support))
+        for rows in torch.arange(len(tokens.token)).split(chunk_rows(head)):
+            hidden_TD = tokens.hidden[rows].to(head.device)
+            parts.append(token_scalars(head, hidden_TD, tokens.token[rows].to(head.device), split))
+            bar.advance(len(rows))
+    scalars = concatenated(parts)
+    support_M = torch.tensor(support)
     return Features(
         tokens.hidden,
         tokens.token,
         tokens.example,
-        torch.cat(logits),
-        torch.cat(entropies),
-        rest,
-        column_V[tokens.token],
-        support_M.cpu(),
+        place_in_example(tokens.example),
+        scalars.logit,
+        scalars.base.entropy,
+        scalars.base.log_partition,
+        scalars.base.rest,
+        support_columns(support_M, head.vocab_size)[tokens.token],
+        support_M,
     )
+
+
+@dataclass(frozen=True)
+class TokenScalars:
+    """The realised tokens' base logits (T,) float32, and the base distribution's scalars; on the CPU."""
+
+    logit: Tensor
+    base: BaseScalars
+
+
+@torch.no_grad()
+def token_scalars(head: Head, hidden_TD: Tensor, token_T: Tensor, split: VocabularySplit) -> TokenScalars:
+    """Scalars of hidden states and tokens on the head's device, logits held for a chunk of them at a time."""
+    rows = chunk_rows(head)
+    parts = []
+    for hidden_CD, token_C in zip(hidden_TD.split(rows), token_T.split(rows), strict=True):
+        logits_CV = head.logits(hidden_CD.to(head.dtype))
+        logit_C = logits_CV.gather(-1, token_C[:, None]).squeeze(-1)
+        parts.append(TokenScalars(logit_C, base_scalars(logits_CV, split)))
+    return concatenated(parts)
+
+
+def concatenated(parts: Sequence[TokenScalars]) -> TokenScalars:
+    """The parts as one, on the CPU."""
+    bases = [part.base for part in parts]
+    rest = RestScalars(
+        torch.cat([base.rest.log_sum_exp for base in bases]).cpu(),
+        torch.cat([base.rest.mean_logit for base in bases]).cpu(),
+    )
+    entropy = torch.cat([base.entropy for base in bases]).cpu()
+    log_partition = torch.cat([base.log_partition for base in bases]).cpu()
+    return TokenScalars(torch.cat([part.logit for part in parts]).cpu(), BaseScalars(entropy, log_partition, rest))
+
+
+def chunk_rows(head: Head) -> int:
+    """Tokens whose full-vocabulary logits are held at once."""
+    size = LOGIT_ELEMENTS.get(head.device.type, LOGIT_ELEMENTS["cuda"])
+    return max(size // head.vocab_size, 1)
+
+
+def support_columns(support_M: Tensor, vocab_size: int) -> Tensor:
+    """(V,) int64: each token's place in the support, -1 off it."""
+    column_V = torch.full((vocab_size,), -1)
+    column_V[support_M] = torch.arange(len(support_M))
+    return column_V
+
+
+def place_in_example(example_T: Tensor) -> Tensor:
+    """(T,) int64: how many tokens of the same example stand before each; an example's tokens stand together."""
+    counts: Tensor = example_T.unique_consecutive(return_counts=True)[1]
+    return torch.arange(len(example_T)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
 
 
 @dataclass(frozen=True)
@@ -146,13 +205,18 @@ class ForkMass:
 @torch.no_grad()
 def measure_fork_mass(head: Head, hidden_TD: Tensor, share: float = FORK_SHARE) -> ForkMass:
     """Fork mass over the given hidden states; forks are the top `share` of them by base entropy."""
-    device = head.device
-    chunks = [chunk.to(device, head.dtype) for chunk in hidden_TD.split(CHUNK_TOKENS)]
-    threshold = fork_threshold(torch.cat([entropy_from_logits(head.logits(chunk)) for chunk in chunks]), share)
-    mass_V = torch.zeros(head.vocab_size, dtype=torch.float64, device=device)
-    for chunk in chunks:
-        mass_V += fork_mass(head.logits(chunk), threshold)
+    threshold = fork_threshold(base_entropies(head, hidden_TD), share)
+    mass_V = torch.zeros(head.vocab_size, dtype=torch.float64, device=head.device)
+    for chunk in hidden_TD.split(chunk_rows(head)):
+        mass_V += fork_mass(head.logits(chunk.to(head.device, head.dtype)), threshold)
     return ForkMass(mass_V.cpu(), threshold)
+
+
+@torch.no_grad()
+def base_entropies(head: Head, hidden_TD: Tensor) -> Tensor:
+    """Base entropy (T,) in nats of each hidden state, on the CPU."""
+    chunks = hidden_TD.split(chunk_rows(head))
+    return torch.cat([entropy_from_logits(head.logits(chunk.to(head.device, head.dtype))).cpu() for chunk in chunks])
 
 
 def support_for(forks: ForkMass, targets: Tensor, size: int, always: Sequence[int]) -> list[int]:
@@ -168,8 +232,8 @@ def fork_coverage(forks: ForkMass, support: Sequence[int]) -> float:
     return coverage(forks.mass, support)
 
 
-def _completion_hidden(model: nn.Module, examples: Sequence[Example]) -> Iterator[Tensor]:
-    """For each example, hidden states (T, D) float32 at the positions that predict its completion."""
+def completion_hidden(model: nn.Module, examples: Sequence[Example]) -> Iterator[Tensor]:
+    """For each example, hidden states (T, D) at the positions that predict its completion, as the model has them."""
     device = next(model.parameters()).device
     rows = [torch.tensor(example.prompt_ids + example.completion_ids) for example in examples]
     input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
@@ -177,5 +241,4 @@ def _completion_hidden(model: nn.Module, examples: Sequence[Example]) -> Iterato
     mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
     hidden_BLD = hidden_states(model, input_ids.to(device), mask.to(device))
     for hidden_LD, example, length in zip(hidden_BLD, examples, lengths.tolist(), strict=True):
-        first = len(example.prompt_ids) - 1
-        yield at_least_float32(hidden_LD[first : length - 1]).cpu()
+        yield hidden_LD[len(example.prompt_ids) - 1 : length - 1]

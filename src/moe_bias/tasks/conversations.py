@@ -41,10 +41,28 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and its completion as token ids; the completion ends with the end-of-turn token."""
+    """A prompt and its completion as token ids; the completion ends with the end-of-turn token unless it was cut."""
 
     prompt_ids: list[int]
     completion_ids: list[int]
+    is_cut: bool = False
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.completion_ids)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Encoded examples, the row (from 0) each comes from, and how many rows gave none for lack of room."""
+
+    examples: list[Example]
+    rows: list[int]
+    left_out: int
+
+    @property
+    def cut(self) -> int:
+        """Completions that the length limit cut."""
+        return sum(example.is_cut for example in self.examples)
 
 
 def ask(question: str, answer: str = "") -> Conversation:
@@ -85,15 +103,25 @@ def encode_prompt(conversation: Conversation, tokenizer: PreTrainedTokenizerBase
 def encode(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Example | None:
     """Token ids of prompt and completion, cut to `max_length` together.
 
-    None where the prompt alone leaves no room for a completion.
+    None where the prompt alone leaves no room for a completion. Without any prompt token nothing
+    predicts the completion's first token, which then stands as the prompt.
     """
     prompt_ids = encode_prompt(conversation, tokenizer)
-    room = max_length - len(prompt_ids)
-    if room < 1:
-        return None
     completion_ids: list[int] = tokenizer(conversation.completion, add_special_tokens=False).input_ids
-    end = end_of_turn(conversation, tokenizer)
-    return Example(prompt_ids, (completion_ids + end)[:room])
+    completion_ids = completion_ids + end_of_turn(conversation, tokenizer)
+    if not prompt_ids:
+        prompt_ids, completion_ids = completion_ids[:1], completion_ids[1:]
+    room = max_length - len(prompt_ids)
+    if room < 1 or not completion_ids:
+        return None
+    return Example(prompt_ids, completion_ids[:room], is_cut=len(completion_ids) > room)
+
+
+def encode_all(conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Corpus:
+    """Every conversation that has room for a completion."""
+    encoded = [encode(conversation, tokenizer, max_length) for conversation in conversations]
+    found = [(row, example) for row, example in enumerate(encoded) if example is not None]
+    return Corpus([example for _, example in found], [row for row, _ in found], len(encoded) - len(found))
 
 
 def end_of_turn(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> list[int]:

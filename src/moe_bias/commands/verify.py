@@ -1,0 +1,21 @@
+"""`moe-bias verify`: are the shards of a feature store what was written?"""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from moe_bias.config import VerifySettings
+from moe_bias.features.store import FeatureStore
+from moe_bias.features.writer import in_bytes
+
+
+def run(settings: VerifySettings) -> None:
+    """Raises UserError naming the damaged shards."""
+    store = FeatureStore.open(settings.store)
+    store.verify()
+    manifest = store.manifest
+    Console().print(
+        f"{len(manifest.shards)} shards, {len(store):,} tokens, {in_bytes(manifest.bytes)}: every checksum fits.",
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,300 @@
+"""Making a feature store: one pass of the frozen model over a corpus, shard by shard.
+
+A shard is a run of consecutive examples, so what it holds depends on them and on the settings alone,
+not on what was done before: that is why a killed run, continued, ends with the same bytes. Within a
+shard the examples go through the backbone sorted by length, so that little is padded, and are written
+in the order of the corpus. Hidden states are rounded to the stored type first and the scalars taken
+from the rounded ones: what training multiplies anew then belongs to the same distribution.
+
+What depends on the base distribution as a whole is chosen before the first shard on a calibration
+sample, examples evenly spaced over the whole corpus, the same for every part of it:
+
+- a support 'auto:M': the ids that must be in, then the corpus's completion tokens by frequency, then
+  by fork mass on the sample (`support_for`);
+- the threshold of `keep_top`: the (1 - rho) quantile of base entropy over the sample, to four digits so
+  that machines that round differently agree. Tokens at or above it are kept. The share
+  that this keeps of the corpus is near rho, not equal to it, and is in the manifest.
+
+Shapes: T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from moe_bias.backbone import Head
+from moe_bias.config import Interrupted, UserError
+from moe_bias.features.extract import (
+    base_entropies,
+    batches_by_length,
+    completion_hidden,
+    measure_fork_mass,
+    place_in_example,
+    support_for,
+    token_scalars,
+)
+from moe_bias.features.fingerprint import ModelFacts, corpus_hash
+from moe_bias.features.manifest import Manifest, Recipe, support_hash
+from moe_bias.features.writer import StoreFolder
+from moe_bias.progress import Meter, meter
+from moe_bias.support import VocabularySplit, fork_threshold, split_vocabulary
+from moe_bias.tasks.conversations import Corpus, Example
+
+SHARD_TOKENS = 32768
+CALIBRATION_TOKENS = 4096
+"""Completion tokens of the calibration sample, about."""
+ESTIMATE_BATCHES = 3
+"""After as many batches the time expected is said."""
+SMALL_BYTES = 60
+"""Bytes a token of all but its hidden state: three int64, two float32, three float64, its share of headers."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """How a store is to be made. `part` i of n; `keep_top` is a share in (0, 1], None keeps all tokens.
+
+    `support` is a number of ids to choose, `always` among them, or the ids themselves.
+    """
+
+    support: int | list[int]
+    always: Sequence[int] = ()
+    hidden_dtype: torch.dtype = torch.float32
+    part: tuple[int, int] = (1, 1)
+    keep_top: float | None = None
+    shard_tokens: int = SHARD_TOKENS
+    batch_size: int = 16
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do: the examples of its part with their rows, cut into shards.
+
+    `sample` are the examples to calibrate on, `targets` (T,) the completion tokens, of all parts.
+    """
+
+    recipe: Recipe
+    choices: Choices
+    rows: list[int]
+    examples: list[Example]
+    shards: list[slice]
+    sample: list[Example]
+    targets: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """Completion tokens of this part."""
+        return sum(len(example.completion_ids) for example in self.examples)
+
+    @property
+    def bytes(self) -> int:
+        """Size of the store, as far as it is known before the model runs."""
+        width = self.recipe.model.hidden_size * self.choices.hidden_dtype.itemsize
+        return round((width + SMALL_BYTES) * self.tokens * (self.recipe.keep_top or 1))
+
+
+def make_plan(corpus: Corpus, source: str, facts: ModelFacts, choices: Choices) -> Plan:
+    """Cuts one part of the corpus into shards; `source` names the corpus to a reader.
+
+    Raises UserError where the part has no examples, or a token id lies outside the vocabulary.
+    """
+    _check_ids(corpus, facts)
+    number, parts = choices.part
+    examples = corpus.examples[number - 1 :: parts]
+    if not examples:
+        raise UserError(f"part {number} of {parts} of {source} is empty: it has {len(corpus.examples)} examples in all")
+    return Plan(
+        _recipe(corpus, source, facts, choices),
+        choices,
+        corpus.rows[number - 1 :: parts],
+        examples,
+        _cut(examples, choices.shard_tokens),
+        calibration_sample(corpus.examples),
+        torch.cat([torch.tensor(example.completion_ids) for example in corpus.examples]),
+    )
+
+
+def _recipe(corpus: Corpus, source: str, facts: ModelFacts, choices: Choices) -> Recipe:
+    support = choices.support
+    return Recipe(
+        model=facts,
+        source=source,
+        corpus=corpus_hash(corpus),
+        examples=len(corpus.examples),
+        part=choices.part,
+        hidden_dtype=str(choices.hidden_dtype).removeprefix("torch."),
+        support=f"auto:{support}" if isinstance(support, int) else support_hash(support),
+        keep_top=choices.keep_top,
+        shard_tokens=choices.shard_tokens,
+        batch_size=choices.batch_size,
+    )
+
+
+def calibration_sample(examples: Sequence[Example], tokens: int = CALIBRATION_TOKENS) -> list[Example]:
+    """Examples evenly spaced over the corpus, of about `tokens` completion tokens together."""
+    total = sum(len(example.completion_ids) for example in examples)
+    count = min(max(-(-tokens * len(examples) // max(total, 1)), 1), len(examples))
+    return [examples[index * len(examples) // count] for index in range(count)]
+
+
+def extract(model: nn.Module, head: Head, plan: Plan, folder: Path) -> Manifest:
+    """Makes the store that the plan describes, or continues it; returns its manifest.
+
+    Raises UserError where the folder holds another store or other files, where the disk is too
+    small, and where it becomes full: whole shards then stay. An interrupt becomes Interrupted, with
+    the same said.
+    """
+    store = StoreFolder.begun(folder, plan.recipe)
+    store.check_disk(plan.bytes)
+    try:
+        if store.manifest is None:
+            store.begin(_new_manifest(model, head, plan))
+        _add_missing(model, head, plan, store)
+    except KeyboardInterrupt as interrupt:
+        raise Interrupted(store.so_far()) from interrupt
+    return store.finish()
+
+
+def _add_missing(model: nn.Module, head: Head, plan: Plan, store: StoreFolder) -> None:
+    todo = store.missing()
+    tokens = sum(len(example) for number in todo for example in plan.examples[plan.shards[number]])
+    support_M = torch.tensor(store.begun_manifest.support_ids(), device=head.device)
+    split = split_vocabulary(support_M, head.vocab_size)
+    with meter("hidden states", tokens, "tokens") as bar:
+        pace = _Pace(bar, tokens)
+        for number in todo:
+            store.add(number, _shard_columns(model, head, plan, plan.shards[number], split, pace))
+
+
+class _Pace:
+    """Moves the bar, and says the time expected once a few batches have been seen."""
+
+    def __init__(self, bar: Meter, tokens: int) -> None:
+        self.bar, self.tokens = bar, tokens
+        self.start, self.batches, self.done = time.monotonic(), 0, 0
+
+    def batch(self, tokens: int) -> None:
+        """One more batch of this many prompt and completion tokens is done."""
+        self.bar.advance(tokens)
+        self.batches, self.done = self.batches + 1, self.done + tokens
+        if self.batches == ESTIMATE_BATCHES and self.done < self.tokens:
+            rate = self.done / (time.monotonic() - self.start)
+            more = _in_time((self.tokens - self.done) / rate)
+            self.bar.say(f"{rate:,.0f} tokens/s, prompts counted: about {more} more are expected")
+
+
+def _in_time(seconds: float) -> str:
+    """A duration in the largest unit that leaves a number above 1.5."""
+    for unit, size in (("hours", 3600), ("minutes", 60)):
+        if seconds > 1.5 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+def _new_manifest(model: nn.Module, head: Head, plan: Plan) -> Manifest:
+    """Calibrates, where anything is to be chosen."""
+    support, share = plan.choices.support, plan.choices.keep_top
+    threshold = None
+    if isinstance(support, int) or share is not None:
+        hidden_TD = _sample_hidden(model, plan)
+        if share is not None:
+            threshold = float(f"{fork_threshold(base_entropies(head, hidden_TD), share):.4g}")
+        if isinstance(support, int):
+            support = support_for(measure_fork_mass(head, hidden_TD), plan.targets, support, plan.choices.always)
+    return Manifest(
+        recipe=plan.recipe,
+        support=None if support == list(range(head.vocab_size)) else support,
+        threshold=threshold,
+        num_shards=len(plan.shards),
+        versions={name: version(name) for name in ("moe-bias", "torch", "transformers")},
+    )
+
+
+def _sample_hidden(model: nn.Module, plan: Plan) -> Tensor:
+    """Hidden states (T, D) of the calibration sample, rounded as they would be stored."""
+    parts = []
+    with meter("calibration", sum(len(example) for example in plan.sample), "tokens") as bar:
+        for batch in batches_by_length(plan.sample, plan.choices.batch_size):
+            examples = [plan.sample[index] for index in batch]
+            parts += [
+                hidden_TD.to("cpu", plan.choices.hidden_dtype) for hidden_TD in completion_hidden(model, examples)
+            ]
+            bar.advance(sum(len(example) for example in examples))
+    return torch.cat(parts)
+
+
+def _shard_columns(
+    model: nn.Module, head: Head, plan: Plan, chosen: slice, split: VocabularySplit, pace: _Pace
+) -> dict[str, Tensor]:
+    """All columns of one shard, with every token of its examples."""
+    examples = plan.examples[chosen]
+    lengths = torch.tensor([len(example.completion_ids) for example in examples])
+    token_T = torch.cat([torch.tensor(example.completion_ids) for example in examples])
+    columns = _empty_columns(len(token_T), plan.recipe.model.hidden_size, plan.choices.hidden_dtype)
+    places = torch.arange(len(token_T)).split(lengths.tolist())
+    for batch in batches_by_length(examples, plan.choices.batch_size):
+        rows_T = torch.cat([places[index] for index in batch])
+        batch_examples = [examples[index] for index in batch]
+        for name, values in _batch_columns(model, head, batch_examples, token_T[rows_T], split, plan.choices).items():
+            columns[name][rows_T] = values
+        pace.batch(sum(len(example) for example in batch_examples))
+    example_T = torch.tensor(plan.rows[chosen]).repeat_interleave(lengths)
+    return columns | {"token": token_T, "example": example_T, "position": place_in_example(example_T)}
+
+
+def _batch_columns(
+    model: nn.Module,
+    head: Head,
+    examples: Sequence[Example],
+    token_T: Tensor,
+    split: VocabularySplit,
+    choices: Choices,
+) -> dict[str, Tensor]:
+    """What one pass through the model gives, the examples' completion tokens in their order."""
+    hidden_TD = torch.cat([hidden_TD.to(choices.hidden_dtype) for hidden_TD in completion_hidden(model, examples)])
+    scalars = token_scalars(head, hidden_TD.to(head.device), token_T.to(head.device), split)
+    return {
+        "hidden": hidden_TD.cpu(),
+        "logit": scalars.logit,
+        "entropy": scalars.base.entropy,
+        "log_partition": scalars.base.log_partition,
+        "rest_log_sum_exp": scalars.base.rest.log_sum_exp,
+        "rest_mean_logit": scalars.base.rest.mean_logit,
+    }
+
+
+def _empty_columns(tokens: int, hidden_size: int, hidden_dtype: torch.dtype) -> dict[str, Tensor]:
+    single = {name: torch.empty(tokens) for name in ("logit", "entropy")}
+    double = ("log_partition", "rest_log_sum_exp", "rest_mean_logit")
+    return (
+        {"hidden": torch.empty(tokens, hidden_size, dtype=hidden_dtype)}
+        | single
+        | {name: torch.empty(tokens, dtype=torch.float64) for name in double}
+    )
+
+
+def _cut(examples: Sequence[Example], shard_tokens: int) -> list[slice]:
+    """Runs of consecutive examples, each closed by the example that brings it to `shard_tokens`."""
+    shards, start, tokens = [], 0, 0
+    for end, example in enumerate(examples, 1):
+        tokens += len(example.completion_ids)
+        if tokens >= shard_tokens or end == len(examples):
+            shards.append(slice(start, end))
+            start, tokens = end, 0
+    return shards
+
+
+def _check_ids(corpus: Corpus, facts: ModelFacts) -> None:
+    """A tokenizer of another model may give ids that this one has no row for."""
+    largest = max((max(example.prompt_ids + example.completion_ids) for example in corpus.examples), default=0)
+    if largest >= facts.vocab_size:
+        raise UserError(
+            f"the tokenizer gave token id {largest}, the model {facts.name!r} has a vocabulary of {facts.vocab_size}; "
+            "name the model that the tokenizer belongs to"
+        )

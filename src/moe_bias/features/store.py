@@ -1,0 +1,270 @@
+"""Reading a feature store: hidden states and scalars of a whole corpus, from disk as they are needed.
+
+    store = FeatureStore.open("part-1", "part-2")
+    store.check(model_facts(model, head, tokenizer))
+    batch = store.at(torch.randint(len(store), (512,)))
+
+Shards are mapped into memory, not read: `at` touches the rows that it is asked for, and a slice
+within one shard copies no hidden state. The small columns (all but the hidden states, about 60 bytes
+a token) are joined in memory the first time they are asked for.
+
+Shapes: T tokens, D hidden, M support.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from moe_bias.config import UserError
+from moe_bias.features.extract import Features, support_columns
+from moe_bias.features.fingerprint import ModelFacts
+from moe_bias.features.manifest import Manifest, Shard, first_difference, read_manifest, shown
+from moe_bias.support import RestScalars
+
+HIDDEN = "hidden"
+SMALL_COLUMNS = (
+    "token",
+    "example",
+    "position",
+    "logit",
+    "entropy",
+    "log_partition",
+    "rest_log_sum_exp",
+    "rest_mean_logit",
+)
+"""Columns of a shard beside the hidden states, each (T,)."""
+_OF_A_PART = frozenset({"part", "shard_tokens", "batch_size"})
+"""Fields of a recipe in which parts of one corpus may differ."""
+_HASH_BYTES = 2**24
+REPAIR = "delete it and run the same moe-bias extract again, which makes missing shards anew"
+
+
+@dataclass(frozen=True)
+class _MappedShard:
+    """One shard file; its tensors lie in the file's pages."""
+
+    folder: Path
+    entry: Shard
+
+    @property
+    def path(self) -> Path:
+        return self.folder / self.entry.file
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """Raises UserError where the file is missing, cut short or not what the manifest says."""
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in (HIDDEN, *SMALL_COLUMNS)}
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"shard {str(self.path)!r} cannot be read ({error}); {REPAIR}") from error
+        if any(len(tensor) != self.entry.tokens for tensor in tensors.values()):
+            raise UserError(
+                f"shard {str(self.path)!r} has not the {self.entry.tokens} tokens of its manifest; {REPAIR}"
+            )
+        return tensors
+
+
+class FeatureStore:
+    """The features of a corpus, from one folder or from several that hold parts of it."""
+
+    def __init__(self, folders: Sequence[Path], manifests: Sequence[Manifest]) -> None:
+        """Use `open`, which checks that the parts belong together."""
+        self.folders = tuple(folders)
+        self.manifests = tuple(manifests)
+        self._shards = [
+            _MappedShard(folder, entry)
+            for folder, manifest in zip(folders, manifests, strict=True)
+            for entry in manifest.shards
+        ]
+        self._ends = torch.tensor([shard.entry.tokens for shard in self._shards]).cumsum(0)
+        self._columns: dict[str, Tensor] = {}
+
+    @classmethod
+    def open(cls, *folders: str | Path) -> FeatureStore:
+        """The store in these folders, in the order of their parts.
+
+        Raises UserError where a folder holds no complete store, where two were not made alike
+        (naming the field), and where a part of the corpus is listed twice.
+        """
+        if not folders:
+            raise UserError("no folder of a feature store is given")
+        read = [(Path(folder), read_manifest(Path(folder))) for folder in folders]
+        read.sort(key=lambda pair: pair[1].recipe.part)
+        for (folder, manifest), (other_folder, other) in pairwise(read):
+            _check_parts(folder, manifest, other_folder, other)
+        return cls([folder for folder, _ in read], [manifest for _, manifest in read])
+
+    def __len__(self) -> int:
+        return sum(shard.entry.tokens for shard in self._shards)
+
+    @property
+    def manifest(self) -> Manifest:
+        """Of the first part; parts agree in all that matters to a reader."""
+        return self.manifests[0]
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return self.manifest.recipe.model.hidden_size
+
+    @property
+    def dropped(self) -> int:
+        """Tokens that `--keep-top` left out."""
+        return sum(manifest.dropped for manifest in self.manifests)
+
+    @cached_property
+    def support(self) -> Tensor:
+        """Token ids (M,) int64."""
+        return torch.tensor(self.manifest.support_ids())
+
+    @property
+    def token(self) -> Tensor:
+        """Realised token ids (T,) int64."""
+        return self.small_column("token")
+
+    @property
+    def example(self) -> Tensor:
+        """(T,) int64: the row of the source, from 0, that each token is of."""
+        return self.small_column("example")
+
+    @property
+    def position(self) -> Tensor:
+        """(T,) int64: each token's place in its completion, from 0."""
+        return self.small_column("position")
+
+    @property
+    def entropy(self) -> Tensor:
+        """Base entropies (T,) float32 in nats."""
+        return self.small_column("entropy")
+
+    def small_column(self, name: str) -> Tensor:
+        """One of SMALL_COLUMNS over all shards, (T,); kept in memory from then on."""
+        if name not in self._columns:
+            self._columns[name] = torch.cat([shard.tensors[name] for shard in self._shards])
+        return self._columns[name]
+
+    def at(self, index: Tensor | slice) -> Features:
+        """The given tokens: ids (T,) int64, a mask (T,) bool or a slice of step 1. Reads only their rows.
+
+        Raises IndexError on an id outside the store.
+        """
+        if isinstance(index, Tensor) and index.dtype == torch.bool:
+            index = index.nonzero().squeeze(-1)
+        small = {name: self.small_column(name)[index] for name in SMALL_COLUMNS}
+        return Features(
+            hidden=self._hidden_of(index),
+            token=small["token"],
+            example=small["example"],
+            position=small["position"],
+            logit=small["logit"],
+            entropy=small["entropy"],
+            log_partition=small["log_partition"],
+            rest=RestScalars(small["rest_log_sum_exp"], small["rest_mean_logit"]),
+            column=self._column_of_token[small["token"]],
+            support=self.support,
+        )
+
+    def check(
+        self, facts: ModelFacts, *, support: Sequence[int] | None = None, temperature: float | None = None
+    ) -> None:
+        """Raises UserError naming the first field in which the store does not fit.
+
+        `support` and `temperature` are compared where they are given.
+        """
+        recipe = self.manifest.recipe
+        wrong = first_difference(recipe.model, facts, frozenset({"compute_dtype"}))
+        if wrong is None and temperature not in (None, recipe.temperature):
+            wrong = "temperature", str(recipe.temperature), str(temperature)
+        if wrong is None and support is not None and list(support) != self.manifest.support_ids():
+            wrong = "support", shown(self.manifest.support_ids()), shown(list(support))
+        if wrong is not None:
+            name, stored, wanted = wrong
+            raise UserError(
+                f"the feature store in {str(self.folders[0])!r}, made with model {recipe.model.name!r}, does not fit: "
+                f"its {name} is {stored}, here it is {wanted}; extract again or name the model it was made with"
+            )
+
+    def verify(self) -> None:
+        """Reads every shard and compares its checksum.
+
+        Raises UserError naming the damaged shards.
+        """
+        damaged = [shard.path for shard in self._shards if not is_whole(shard.path, shard.entry)]
+        if damaged:
+            names = ", ".join(repr(str(path)) for path in damaged)
+            raise UserError(f"{len(damaged)} of {len(self._shards)} shards are damaged: {names}; {REPAIR}")
+
+    @cached_property
+    def _column_of_token(self) -> Tensor:
+        return support_columns(self.support, self.manifest.recipe.model.vocab_size)
+
+    def _hidden_of(self, index: Tensor | slice) -> Tensor:
+        if isinstance(index, slice):
+            return self._hidden_slice(*index.indices(len(self)))
+        if len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(self):
+            raise IndexError(f"token ids from {index.min()} to {index.max()} in a store of {len(self)}")
+        shard_T = torch.searchsorted(self._ends, index, right=True)
+        hidden_TD = torch.empty(len(index), self.hidden_size, dtype=self._hidden_dtype)
+        for number in shard_T.unique().tolist():
+            rows = (shard_T == number).nonzero().squeeze(-1)
+            within = index[rows] - self._start(number)
+            hidden_TD[rows] = self._shards[number].tensors[HIDDEN].index_select(0, within)
+        return hidden_TD
+
+    def _hidden_slice(self, start: int, stop: int, step: int) -> Tensor:
+        if step != 1:
+            raise IndexError(f"a slice of step {step}; a feature store is sliced with step 1")
+        parts = []
+        for number, shard in enumerate(self._shards):
+            first, last = self._start(number), int(self._ends[number])
+            if max(start, first) < min(stop, last):
+                parts.append(shard.tensors[HIDDEN][max(start, first) - first : min(stop, last) - first])
+        if not parts:
+            return torch.empty(0, self.hidden_size, dtype=self._hidden_dtype)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _start(self, number: int) -> int:
+        return int(self._ends[number]) - self._shards[number].entry.tokens
+
+    @property
+    def _hidden_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.manifest.recipe.hidden_dtype)
+        return dtype
+
+
+def is_whole(path: Path, entry: Shard) -> bool:
+    """Whether the file has the size and the checksum of its entry."""
+    if not path.is_file() or path.stat().st_size != entry.bytes:
+        return False
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_HASH_BYTES):
+            digest.update(block)
+    return digest.hexdigest() == entry.sha256
+
+
+def _check_parts(folder: Path, manifest: Manifest, other_folder: Path, other: Manifest) -> None:
+    """Raises UserError where two stores are not different parts of one corpus, made alike."""
+    names = f"{str(folder)!r} and {str(other_folder)!r}"
+    wrong = first_difference(manifest.recipe, other.recipe, _OF_A_PART)
+    for name in ("support", "threshold"):
+        ours, theirs = getattr(manifest, name), getattr(other, name)
+        if wrong is None and ours != theirs:
+            wrong = name, shown(ours), shown(theirs)
+    if wrong is not None:
+        raise UserError(f"{names} are no parts of one store: {wrong[0]} is {wrong[1]} and {wrong[2]}")
+    (number, total), (other_number, other_total) = manifest.recipe.part, other.recipe.part
+    if total != other_total:
+        raise UserError(f"{names} overlap: they are parts of {total} and of {other_total}")
+    if number == other_number:
+        raise UserError(f"{names} are the same part, {number} of {total}; list each part once")

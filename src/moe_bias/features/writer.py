@@ -1,0 +1,169 @@
+"""The folder of a feature store that is being made: which shards it has, and that none is ever half there.
+
+Each shard is written beside its place, synced and renamed, then listed in `unfinished.json`; the
+last step renames that to `manifest.json`. A process killed between any two of these steps leaves a
+folder that the next run continues: a shard that is not listed is made again, and comes out the same.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import save
+from torch import Tensor
+
+from moe_bias.config import UserError
+from moe_bias.features.manifest import MANIFEST, UNFINISHED, Manifest, Recipe, Shard, first_difference, load_manifest
+from moe_bias.records import write_json, write_whole
+
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+
+
+class StoreFolder:
+    """A store in the making; `manifest` lists its whole shards, and is None before anything was begun."""
+
+    def __init__(self, folder: Path, manifest: Manifest | None) -> None:
+        """Use `begun`, which looks at what is there."""
+        self.folder = folder
+        self.manifest = manifest
+
+    @classmethod
+    def begun(cls, folder: Path, recipe: Recipe) -> StoreFolder:
+        """What is in the folder of the store with this recipe; changes nothing.
+
+        Raises UserError where the folder holds a store made in another way, naming the field, or
+        other files.
+        """
+        found = next((folder / name for name in (MANIFEST, UNFINISHED) if (folder / name).is_file()), None)
+        if found is None:
+            _refuse_other_files(folder)
+            return cls(folder, None)
+        manifest = load_manifest(found)
+        wrong = first_difference(manifest.recipe, recipe)
+        if wrong is not None:
+            raise UserError(
+                f"--output {str(folder)!r} holds another feature store: its {wrong[0]} is {wrong[1]}, here it is "
+                f"{wrong[2]}; name another folder or remove it"
+            )
+        whole = [shard for shard in manifest.shards if _has_size(folder / shard.file, shard.bytes)]
+        return cls(folder, manifest.model_copy(update={"shards": whole}))
+
+    @property
+    def begun_manifest(self) -> Manifest:
+        """The manifest, once there is one."""
+        assert self.manifest is not None
+        return self.manifest
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether there is nothing left to do."""
+        return (self.folder / MANIFEST).is_file() and not self.missing()
+
+    def missing(self) -> list[int]:
+        """Numbers of the shards still to be made."""
+        there = {shard.file for shard in self.begun_manifest.shards}
+        return [number for number in range(self.begun_manifest.num_shards) if _file_of(number) not in there]
+
+    def check_disk(self, expected: int) -> None:
+        """Raises UserError where a store of this many bytes does not fit beside what is on its disk."""
+        there = 0 if self.manifest is None else self.manifest.bytes
+        parent = next(place for place in (self.folder, *self.folder.absolute().parents) if place.exists())
+        free, needed = shutil.disk_usage(parent).free, expected - there
+        if needed > free:
+            raise UserError(
+                f"--output {str(self.folder)!r} needs {in_bytes(needed)} and its disk has {in_bytes(free)} free; make "
+                "room, name another disk, keep fewer tokens with --keep-top or half the bytes with --dtype bfloat16"
+            )
+
+    def begin(self, manifest: Manifest) -> None:
+        """Claims the folder. Raises UserError where another run has claimed it meanwhile."""
+        _refuse_other_files(self.folder)
+        self._list(manifest)
+
+    def add(self, number: int, columns: Mapping[str, Tensor]) -> None:
+        """Writes a shard without the tokens below the threshold, and lists it. Raises UserError on a full disk."""
+        manifest = self.begun_manifest
+        kept = columns if manifest.threshold is None else _kept(columns, manifest.threshold)
+        content = save(dict(kept), metadata={"format": "pt"})
+        entry = Shard(
+            file=_file_of(number),
+            tokens=len(kept["token"]),
+            dropped=len(columns["token"]) - len(kept["token"]),
+            bytes=len(content),
+            sha256=hashlib.sha256(content).hexdigest(),
+        )
+        shards = sorted([*manifest.shards, entry], key=lambda shard: shard.file)
+        try:
+            self._reopen()
+            write_whole(self.folder / entry.file, content)
+            self._list(manifest.model_copy(update={"shards": shards}))
+        except OSError as error:
+            if error.errno not in _FULL_DISK:
+                raise
+            raise UserError(f"the disk of {str(self.folder)!r} is full: {self.so_far()}") from error
+
+    def finish(self) -> Manifest:
+        """Makes the store complete, once no shard is missing; returns its manifest."""
+        assert not self.missing()
+        if not self.is_complete:
+            _remove_halves(self.folder)
+            (self.folder / UNFINISHED).replace(self.folder / MANIFEST)
+        return self.begun_manifest
+
+    def so_far(self) -> str:
+        """A few words on what an interrupted run leaves."""
+        if self.manifest is None:
+            return "no shard was written"
+        return (
+            f"{len(self.manifest.shards)} of {self.manifest.num_shards} shards are whole in {str(self.folder)!r}; "
+            "the same command continues there"
+        )
+
+    def _list(self, manifest: Manifest) -> None:
+        write_json(self.folder / UNFINISHED, manifest.model_dump(mode="json"))
+        self.manifest = manifest
+
+    def _reopen(self) -> None:
+        """A complete store that lost a shard is an unfinished one again."""
+        if (self.folder / MANIFEST).is_file():
+            (self.folder / MANIFEST).replace(self.folder / UNFINISHED)
+
+
+def in_bytes(count: float) -> str:
+    """A size in the largest unit that leaves a number above 1."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def _kept(columns: Mapping[str, Tensor], threshold: float) -> dict[str, Tensor]:
+    rows = (columns["entropy"].double() >= threshold).nonzero().squeeze(-1)
+    return {name: column[rows] for name, column in columns.items()}
+
+
+def _file_of(number: int) -> str:
+    return f"shard-{number:05d}.safetensors"
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
+def _refuse_other_files(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output {str(folder)!r} is a file; name a folder")
+    if folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
+        raise UserError(f"--output {str(folder)!r} holds other files; name a new folder or an empty one")
+
+
+def _remove_halves(folder: Path) -> None:
+    """Removes what killed processes had begun to write."""
+    for pattern in (".shard-*", f".{UNFINISHED}.*"):
+        for path in folder.glob(pattern):
+            path.unlink()
