@@ -21,12 +21,14 @@ from pydantic import ValidationError
 from pydantic_settings import CliSettingsSource, SettingsError
 
 from moe_bias.config import (
+    ArmsSettings,
     DemoSettings,
     GenerateSettings,
     InspectSettings,
     Interrupted,
     ParamsSettings,
     Settings,
+    SweepSettings,
     TrainSFTSettings,
     UserError,
     describe_error,
@@ -138,6 +140,18 @@ def _train_sft(settings: TrainSFTSettings) -> None:
     train_sft.run(settings)
 
 
+def _sweep(settings: SweepSettings) -> None:
+    from moe_bias.commands import sweep
+
+    sweep.run(settings)
+
+
+def _arms(settings: ArmsSettings) -> None:
+    from moe_bias.commands import arms
+
+    arms.run(settings)
+
+
 def _generate(settings: GenerateSettings) -> None:
     from moe_bias.commands import generate
 
@@ -161,6 +175,8 @@ GROUPS = {"train": "Train an adapter."}
 COMMANDS = (
     Command("demo", DemoSettings, _demo),
     Command("train sft", TrainSFTSettings, _train_sft),
+    Command("sweep", SweepSettings, _sweep),
+    Command("arms", ArmsSettings, _arms),
     Command("generate", GenerateSettings, _generate, argument="PROMPT"),
     Command("params", ParamsSettings, _params),
     Command("inspect", InspectSettings, _inspect, argument="ADAPTER"),
