@@ -9,12 +9,12 @@ import time
 import pytest
 import torch
 
-from conftest import randomise
 from moe_bias.config import Interrupted, UserError
 from moe_bias.training import checkpoint, trainer
 from moe_bias.training.checkpoint import Checkpoints, Position
 from moe_bias.training.interrupt import deferred_interrupt
 from moe_bias.training.sft import train
+from moe_bias.training.trainer import Trainer
 from test_trainer import lines_of, run_settings
 from test_training import features_of, head_of, layer_of
 from training_processes import ADAPTER, run_training, start_training
@@ -57,7 +57,7 @@ def test_a_checkpoint_that_fails_leaves_the_ones_before(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_file", full)
-        with pytest.raises(UserError, match="No space left on device.*make room.*goes on from .*step-00000001"):
+        with pytest.raises(UserError, match=r"No space left on device.*make room.*goes on from .*step-00000001"):
             checkpoints.save({"a": torch.ones(1)}, Position(2))
     assert checkpoints.load()[1] == Position(1)
     checkpoints.save({"a": torch.ones(1)}, Position(3))
@@ -69,7 +69,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     checkpoints.save({"a": torch.zeros(1)}, Position(1))
     path = checkpoints.latest()
     path.write_bytes(path.read_bytes()[:-2])
-    with pytest.raises(UserError, match="step-00000001.safetensors' is damaged; remove it"):
+    with pytest.raises(UserError, match=r"step-00000001\.safetensors' is damaged; remove it"):
         checkpoints.load()
 
 
@@ -92,9 +92,9 @@ def steps_done(folder):
     return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
-def wait_for(condition, process, seconds=60):
+def wait_for_step(folder, step, process, seconds=60):
     end = time.monotonic() + seconds
-    while not condition() and process.is_alive() and time.monotonic() < end:
+    while steps_done(folder) <= step and process.is_alive() and time.monotonic() < end:
         time.sleep(0.0005)
 
 
@@ -103,8 +103,8 @@ def test_a_run_killed_at_random_steps_ends_with_the_same_bytes(tmp_path, seed, u
     draw, kills, steps = random.Random(seed), 0, 0
     for _ in range(6):
         process = start_training(tmp_path, CHOICES)
-        steps = min(steps + draw.randrange(5, 60), 235)
-        wait_for(lambda: steps_done(tmp_path) > steps, process)  # noqa: B023
+        steps = min(steps + draw.randrange(5, 50), 200)
+        wait_for_step(tmp_path, steps, process)
         process.kill()
         process.join()
         kills += process.exitcode == -signal.SIGKILL
@@ -118,24 +118,47 @@ def test_a_run_killed_at_random_steps_ends_with_the_same_bytes(tmp_path, seed, u
     assert [without_speed(line) for line in lines_of(tmp_path)] == metrics
 
 
-def test_a_run_that_ran_out_of_patience_stays_so(tmp_path, monkeypatch):
+def stopped_run(folder, method, after=0, **changes):
+    """Trains until the trainer calls this method of its own with `after` steps taken; returns head and features."""
     head = head_of()
-    features, nlls = features_of(head), [3.0, 1.0, 2.0, 2.0, 2.0]
-    ends = []
-    for folder, stop in ((tmp_path / "whole", None), (tmp_path / "cut", 6)):
-        layer, said = layer_of(), iter(nlls)
-        monkeypatch.setattr(trainer, "mean_nll", lambda *arguments: next(said))  # noqa: B023
-        settings = run_settings(folder, epochs=9, evaluate_every=2, patience=2, checkpoint_every=2)
-        if stop is not None:
-            real = trainer.Trainer._out_of_patience
-            monkeypatch.setattr(trainer.Trainer, "_out_of_patience", lambda self: (_ for _ in ()).throw(OSError) if self._position.step == 6 else real(self))  # noqa: B023, E501
-            with pytest.raises(OSError):
-                train(layer_of(), features, features, head, settings)
-            monkeypatch.setattr(trainer.Trainer, "_out_of_patience", real)
-        report = train(layer, features, features, head, settings)
-        ends.append((report, layer.experts.detach().clone()))
-    assert ends[0][0].steps == ends[1][0].steps == 6
-    assert torch.equal(ends[0][1], ends[1][1])
+    features, real = features_of(head), getattr(Trainer, method)
+
+    def stopped(self, *arguments):
+        assert self._position.step < after, "stopped"
+        return real(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, method, stopped)
+        with pytest.raises(AssertionError, match="stopped"):
+            train(layer_of(), features, features, head, run_settings(folder, **changes))
+    return head, features
+
+
+def with_nlls(patch, nlls):
+    """Evaluations say these values instead of measuring."""
+    said = iter(nlls)
+    patch.setattr(trainer, "mean_nll", lambda *arguments: next(said))
+
+
+def test_a_run_that_ran_out_of_patience_stays_so(tmp_path, monkeypatch):
+    with_nlls(monkeypatch, [3.0, 1.0, 2.0, 2.0])
+    changes = {"epochs": 9, "evaluate_every": 2, "patience": 2}
+    head, features = stopped_run(tmp_path, "_finish", **changes)
+    report = train(layer_of(), features, features, head, run_settings(tmp_path, **changes))
+    assert (report.steps, report.layer_step, report.held_out_nll) == (6, 2, 1.0)
+
+
+def test_the_best_layer_survives_a_kill(tmp_path, monkeypatch):
+    """The best layer is not the last one: what was remembered before the kill comes back with the checkpoint."""
+    head, layers, changes = head_of(), [], {"evaluate_every": 2, "patience": 100}
+    features = features_of(head)
+    for folder in (tmp_path / "whole", tmp_path / "cut"):
+        with_nlls(monkeypatch, [3.0, 1.0, *[2.0] * 20])
+        if folder.name == "cut":
+            stopped_run(folder, "_step", after=7, **changes)
+        layers.append(layer_of())
+        assert train(layers[-1], features, features, head, run_settings(folder, **changes)).layer_step == 2
+    assert torch.equal(layers[0].experts, layers[1].experts)
 
 
 def test_ctrl_c_keeps_the_step_that_was_running_and_says_how_to_go_on(tmp_path, monkeypatch):
@@ -152,7 +175,7 @@ def test_ctrl_c_keeps_the_step_that_was_running_and_says_how_to_go_on(tmp_path, 
     monkeypatch.setattr(trainer, "supervised_gradients", pressed_in_the_fifth)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with pytest.raises(Interrupted, match="run the same command again to go on from .*step-00000005.safetensors"):
+        with pytest.raises(Interrupted, match=r"run the same command again to go on from .*step-00000005.safetensors"):
             train(layer, features, features, head, run_settings(tmp_path, checkpoint_every=100))
     finally:
         signal.signal(signal.SIGINT, before)
@@ -186,17 +209,6 @@ def test_handlers_of_the_program_are_left_alone():
         signal.signal(signal.SIGINT, before)
 
 
-def unfinished(folder):
-    """A folder with a run that was stopped after its first checkpoint; returns head and features."""
-    head = head_of()
-    features = features_of(head)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer.Trainer, "_check", lambda self, *rest: self._position.step < 2 or 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            train(layer_of(), features, features, head, run_settings(folder))
-    return head, features
-
-
 @pytest.mark.parametrize(
     ("changes", "difference"),
     [
@@ -206,51 +218,29 @@ def unfinished(folder):
     ],
 )
 def test_other_settings_are_refused_by_the_first_that_differs(tmp_path, changes, difference):
-    head, features = unfinished(tmp_path)
+    head, features = stopped_run(tmp_path, "_step", after=2)
     with pytest.raises(UserError, match=f"holds an unfinished run with {difference}; give its settings"):
         train(layer_of(), features, features, head, run_settings(tmp_path, **changes))
 
 
 def test_other_tokens_are_refused(tmp_path):
-    head, features = unfinished(tmp_path)
+    head, features = stopped_run(tmp_path, "_step", after=2)
     with pytest.raises(UserError, match="holds an unfinished run with other training tokens"):
         train(layer_of(), features.at(slice(0, 60)), features, head, run_settings(tmp_path))
 
 
 def test_how_often_checkpoints_are_written_may_change(tmp_path):
-    head, features = unfinished(tmp_path)
+    head, features = stopped_run(tmp_path, "_step", after=2)
     report = train(layer_of(), features, features, head, run_settings(tmp_path, checkpoint_every=5, keep_checkpoints=3))
     assert report.steps == 12
     assert names(tmp_path / "checkpoints") == [f"step-{step:08d}.safetensors" for step in (2, 5, 10)]
 
 
 def test_a_damaged_run_file_is_named(tmp_path):
-    head, features = unfinished(tmp_path)
+    head, features = stopped_run(tmp_path, "_step", after=2)
     (tmp_path / "run.json").write_text(json.dumps({"settings": {}}))
-    with pytest.raises(UserError, match="run.json' is damaged"):
+    with pytest.raises(UserError, match=r"run\.json' is damaged"):
         train(layer_of(), features, features, head, run_settings(tmp_path))
-
-
-def test_the_best_layer_survives_a_kill(tmp_path):
-    """The best layer is not the last one: what was remembered before the kill must come back with the checkpoint."""
-    head = head_of()
-    features, layers = features_of(head), []
-    randomise(layer_of())
-    for folder, stop in ((tmp_path / "whole", False), (tmp_path / "cut", True)):
-        layer, said = layer_of(), iter([3.0, 1.0, *[2.0] * 20])
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(trainer, "mean_nll", lambda *arguments: next(said))  # noqa: B023
-            settings = run_settings(folder, evaluate_every=2, patience=100)
-            if stop:
-                real = trainer.Trainer._check
-                patch.setattr(trainer.Trainer, "_check", lambda self, *rest: self._position.step < 7 or 1 / 0)
-                with pytest.raises(ZeroDivisionError):
-                    train(layer_of(), features, features, head, settings)
-                patch.setattr(trainer.Trainer, "_check", real)
-            report = train(layer, features, features, head, settings)
-        assert report.layer_step == 2
-        layers.append(layer.experts.detach().clone())
-    assert torch.equal(*layers)
 
 
 def test_one_run_in_this_process_is_the_one_in_another(tmp_path, undisturbed):

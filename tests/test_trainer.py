@@ -291,7 +291,7 @@ def test_a_bad_step_before_any_checkpoint_says_so(tmp_path, monkeypatch):
     head = head_of()
     features = features_of(head)
     spoil(monkeypatch, 1, with_total(math.inf))
-    with pytest.raises(UserError, match="step 1 of 12: the loss became inf.*; there is no checkpoint yet"):
+    with pytest.raises(UserError, match=r"step 1 of 12: the loss became inf.*; there is no checkpoint yet"):
         train(layer_of(), features, features, head, run_settings(tmp_path))
 
 

@@ -61,9 +61,7 @@ def test_gradients_by_chunks_are_those_of_the_whole_batch(monkeypatch, elements)
     expected = {name: parameter.grad.clone() for name, parameter in layer.named_parameters()}
     layer.zero_grad()
     monkeypatch.setitem(objective.CHUNK_ELEMENTS, "cpu", elements)
-    by_chunks = supervised_gradients(
-        layer, features, lambda rows: logits_of(features.hidden[rows]), head.transform
-    )
+    by_chunks = supervised_gradients(layer, features, lambda rows: logits_of(features.hidden[rows]), head.transform)
     torch.testing.assert_close(by_chunks.total, whole.total.detach())
     torch.testing.assert_close(by_chunks.nll, whole.nll.detach())
     for name, parameter in layer.named_parameters():

@@ -22,7 +22,9 @@ from moe_bias.training.sft import train
 from test_training import features_of, head_of, layer_of
 
 _SERVED = multiprocessing.get_context("forkserver")
-_SERVED.set_forkserver_preload(["training_processes", "accelerate"])
+_SERVED.set_forkserver_preload(
+    ["training_processes", "accelerate", "moe_bias.commands.train_sft", "transformers.models.llama"]
+)
 # The server of Python 3.11 looks for these modules on its own path alone, and goes on without them.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 ADAPTER = "adapter_model.safetensors"

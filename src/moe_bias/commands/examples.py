@@ -14,6 +14,9 @@ from moe_bias.config import DataSettings, ModelSettings, TrainingSettings, UserE
 from moe_bias.tasks.conversations import Conversation, Example, encode, end_of_turn, read_conversations
 from moe_bias.training.sft import parse_support
 
+HELD_OUT_AT_LEAST = 2
+"""One example has no spread to take an interval from."""
+
 
 @dataclass(frozen=True)
 class Material:
@@ -53,16 +56,16 @@ def encoded(
             f"{len(found) - len(examples)} of {len(found)} prompts alone fill --max-length {data.max_length}; "
             "they are left out"
         )
-    if len(examples) < 2:
+    if len(examples) <= HELD_OUT_AT_LEAST:
         raise UserError(
-            f"{data.data} has {len(examples)} usable examples of {len(found)}; at least 2 are needed, "
-            "one to train on and one to measure on"
+            f"{data.data} has {len(examples)} usable examples of {len(found)}; at least {HELD_OUT_AT_LEAST + 1} are "
+            f"needed, one to train on and {HELD_OUT_AT_LEAST} to measure on"
         )
     return examples
 
 
 def split(examples: Sequence[Example], held_out: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Training and held-out examples, drawn with the seed; each part has at least one."""
+    """Training and held-out examples, drawn with the seed; at least one and `HELD_OUT_AT_LEAST` of them."""
     order = random.Random(seed).sample(range(len(examples)), len(examples))
-    held = min(max(round(held_out * len(examples)), 1), len(examples) - 1)
+    held = min(max(round(held_out * len(examples)), HELD_OUT_AT_LEAST), len(examples) - 1)
     return [examples[index] for index in sorted(order[held:])], [examples[index] for index in sorted(order[:held])]

@@ -39,8 +39,8 @@ LORA_ARMS = ("lora-tokens", "lora-time")
 def lora_budget(name: str, main: Cell) -> Budget:
     """What a LoRA arm may spend, given the main arm of the same seed."""
     if name == "lora-tokens":
-        return Budget(tokens=main.train_tokens)
-    return Budget(seconds=main.seconds + main.forward_seconds)
+        return Budget(main.train_tokens, "tokens")
+    return Budget(main.seconds + main.forward_seconds, "seconds")
 
 
 def run_lora(

@@ -52,6 +52,7 @@ class Cell:
 class Row:
     """A cell over its seeds. By stratum: NLL in nats per token and its paired change against the base cell.
 
+    A stratum that fewer than two examples have tokens of has no interval, and is left out.
     `spread` is the largest NLL of a seed less the smallest; `seconds` the mean over seeds, features
     included.
     """
@@ -146,7 +147,6 @@ def compare_cells(cells: Sequence[Cell], base: str) -> list[Row]:
 
 def _row(group: Sequence[Cell], against: Mapping[str, Floats] | None) -> Row:
     first, nll = group[0], _mean_nll(group)
-    counts = {stratum: np.array(first.tokens[stratum]) for stratum in STRATA}
     totals = [sum(cell.nll["all"]) / sum(cell.tokens["all"]) for cell in group]
     return Row(
         name=first.name,
@@ -154,12 +154,22 @@ def _row(group: Sequence[Cell], against: Mapping[str, Floats] | None) -> Row:
         parameters=first.parameters,
         train_tokens=round(float(np.mean([cell.train_tokens for cell in group]))),
         seconds=float(np.mean([cell.seconds + cell.forward_seconds for cell in group])),
-        nll={stratum: ratio_of_sums(nll[stratum], counts[stratum]) for stratum in STRATA},
+        nll=_per_token(nll, first.tokens),
         change=None
         if against is None
-        else {stratum: ratio_of_sums(nll[stratum] - against[stratum], counts[stratum]) for stratum in STRATA},
+        else _per_token({name: nll[name] - against[name] for name in STRATA}, first.tokens),
         spread=max(totals) - min(totals),
     )
+
+
+def _per_token(sums: Mapping[str, Floats], tokens: Mapping[str, list[float]]) -> dict[str, Estimate]:
+    """By stratum; resampled are the examples with tokens of it, so that no draw is without any."""
+    held = {name: np.array(tokens[name]) > 0 for name in STRATA}
+    return {
+        name: ratio_of_sums(sums[name][held[name]], np.array(tokens[name])[held[name]])
+        for name in STRATA
+        if held[name].sum() > 1
+    }
 
 
 def _mean_nll(group: Sequence[Cell]) -> dict[str, Floats]:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -45,18 +45,14 @@ class LoRAChoices:
 
 @dataclass(frozen=True)
 class Budget:
-    """When training ends: after this many completion tokens or this many seconds, whichever is given."""
+    """What training may use up: an amount of completion tokens or of seconds."""
 
-    tokens: int | None = None
-    seconds: float | None = None
+    amount: float
+    unit: Literal["tokens", "seconds"]
 
-    def __post_init__(self) -> None:
-        assert (self.tokens is None) != (self.seconds is None)
-
-    def share(self, tokens: int, seconds: float) -> float:
-        """How much of it is used up, in [0, 1]."""
-        used = tokens / self.tokens if self.tokens is not None else seconds / (self.seconds or 1e-9)
-        return min(used, 1.0)
+    def used(self, tokens: int, seconds: float) -> float:
+        """How much of the amount is gone, at most all of it."""
+        return min(tokens if self.unit == "tokens" else seconds, self.amount)
 
 
 @dataclass(frozen=True)
@@ -88,15 +84,16 @@ def train_lora(
     optimizer = torch.optim.AdamW(parameters, lr=choices.rate, weight_decay=0.0)
     tokens, started = 0, time.perf_counter()
     adapted.train()
-    with meter(description, 1.0, "budgets") as bar:
+    with meter(description, budget.amount, budget.unit) as bar:
         for batch in _random_batches(examples, choices.batch_size, seed):
-            used = budget.share(tokens, time.perf_counter() - started)
-            if used >= 1:
+            used = budget.used(tokens, time.perf_counter() - started)
+            if used >= budget.amount:
                 break
-            optimizer.param_groups[0]["lr"] = choices.rate * (1 - used)
+            optimizer.param_groups[0]["lr"] = choices.rate * (1 - used / budget.amount)
             loss = _step(adapted, batch, optimizer, parameters)
             tokens += sum(len(example.completion_ids) for example in batch)
-            bar.progress.update(bar.task, completed=used, note=f"loss {loss:.3f}")
+            bar.advance(budget.used(tokens, time.perf_counter() - started) - used)
+            bar.note(f"loss {loss:.3f}")
     adapted.eval()
     return LoRAReport(tokens, time.perf_counter() - started, sum(parameter.numel() for parameter in parameters))
 
@@ -136,7 +133,7 @@ def _step(adapted: Any, batch: Sequence[Example], optimizer: torch.optim.Optimiz
     loss.backward()
     torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
     optimizer.step()
-    return float(loss)
+    return loss.item()
 
 
 @contextmanager

@@ -68,7 +68,7 @@ def router_use(routing: Routing, processes: Processes) -> tuple[float, float]:
 def _gate(layer: MoEBiasLayer) -> Metrics:
     if layer.entropy_gate is None:
         return {}
-    return {"gate_alpha": float(layer.entropy_gate.weight), "gate_beta": float(layer.entropy_gate.bias)}
+    return {"gate_alpha": layer.entropy_gate.weight.item(), "gate_beta": layer.entropy_gate.bias.item()}
 
 
 class MetricsLog:
