@@ -4,12 +4,16 @@ import json
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from moe_bias.cli import main
+from moe_bias.config import UserError
+from moe_bias.training.processes import Processes
 from test_sweep import folder as prepared_folder
-from training_processes import ADAPTER, start_command
+from training_processes import ADAPTER, adapter, run_two_commands, start_command
 
 folder = prepared_folder
 COMMON = (
@@ -18,7 +22,8 @@ COMMON = (
 
 
 def words_to(output, *more):
-    return [*COMMON.split(), "--epochs", "20", "--output", str(output), *more]
+    epochs = [] if "--epochs" in more else ["--epochs", "20"]
+    return [*COMMON.split(), *epochs, "--output", str(output), *more]
 
 
 def stopped_by(number, output, errors):
@@ -41,7 +46,7 @@ def test_a_stopped_command_goes_on_to_the_same_bytes(folder, capsys, number):
     code = stopped_by(number, cut, errors)
     assert code == (130 if number == signal.SIGINT else -number)
     if number == signal.SIGINT:
-        assert "interrupted: run the same command again to go on from" in errors.read_text()
+        assert f"interrupted: run the same command again to go on from {cut}/checkpoints/step-" in errors.read_text()
     assert not (cut / ADAPTER).exists()
     assert main(words_to(cut, "--expert-rate", "0.01")) == 2
     assert "holds an unfinished run with --expert-rate 0.05, not 0.01" in capsys.readouterr().err
@@ -52,6 +57,27 @@ def test_a_stopped_command_goes_on_to_the_same_bytes(folder, capsys, number):
     assert (cut / ADAPTER).read_bytes() == (whole / ADAPTER).read_bytes()
     assert main(words_to(cut)) == 2
     assert "holds an adapter already" in capsys.readouterr().err
+
+
+def test_two_launched_processes_train_one_adapter(folder):
+    """Through the launcher's own variables, and without naming a device."""
+    words = words_to(folder / "out", "--epochs", "2")
+    codes = run_two_commands(words, folder / "errors")
+    assert codes == [0, 0]
+    assert json.loads((folder / "out" / "run.json").read_text())["data"]["processes"] == 2
+    lines = (folder / "out" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(len(lines)))
+    assert main(words_to(folder / "alone", "--epochs", "2")) == 0
+    one, two = (adapter(folder / name) for name in ("alone", "out"))
+    assert all(torch.allclose(one[name], two[name], rtol=1e-5, atol=1e-6) for name in one)
+
+
+def test_processes_that_do_not_join_are_refused(monkeypatch):
+    """One state is made per process, and an earlier one that was alone would be taken for this one."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("accelerate.PartialState", lambda cpu: SimpleNamespace(num_processes=1, process_index=0))
+    with pytest.raises(UserError, match="2 processes were started, but accelerate joins 1"):
+        Processes.join("cpu")
 
 
 def test_too_few_examples_are_refused_before_anything_is_trained(folder, capsys):

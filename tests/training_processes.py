@@ -72,19 +72,38 @@ def _command(words: list[str], errors: Path) -> None:
 
 def run_two(folder: Path, choices: dict[str, Any]) -> None:
     """The same job in two processes that talk by gloo."""
+    assert _launch(_ranked_training, folder, choices) == [0, 0]
+
+
+def run_two_commands(words: list[str], errors: Path) -> list[int]:
+    """The command in two processes, as a launcher starts it; their exit codes."""
+    return _launch(_ranked_command, words, errors)
+
+
+def _launch(target: Any, *arguments: Any) -> list[int]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    both = [_SERVED.Process(target=_ranked, args=(rank, port, folder, choices)) for rank in range(2)]
+    both = [_SERVED.Process(target=target, args=(rank, port, *arguments)) for rank in range(2)]
     for process in both:
         process.start()
     for process in both:
         process.join(60)
-        assert process.exitcode == 0
+    return [process.exitcode for process in both]
 
 
-def _ranked(rank: int, port: int, folder: Path, choices: dict[str, Any]) -> None:
+def _take_place(rank: int, port: int) -> None:
+    """Sets what a launcher sets."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
+
+
+def _ranked_training(rank: int, port: int, folder: Path, choices: dict[str, Any]) -> None:
+    _take_place(rank, port)
     run_training(folder, choices)
     torch.distributed.destroy_process_group()
+
+
+def _ranked_command(rank: int, port: int, words: list[str], errors: Path) -> None:
+    _take_place(rank, port)
+    _command(words, errors.with_suffix(f".{rank}"))

@@ -16,11 +16,12 @@ from moe_bias.adapter import save_layer
 from moe_bias.backbone import Head
 from moe_bias.commands.examples import load_material
 from moe_bias.commands.saved import refuse_overwriting
-from moe_bias.config import TrainSFTSettings
+from moe_bias.config import Interrupted, TrainSFTSettings
 from moe_bias.evaluation.likelihood import per_example, token_nll
 from moe_bias.evaluation.statistics import Estimate, ratio_of_sums
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.records import provenance, write_json
+from moe_bias.training.checkpoint import Checkpoints
 from moe_bias.training.processes import Processes
 from moe_bias.training.run_folder import refuse_other_settings
 from moe_bias.training.sft import Prepared, fresh_layer, prepare, train
@@ -31,10 +32,18 @@ def run(settings: TrainSFTSettings) -> None:
     """Trains, measures on held-out examples, and saves adapter and record in `settings.output`.
 
     Raises UserError on data or settings that cannot be used, and where the folder holds an adapter or
-    an unfinished run of other settings; Interrupted on Ctrl-C, once there is a checkpoint to go on from.
+    an unfinished run of other settings; Interrupted on Ctrl-C, saying where the same command goes on.
     """
     refuse_overwriting(settings.output)
     refuse_other_settings(settings.output, settings.model_dump(mode="json"))
+    try:
+        _run(settings)
+    except KeyboardInterrupt as interrupt:
+        checkpoints = Checkpoints(settings.output, settings.checkpoint_every, settings.keep_checkpoints)
+        raise Interrupted(f"run the same command again to go on {checkpoints.where()}") from interrupt
+
+
+def _run(settings: TrainSFTSettings) -> None:
     processes = Processes.join(settings.device)
     console = Console(quiet=not processes.is_first)
     material = load_material(settings, settings, settings, console)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from moe_bias.config import UserError
+
 if TYPE_CHECKING:
     from accelerate import PartialState
 
@@ -25,12 +27,20 @@ class Processes:
 
     @classmethod
     def join(cls, device: str) -> Processes:
-        """The processes that a launcher such as torchrun started; this one alone without a launcher."""
-        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        """The processes that a launcher such as torchrun started; this one alone without a launcher.
+
+        Raises UserError where fewer come together than were started: each would train alone, over
+        the others' files.
+        """
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if started < 2:
             return ALONE
         from accelerate import PartialState
 
-        return cls(PartialState(cpu=device == "cpu"))
+        joined = cls(PartialState(cpu=device == "cpu" or not torch.accelerator.is_available()))
+        if joined.count != started:
+            raise UserError(f"{started} processes were started, but accelerate joins {joined.count}; use torchrun")
+        return joined
 
     @property
     def is_first(self) -> bool:

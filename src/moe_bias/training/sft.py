@@ -17,7 +17,6 @@ from torch import nn
 
 from moe_bias.backbone import Head
 from moe_bias.config import (
-    Interrupted,
     LayerConfig,
     TrainingSettings,
     TrainSFTSettings,
@@ -183,7 +182,7 @@ def train(
 
     An unfinished run of the same settings in that folder is gone on with, to the same bytes as if it
     had never stopped. Raises UserError where the folder's run is another one, or on the causes of
-    `fit`; Interrupted on Ctrl-C.
+    `fit`; KeyboardInterrupt on Ctrl-C, once the step is in a checkpoint.
     """
     checkpoints = Checkpoints(settings.output, settings.checkpoint_every, settings.keep_checkpoints)
     if processes.is_first:
@@ -199,8 +198,6 @@ def train(
         trainer.resume(*saved)
     try:
         return trainer.run("training" if saved is None else f"training on from step {saved[1].step}")
-    except KeyboardInterrupt as interrupt:
-        raise Interrupted(f"run the same command again to go on {checkpoints.where()}") from interrupt
     finally:
         if log is not None:
             log.close()
