@@ -103,7 +103,7 @@ def on_features(features: Features, head: Head, config: LayerConfig) -> Callable
 
     def step() -> int:
         optimizer.zero_grad()
-        supervised_gradients(layer, features, logits_of, head.transform)
+        supervised_gradients(layer, features, lambda rows: logits_of(features.hidden[rows]), head.transform)
         optimizer.step()
         return len(features)
 

@@ -4,7 +4,6 @@ import json
 from importlib.util import find_spec
 
 import pytest
-import torch
 from peft import PeftModel
 
 from moe_bias.adapter import find_adapter_head
@@ -46,29 +45,6 @@ def test_train_sft_on_a_file_of_ones_own(tmp_path, capsys):
     assert record["change"]["high"] < 0
     assert main(words) == 2
     assert "holds an adapter already" in capsys.readouterr().err
-
-
-def test_interrupted_training_keeps_what_it_has(tmp_path, capsys, monkeypatch):
-    from moe_bias.training import sft
-
-    data = tmp_path / "rows.jsonl"
-    data.write_text("\n".join(json.dumps({"question": f"Say {n}", "answer": f"{n}, {n}"}) for n in range(6)))
-    real, calls = sft.supervised_gradients, []
-
-    def interrupted_after_two(*arguments):
-        calls.append(1)
-        if len(calls) > 2:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(sft, "supervised_gradients", interrupted_after_two)
-    output = tmp_path / "adapter"
-    words = ["train", "sft", "--data", str(data), "--output", str(output), "--support", "auto:64"]
-    assert main(words) == 130
-    assert f"the adapter as trained so far is in {output}" in capsys.readouterr().err
-    model, _ = load_model(ModelSettings(device="cpu"))
-    layer = find_adapter_head(PeftModel.from_pretrained(model, str(output))).moe_bias_layers["default"]
-    assert torch.count_nonzero(layer.experts) > 0
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from conftest import randomise, tiny_model, token_ids
 from moe_bias.adapter import MoEBiasConfig, find_adapter_head
 from moe_bias.backbone import find_head
 from moe_bias.config import LayerConfig, TrainingSettings
+from moe_bias.evaluation.likelihood import token_nll
 from moe_bias.features.extract import run_backbone, with_scalars
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.rollout.greedy import base_policy, greedy_answers, layer_policy
@@ -38,8 +39,8 @@ def test_features_training_and_answers_on_the_gpu():
     examples = [Example([5, 6, 7], [8, 9, 2]), Example([5, 9], [11, 8, 2])]
     features = with_scalars(head, run_backbone(model, examples, 2, "test"), SUPPORT, "test")
     layer = MoEBiasLayer(LayerConfig(num_experts=4, support=tuple(SUPPORT)), head.hidden_size, head.vocab_size).cuda()
-    report = fit(layer, features, head, TrainingSettings(epochs=40, expert_rate=0.5), "test")
-    assert report.last_nll < float(-features.logit.mean() + features.rest.log_sum_exp.mean())
+    fit(layer, features, head, TrainingSettings(epochs=40, expert_rate=0.5), "test")
+    assert token_nll(layer, features, head).mean() < token_nll(None, features, head).mean() - 1
     base, adapted = greedy_answers(
         model,
         head,

@@ -61,7 +61,7 @@ def test_gradients_by_chunks_are_those_of_the_whole_batch(monkeypatch, elements)
     expected = {name: parameter.grad.clone() for name, parameter in layer.named_parameters()}
     layer.zero_grad()
     monkeypatch.setitem(objective.CHUNK_ELEMENTS, "cpu", elements)
-    by_chunks = supervised_gradients(layer, features, logits_of, head.transform)
+    by_chunks = supervised_gradients(layer, features, lambda rows: logits_of(features.hidden[rows]), head.transform)
     torch.testing.assert_close(by_chunks.total, whole.total.detach())
     torch.testing.assert_close(by_chunks.nll, whole.nll.detach())
     for name, parameter in layer.named_parameters():
@@ -101,11 +101,11 @@ def test_fit_gives_the_same_bytes_again():
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
 
 
-def test_a_loss_that_is_not_finite_stops_the_run():
+def test_hidden_states_that_are_not_finite_are_refused():
     head, layer = head_of(), layer_of()
     features = features_of(head)
     features.hidden[3, 0] = math.nan
-    with pytest.raises(UserError, match="the training loss became nan; lower --expert-rate"):
+    with pytest.raises(UserError, match="the hidden states hold NaN or infinite values"):
         fit(layer, features, head, TrainingSettings(epochs=1), "test")
 
 

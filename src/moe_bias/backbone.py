@@ -106,11 +106,6 @@ class Head:
         dtype: torch.dtype = next(self.module.parameters()).dtype
         return dtype if dtype.is_floating_point else torch.float32
 
-    @property
-    def device(self) -> torch.device:
-        """Where the output embedding is."""
-        return next(self.module.parameters()).device
-
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """Final logits (..., V) in float32 or better of hidden states (..., D)."""

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from pydantic_settings import CliSettingsSource, SettingsError
 
 from moe_bias.config import (
+    ArmsSettings,
     DemoSettings,
     ExtractSettings,
     GenerateSettings,
@@ -28,6 +29,7 @@ from moe_bias.config import (
     Interrupted,
     ParamsSettings,
     Settings,
+    SweepSettings,
     TrainSFTSettings,
     UserError,
     VerifySettings,
@@ -152,6 +154,18 @@ def _verify(settings: VerifySettings) -> None:
     verify.run(settings)
 
 
+def _sweep(settings: SweepSettings) -> None:
+    from moe_bias.commands import sweep
+
+    sweep.run(settings)
+
+
+def _arms(settings: ArmsSettings) -> None:
+    from moe_bias.commands import arms
+
+    arms.run(settings)
+
+
 def _generate(settings: GenerateSettings) -> None:
     from moe_bias.commands import generate
 
@@ -177,6 +191,8 @@ COMMANDS = (
     Command("train sft", TrainSFTSettings, _train_sft),
     Command("extract", ExtractSettings, _extract),
     Command("verify", VerifySettings, _verify, argument="STORE"),
+    Command("sweep", SweepSettings, _sweep),
+    Command("arms", ArmsSettings, _arms),
     Command("generate", GenerateSettings, _generate, argument="PROMPT"),
     Command("params", ParamsSettings, _params),
     Command("inspect", InspectSettings, _inspect, argument="ADAPTER"),

@@ -17,8 +17,10 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     BaseModel,
     BeforeValidator,
+    ByteSize,
     ConfigDict,
     Field,
+    NonNegativeInt,
     PositiveInt,
     ValidationError,
     field_validator,
@@ -53,6 +55,10 @@ def _split_at_commas(value: object) -> object:
 
 PositiveInts = Annotated[list[PositiveInt], NoDecode, BeforeValidator(_split_at_commas)]
 """A list of positive numbers; in a variable or an option it is written `1,4,16`."""
+Seeds = Annotated[list[NonNegativeInt], NoDecode, BeforeValidator(_split_at_commas), Field(min_length=1)]
+"""A list of seeds, written `0,1,2`."""
+Normalisation = Literal["standardise", "rms", "none"]
+"""How the router sees a hidden state: centred and scaled, divided by its root mean square, or as it is."""
 
 
 class LayerConfig(BaseModel):
@@ -184,13 +190,42 @@ class TrainingSettings(LayerOptions):
     """How a layer is trained on hidden states."""
 
     support: str = Field("auto:4096", description="'auto:M', 'all', or a JSON file of token ids")
+    normalisation: Normalisation = Field("standardise", description="how the router sees hidden states")
+    gate_alpha: float = Field(1.0, description="where alpha of the entropy gate starts")
+    gate_beta: float = Field(0.0, description="where beta of the entropy gate starts")
     epochs: int = Field(8, ge=1, description="passes over the hidden states")
     batch_tokens: int = Field(512, ge=1, description="tokens in one optimiser step")
     expert_rate: float = Field(5e-2, gt=0, description="learning rate of the experts")
     router_rate: float = Field(3e-3, gt=0, description="learning rate of the router and the gate")
     warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps that the rates rise in")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decay of the experts towards 0")
+    expert_dropout: float = Field(0.0, ge=0, lt=1, description="share of the experts' entries a step leaves out")
+    loss_bound: float = Field(100.0, gt=0, description="stop where a step's loss in nats per token is above this")
+    logits_budget: ByteSize = Field(
+        ByteSize(2**30),
+        description="memory to keep base logits in across epochs, such as 1GiB; what does not fit is recomputed",
+    )
     seed: int = Field(0, ge=0, description="seed of everything random")
+
+
+class RunSettings(TrainingSettings):
+    """How a training run is watched."""
+
+    evaluate_every: int = Field(0, ge=0, description="steps between held-out evaluations; 0: once an epoch")
+    patience: int = Field(
+        0, ge=0, description="evaluations without a better NLL before it stops and keeps the best; 0: never"
+    )
+
+
+class DataSettings(Settings):
+    """What to train on and what to keep out."""
+
+    data: str = Field(description="JSON Lines file or Hub data set of prompts and answers")
+    split: str = Field("train", description="split of a Hub data set")
+    held_out: float = Field(0.05, gt=0, lt=1, description="share of the examples kept out for measuring")
+    max_length: int = Field(2048, ge=2, description="longer examples are cut here")
+    batch_size: int = Field(16, ge=1, description="examples in one forward pass")
 
 
 class DemoSettings(ModelSettings, TrainingSettings):
@@ -206,15 +241,31 @@ class DemoSettings(ModelSettings, TrainingSettings):
     batch_size: int = Field(50, ge=1, description="problems in one forward pass")
 
 
-class TrainSFTSettings(ModelSettings, TrainingSettings):
+class TrainSFTSettings(ModelSettings, RunSettings, DataSettings):
     """Train an adapter on prompts and answers by supervised learning."""
 
-    data: str = Field(description="JSON Lines file or Hub data set of prompts and answers")
-    split: str = Field("train", description="split of a Hub data set")
-    output: Path = Field(description="folder that the adapter is saved in")
-    held_out: float = Field(0.05, gt=0, lt=1, description="share of the examples kept out for measuring")
-    max_length: int = Field(2048, ge=2, description="longer examples are cut here")
-    batch_size: int = Field(16, ge=1, description="examples in one forward pass")
+    output: Path = Field(description="folder of the adapter; an unfinished run in it is gone on with")
+    checkpoint_every: int = Field(200, ge=1, description="steps between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, description="how many of the last checkpoints are kept")
+
+
+class SweepSettings(ModelSettings, RunSettings, DataSettings):
+    """Train one layer per cell of a grid on the same hidden states, and compare them."""
+
+    output: Path = Field(description="folder of the cells' records; cells that have one are not run again")
+    grid: str = Field(description="settings and their values, such as 'num_experts=4,16 expert_rate=2e-2,5e-2'")
+    base: str = Field("", description="the cell to compare with, such as 'num_experts=4'; none: the grid's first")
+    seeds: Seeds = Field([0, 1, 2], description="each cell is trained once with each of these seeds")
+
+
+class ArmsSettings(ModelSettings, RunSettings, DataSettings):
+    """Train MoE-Bias, parts of it left out, and LoRA on the same tokens, and compare them."""
+
+    output: Path = Field(description="folder of the arms' records; arms that have one are not run again")
+    seeds: Seeds = Field([0, 1, 2], description="each arm is trained once with each of these seeds")
+    lora_rank: int = Field(8, ge=1, description="rank r of LoRA")
+    lora_rate: float = Field(2e-4, gt=0, description="learning rate of LoRA, decaying linearly")
+    lora_batch_size: int = Field(8, ge=1, description="examples in one optimiser step of LoRA")
 
 
 class ExtractSettings(ModelSettings):

@@ -18,7 +18,7 @@ V vocabulary, M support (M = V without one).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_bias.config import LayerConfig, UserError
+from moe_bias.config import LayerConfig, Normalisation, UserError
 
 LOWEST_LOG_PROB = -1e4
 """Log-probabilities are raised to this before `p log p`: exp(-1e4) is 0 in float32 and in float64,
@@ -80,20 +80,28 @@ def entropy_from_logits(logits: Tensor) -> Tensor:
         return entropy
 
 
-def load_balance_loss(routing: Routing, counted: Tensor | None = None) -> Tensor:
+def itself(tensor: Tensor) -> Tensor:
+    """The sum over the processes where there is one."""
+    return tensor
+
+
+def load_balance_loss(
+    routing: Routing, counted: Tensor | None = None, total: Callable[[Tensor], Tensor] = itself
+) -> Tensor:
     """Switch load-balance loss `E sum_e f_e P_e` (arXiv 2101.03961), a scalar; 1 when uniform.
 
     `f_e` is the share of routed (token, slot) pairs that go to expert e, `P_e` its mean router
     probability. `counted` (...,) bool names the tokens that count in the loss (default all);
-    with none the loss is 0.
+    with none the loss is 0. Where the batch is spread over processes, `total` sums a tensor over
+    them, and the result is this process's summand of the loss.
     """
     num_experts = routing.probs.shape[-1]
     probs_TE = routing.probs.reshape(-1, num_experts)
     routed_TE = (routing.gates > 0).reshape(-1, num_experts).to(probs_TE.dtype)
     weight_T = probs_TE.new_ones(len(probs_TE)) if counted is None else counted.flatten().to(probs_TE.dtype)
-    routed_E = weight_T @ routed_TE
+    routed_E = total(weight_T @ routed_TE)
     share_E = routed_E / routed_E.sum().clamp(min=1)
-    mean_E = (weight_T @ probs_TE) / weight_T.sum().clamp(min=1)
+    mean_E = (weight_T @ probs_TE) / total(weight_T.sum()).clamp(min=1)
     return num_experts * (share_E * mean_E).sum()
 
 
@@ -136,16 +144,24 @@ class MoEBiasLayer(nn.Module):
             self.entropy_gate.bias.zero_()
 
     @torch.no_grad()
-    def calibrate(self, hidden: Tensor) -> None:
-        """Sets the router's normalisation to the mean and the scale of `hidden` (..., D).
+    def calibrate(self, hidden: Tensor, normalisation: Normalisation = "standardise") -> None:
+        """Sets the router's normalisation from `hidden` (..., D), one mean and one scale per dimension.
 
-        Raises ValueError on fewer than two tokens, which have no scale.
+        'standardise': mean and standard deviation; 'rms': 0 and the root mean square; 'none': 0 and 1.
+        Raises ValueError on fewer than two tokens, which have no scale, and on values that are not finite.
         """
         hidden_TD = at_least_float32(hidden.reshape(-1, self.hidden_size))
         if len(hidden_TD) < 2:
             raise UserError(f"calibration needs at least 2 hidden states, got {len(hidden_TD)}")
-        self.hidden_mean.copy_(hidden_TD.mean(0))
-        self.hidden_scale.copy_(hidden_TD.std(0).clamp(min=1e-6))
+        if not torch.isfinite(hidden_TD).all():
+            raise UserError("the hidden states hold NaN or infinite values; extract them in a wider type")
+        self.hidden_mean.zero_()
+        self.hidden_scale.fill_(1)
+        if normalisation == "standardise":
+            self.hidden_mean.copy_(hidden_TD.mean(0))
+            self.hidden_scale.copy_(hidden_TD.std(0).clamp(min=1e-6))
+        elif normalisation == "rms":
+            self.hidden_scale.copy_(hidden_TD.square().mean(0).sqrt().clamp(min=1e-6))
 
     def route(self, hidden: Tensor) -> Routing:
         """Router probabilities and top-k gates for `hidden` (..., D). No gradient enters `hidden`."""

@@ -42,8 +42,8 @@ class Meter:
 
 
 @contextmanager
-def meter(description: str, total: float, unit: str) -> Iterator[Meter]:
-    """A bar over `total` units of work, drawn while the block runs."""
+def meter(description: str, total: float, unit: str, visible: bool = True) -> Iterator[Meter]:
+    """A bar over `total` units of work, drawn while the block runs, or not at all."""
     columns = (
         TextColumn("{task.description:<34}"),
         BarColumn(bar_width=24),
@@ -52,5 +52,5 @@ def meter(description: str, total: float, unit: str) -> Iterator[Meter]:
         TimeRemainingColumn(elapsed_when_finished=True),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=Console(stderr=True), disable=not visible) as progress:
         yield Meter(progress, progress.add_task(description, total=total, unit=unit, note=""))

@@ -9,6 +9,7 @@ from torch import Tensor
 from moe_bias.backbone import Head
 from moe_bias.evaluation.statistics import Floats
 from moe_bias.features.extract import Features
+from moe_bias.features.source import FeatureSource, on_device
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.support import reduced_log_prob
 from moe_bias.training.objective import adapted_log_prob
@@ -17,12 +18,12 @@ CHUNK_TOKENS = 2048
 
 
 @torch.no_grad()
-def token_nll(layer: MoEBiasLayer | None, features: Features, head: Head) -> Tensor:
+def token_nll(layer: MoEBiasLayer | None, features: FeatureSource, head: Head) -> Tensor:
     """Negative log-likelihood in nats of each token (T,) under the layer, or under the base for None."""
-    logits_of = head.columns(features.support.to(head.device))
+    logits_of = head.columns(features.support)
     parts = []
     for index in torch.arange(len(features)).split(CHUNK_TOKENS):
-        batch = features.at(index).to(head.device)
+        batch = on_device(features.at(index), head.device)
         logits_TM = logits_of(batch.hidden)
         if layer is None:
             still_TM = torch.zeros_like(logits_TM)

@@ -74,20 +74,6 @@ class Features:
             self.support,
         )
 
-    def to(self, device: torch.device) -> Features:
-        """The same features on a device."""
-        rest = RestScalars(self.rest.log_sum_exp.to(device), self.rest.mean_logit.to(device))
-        return Features(
-            self.hidden.to(device),
-            self.token.to(device),
-            self.example.to(device),
-            self.logit.to(device),
-            self.entropy.to(device),
-            rest,
-            self.column.to(device),
-            self.support.to(device),
-        )
-
 
 @dataclass(frozen=True)
 class HiddenTokens:

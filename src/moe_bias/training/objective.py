@@ -6,6 +6,11 @@ of tokens in the batch.
 
 `supervised_gradients` is the same loss, its gradient gathered a chunk of tokens at a time: what is
 as wide as the support then stays in the processor's cache, and memory does not grow with the batch.
+
+Over several processes, each with a part of the batch's tokens, the loss is still that of the whole
+batch: both denominators and the routed shares f_e are summed over the processes.
+
+Shapes: T tokens, D hidden, E experts, M support.
 """
 
 from __future__ import annotations
@@ -18,8 +23,11 @@ from torch import Tensor
 
 from moe_bias.backbone import HeadTransform
 from moe_bias.features.extract import Features
-from moe_bias.layer import MoEBiasLayer, Routing, load_balance_loss
+from moe_bias.features.source import FeatureSource, on_device
+from moe_bias.layer import MoEBiasLayer, Routing, itself, load_balance_loss
 from moe_bias.support import log_prob_from_adapted
+from moe_bias.training.base_logits import BaseLogits
+from moe_bias.training.processes import ALONE, Processes
 
 CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
 """Entries of a tokens x support tensor that are worked on at once, by kind of device."""
@@ -27,11 +35,15 @@ CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
 
 @dataclass(frozen=True)
 class SupervisedLoss:
-    """`total` to minimise, and its parts: `nll` in nats per token and `load_balance`, unweighted."""
+    """`total` to minimise, and its parts: `nll` in nats per token and `load_balance`, unweighted.
+
+    `routing` is that of the tokens the loss is over, of this process's alone where there are several.
+    """
 
     total: Tensor
     nll: Tensor
     load_balance: Tensor
+    routing: Routing
 
 
 @dataclass(frozen=True)
@@ -52,34 +64,66 @@ def supervised_loss(adapted: Adapted, load_balance_weight: float) -> SupervisedL
     """Mean negative log-likelihood plus the weighted load-balance loss."""
     nll = -adapted.log_prob.mean()
     balance = load_balance_loss(adapted.routing)
-    return SupervisedLoss(nll + load_balance_weight * balance, nll, balance)
+    return SupervisedLoss(nll + load_balance_weight * balance, nll, balance, adapted.routing)
 
 
 def supervised_gradients(
-    layer: MoEBiasLayer, batch: Features, logits_of: Callable[[Tensor], Tensor], transform: HeadTransform
+    layer: MoEBiasLayer,
+    batch: Features,
+    logits_of: Callable[[slice], Tensor],
+    transform: HeadTransform,
+    total: Callable[[Tensor], Tensor] = itself,
 ) -> SupervisedLoss:
     """Adds the gradient of `supervised_loss` to the layer's parameters; returns the loss without graph.
 
-    `logits_of` gives the support's final base logits (T, M) of hidden states (T, D).
+    `logits_of` gives the support's final base logits (T, M) of the batch's given rows. `total` sums a
+    tensor over the processes that share the batch: the loss returned is the whole batch's, the
+    gradient this process's summand of the whole batch's.
     """
     mixture = layer.mix(batch.hidden, batch.entropy)
     shares_TE = mixture.shares.detach().requires_grad_()
-    parts = []
+    tokens = total(shares_TE.new_tensor(float(len(batch))))
+    nll = torch.zeros_like(tokens)
     for rows in chunks(len(batch), layer.experts):
-        part = batch.at(rows)
-        log_prob_T = _log_prob_of(layer, shares_TE[rows], part, logits_of(part.hidden), transform)
-        (-log_prob_T.sum() / len(batch)).backward()
-        parts.append(log_prob_T.detach())
-    loss = supervised_loss(Adapted(torch.cat(parts), mixture.routing), layer.config.load_balance_weight)
-    torch.autograd.backward([mixture.shares, loss.total], [shares_TE.grad, None])
-    return SupervisedLoss(loss.total.detach(), loss.nll, loss.load_balance.detach())
+        log_prob_T = _log_prob_of(layer, shares_TE[rows], batch.at(rows), logits_of(rows), transform)
+        part = -log_prob_T.sum() / tokens
+        part.backward()
+        nll += part.detach()
+    balance, weight = load_balance_loss(mixture.routing, total=total), layer.config.load_balance_weight
+    torch.autograd.backward([mixture.shares, weight * balance], [shares_TE.grad, None])
+    nll, balance = total(nll), total(balance.detach())
+    routing = Routing(mixture.routing.probs.detach(), mixture.routing.gates.detach())
+    return SupervisedLoss(nll + weight * balance, nll, balance, routing)
+
+
+@torch.no_grad()
+def mean_nll(
+    layer: MoEBiasLayer,
+    source: FeatureSource,
+    logits: BaseLogits,
+    transform: HeadTransform,
+    processes: Processes = ALONE,
+) -> float:
+    """Negative log-likelihood in nats per token of all the source's tokens under the layer.
+
+    Each process takes every n-th chunk.
+    """
+    nll = torch.zeros((), dtype=torch.float64, device=layer.experts.device)
+    for rows in chunks(len(source), layer.experts)[processes.rank :: processes.count]:
+        batch = on_device(source.at(rows), layer.experts.device)
+        logits_TM = logits.of(torch.arange(rows.start, rows.start + len(batch)), batch)(slice(None))
+        nll -= adapted_log_prob(layer, batch, logits_TM, transform).log_prob.double().sum()
+    return float(processes.total(nll)) / len(source)
 
 
 def chunks(tokens: int, experts_EM: Tensor) -> list[slice]:
-    """Slices over the tokens whose tokens x support tensors are of the size that suits the device."""
+    """Slices over the tokens whose tokens x support tensors are of the size that suits the device.
+
+    At least one, so that a process without a token in a small batch takes part with zeros.
+    """
     size = CHUNK_ELEMENTS.get(experts_EM.device.type, CHUNK_ELEMENTS["cuda"])
     rows = max(size // experts_EM.shape[-1], 1)
-    return [slice(start, start + rows) for start in range(0, tokens, rows)]
+    return [slice(start, start + rows) for start in range(0, max(tokens, 1), rows)]
 
 
 def _log_prob_of(

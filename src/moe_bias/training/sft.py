@@ -1,55 +1,73 @@
 """Supervised training on hidden states: after one pass the backbone is not needed again.
 
-AdamW without weight decay, one rate for the experts and one for router and gate, a linear rise and a
-linear decay to zero, gradients clipped by norm. Batches are of tokens, not of sequences: a hidden
-state holds all the context that the layer sees.
+`prepare` makes features and chooses the support, `fit` trains a layer on them in memory, `train` does
+so in a folder, with checkpoints. The loop itself is in `trainer`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moe_bias.backbone import Head
-from moe_bias.config import LayerConfig, TrainingSettings, UserError, check_support
+from moe_bias.config import (
+    LayerConfig,
+    TrainingSettings,
+    TrainSFTSettings,
+    UserError,
+    check_support,
+)
 from moe_bias.features.extract import (
     Features,
+    HiddenTokens,
     fork_coverage,
     measure_fork_mass,
     run_backbone,
     support_for,
     with_scalars,
 )
+from moe_bias.features.source import FeatureSource
 from moe_bias.layer import MoEBiasLayer
-from moe_bias.progress import meter
 from moe_bias.tasks.conversations import Example
-from moe_bias.training.objective import supervised_gradients
+from moe_bias.training.checkpoint import Checkpoints
+from moe_bias.training.metrics import MetricsLog
+from moe_bias.training.processes import ALONE, Processes
+from moe_bias.training.run_folder import begin, digest, identity
+from moe_bias.training.trainer import Evaluations, FitReport, Trainer, Watch
 
 CALIBRATION_TOKENS = 4096
 """Forks for choosing a support are looked for among this many training tokens."""
+NORMALISATION_TOKENS = 16384
+"""The router's normalisation is measured on this many training tokens."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Features to train on and to measure on, the layer's support and its coverage of held-out fork mass."""
+    """Features to train on and to measure on, the layer's support and its coverage of held-out fork mass.
+
+    `seconds` is what the training features took, backbone and all.
+    """
 
     train: Features
     held_out: Features
     support: tuple[int, ...] | None
     fork_coverage: float
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
-class FitReport:
-    """What a training run did: steps taken, and the loss in nats per token over the last epoch."""
+class Extracted:
+    """Hidden states of both parts, and the seconds that the backbone took for the training part."""
 
-    steps: int
-    last_nll: float
+    train: HiddenTokens
+    held_out: HiddenTokens
+    seconds: float
 
 
 def prepare(
@@ -66,20 +84,34 @@ def prepare(
 
     `always` are token ids that the support must hold. Raises UserError on a support that cannot be.
     """
-    requested = parse_support(settings.support, head.vocab_size)
+    parse_support(settings.support, head.vocab_size)
+    extracted = extract(model, train, held_out, batch_size)
+    return with_support(head, extracted, settings.support, always)
+
+
+def extract(model: nn.Module, train: Sequence[Example], held_out: Sequence[Example], batch_size: int) -> Extracted:
+    """Runs the backbone once over both parts."""
+    started = time.perf_counter()
     train_tokens = run_backbone(model, train, batch_size, "training hidden states")
-    held_out_tokens = run_backbone(model, held_out, batch_size, "held-out hidden states")
-    if isinstance(requested, int):
-        forks = measure_fork_mass(head, train_tokens.hidden[:CALIBRATION_TOKENS])
-        support = support_for(forks, train_tokens.token, requested, always)
-    else:
-        support = requested
-    covered = fork_coverage(measure_fork_mass(head, held_out_tokens.hidden[:CALIBRATION_TOKENS]), support)
+    seconds = time.perf_counter() - started
+    return Extracted(train_tokens, run_backbone(model, held_out, batch_size, "held-out hidden states"), seconds)
+
+
+def with_support(head: Head, extracted: Extracted, support: str, always: Sequence[int]) -> Prepared:
+    """Features on a support, chosen on the training part where `support` is 'auto:M'."""
+    started, train, held_out = time.perf_counter(), extracted.train, extracted.held_out
+    ids = parse_support(support, head.vocab_size)
+    if isinstance(ids, int):
+        forks = measure_fork_mass(head, train.hidden[:CALIBRATION_TOKENS])
+        ids = support_for(forks, train.token, ids, always)
+    features = with_scalars(head, train, ids, "training base distribution")
+    seconds = extracted.seconds + time.perf_counter() - started
     return Prepared(
-        with_scalars(head, train_tokens, support, "training base distribution"),
-        with_scalars(head, held_out_tokens, support, "held-out base distribution"),
-        None if len(support) == head.vocab_size else tuple(support),
-        covered,
+        features,
+        with_scalars(head, held_out, ids, "held-out base distribution"),
+        None if len(ids) == head.vocab_size else tuple(ids),
+        fork_coverage(measure_fork_mass(head, held_out.hidden[:CALIBRATION_TOKENS]), ids),
+        seconds,
     )
 
 
@@ -115,49 +147,68 @@ def _support_from_file(path: Path, vocab_size: int) -> list[int]:
     return ids
 
 
-def fit(layer: MoEBiasLayer, features: Features, head: Head, settings: TrainingSettings, description: str) -> FitReport:
-    """Trains the layer in place on the features; it must be where the head is.
+def fresh_layer(settings: TrainingSettings, support: tuple[int, ...] | None, head: Head) -> MoEBiasLayer:
+    """A layer that changes nothing yet; its router follows from the seed."""
+    torch.manual_seed(settings.seed)
+    return MoEBiasLayer(settings.layer_config(support), head.hidden_size, head.vocab_size)
 
-    Raises UserError where the loss is not finite; the layer then holds the last step's weights.
+
+def fit(
+    layer: MoEBiasLayer,
+    features: FeatureSource,
+    head: Head,
+    settings: TrainingSettings,
+    description: str,
+    evaluations: Evaluations | None = None,
+) -> FitReport:
+    """Trains a fresh layer in place on the features, without a folder.
+
+    Raises UserError where the loss is not finite or above its bound; the layer then holds the last
+    step's weights.
     """
-    layer.calibrate(features.hidden)
-    logits_of = head.columns(features.support.to(head.device))
-    steps_per_epoch = -(-len(features) // settings.batch_tokens)
-    optimizer, schedule = _optimizer(layer, settings, settings.epochs * steps_per_epoch)
-    losses: list[Tensor] = []
-    with meter(description, settings.epochs * len(features), "tokens") as bar:
-        for batch in _batches(features, settings):
-            optimizer.zero_grad()
-            loss = supervised_gradients(layer, batch.to(head.device), logits_of, head.transform)
-            if not torch.isfinite(loss.total):
-                raise UserError(f"the training loss became {loss.total.item()}; lower --expert-rate or --router-rate")
-            torch.nn.utils.clip_grad_norm_(layer.parameters(), settings.max_grad_norm)
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.nll)
-            bar.advance(len(batch))
-            bar.note(f"loss {losses[-1].item():.3f}")
-    return FitReport(len(losses), float(torch.stack(losses[-steps_per_epoch:]).mean()))
+    start(layer, features, settings)
+    return Trainer(layer, features, head, settings, Watch(evaluations)).run(description)
 
 
-def _batches(features: Features, settings: TrainingSettings) -> Iterator[Features]:
-    generator = torch.Generator().manual_seed(settings.seed)
-    for _ in range(settings.epochs):
-        for index in torch.randperm(len(features), generator=generator).split(settings.batch_tokens):
-            yield features.at(index)
+def train(
+    layer: MoEBiasLayer,
+    source: FeatureSource,
+    held_out: FeatureSource,
+    head: Head,
+    settings: TrainSFTSettings,
+    processes: Processes = ALONE,
+) -> FitReport:
+    """Trains a fresh layer in place, with checkpoints and metrics in `settings.output`.
+
+    An unfinished run of the same settings in that folder is gone on with, to the same bytes as if it
+    had never stopped. Raises UserError where the folder's run is another one, or on the causes of
+    `fit`; KeyboardInterrupt on Ctrl-C, once the step is in a checkpoint.
+    """
+    checkpoints = Checkpoints(settings.output, settings.checkpoint_every, settings.keep_checkpoints)
+    if processes.is_first:
+        tokens = {"training tokens": digest(identity(source)), "held-out tokens": digest(identity(held_out))}
+        begin(settings.output, settings.model_dump(mode="json"), {**tokens, "processes": processes.count})
+    processes.wait()
+    saved = checkpoints.load()
+    log = MetricsLog(settings.output, saved[1].step if saved else 0) if processes.is_first else None
+    evaluations = Evaluations(held_out, settings.evaluate_every, settings.patience)
+    start(layer, source, settings)
+    trainer = Trainer(layer, source, head, settings, Watch(evaluations, checkpoints, log), processes)
+    if saved is not None:
+        trainer.resume(*saved)
+    try:
+        return trainer.run("training" if saved is None else f"training on from step {saved[1].step}")
+    finally:
+        if log is not None:
+            log.close()
 
 
-def _optimizer(
-    layer: MoEBiasLayer, settings: TrainingSettings, steps: int
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    slow = [parameter for name, parameter in layer.named_parameters() if name != "experts"]
-    groups = [
-        {"params": [layer.experts], "lr": settings.expert_rate},
-        {"params": slow, "lr": settings.router_rate},
-    ]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    rise = max(round(settings.warmup * steps), 1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / rise, (steps - step) / max(steps - rise, 1))
-    )
-    return optimizer, schedule
+@torch.no_grad()
+def start(layer: MoEBiasLayer, source: FeatureSource, settings: TrainingSettings) -> None:
+    """Sets the router's normalisation, from tokens evenly spread over the source, and the gate's start."""
+    count = min(len(source), NORMALISATION_TOKENS)
+    rows = torch.arange(count) * len(source) // max(count, 1)
+    layer.calibrate(source.at(rows).hidden.to(layer.experts.device), settings.normalisation)
+    if layer.entropy_gate is not None:
+        layer.entropy_gate.weight.fill_(settings.gate_alpha)
+        layer.entropy_gate.bias.fill_(settings.gate_beta)

@@ -1,0 +1,39 @@
+"""`moe-bias arms`: MoE-Bias, parts of it left out, and LoRA, trained and measured on the same tokens."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from moe_bias.commands.cells import Outcome, Runner, Workshop, report, run_missing
+from moe_bias.commands.demo_report import report_console
+from moe_bias.config import ArmsSettings
+from moe_bias.evaluation.arms import LAYER_ARMS, LORA_ARMS, MAIN, run_lora
+from moe_bias.evaluation.cells import BASE_MODEL, CellRecords
+from moe_bias.evaluation.grid import with_changes
+from moe_bias.training.run_folder import refuse_other_settings
+
+
+def run(settings: ArmsSettings) -> None:
+    """Runs the arms that have no record yet, and prints all of them against `moe-bias`.
+
+    Raises UserError where the folder holds arms of other settings; Interrupted on Ctrl-C.
+    """
+    refuse_other_settings(settings.output, settings.model_dump(mode="json"))
+    console, records = report_console(), CellRecords(settings.output)
+    workshop = Workshop(settings, console)
+    wanted: dict[tuple[str, int], Runner] = {(BASE_MODEL, 0): partial(workshop.base, settings)}
+    for name, changes in LAYER_ARMS.items():
+        for seed in settings.seeds:
+            wanted[name, seed] = partial(workshop.cell, name, with_changes(settings, {**changes, "seed": seed}))
+    for name in LORA_ARMS:
+        for seed in settings.seeds:
+            wanted[name, seed] = partial(_lora, workshop, records, name, seed, settings)
+    report(console, settings, run_missing(records, wanted), MAIN)
+
+
+def _lora(workshop: Workshop, records: CellRecords, name: str, seed: int, settings: ArmsSettings) -> Outcome:
+    material, main = workshop.material, records.load(MAIN, seed)
+    assert main is not None, "the main arm is run first"
+    features = workshop.on(settings.support).held_out
+    cell = run_lora(name, material.model, material.train, material.held_out, features, main, settings)
+    return cell, settings.model_dump(mode="json")

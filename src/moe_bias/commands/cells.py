@@ -1,0 +1,91 @@
+"""What `sweep` and `arms` share: features on any support from one pass of the backbone, and cells run once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from typing import Any
+
+from rich.console import Console
+
+from moe_bias.commands.cell_table import print_cells
+from moe_bias.commands.examples import Material, load_material
+from moe_bias.config import ArmsSettings, Interrupted, RunSettings, SweepSettings
+from moe_bias.evaluation.cells import Cell, CellRecords, base_cell, compare_cells, run_cell
+from moe_bias.records import write_json
+from moe_bias.training.run_folder import begin, digest
+from moe_bias.training.sft import Extracted, Prepared, extract, with_support
+
+TABLE_FILE = "table.json"
+Outcome = tuple[Cell, Mapping[str, Any]]
+"""A cell, and the settings that it was run with."""
+Runner = Callable[[], Outcome]
+
+
+class Workshop:
+    """The frozen model and its features, made when they are first asked for and only once."""
+
+    def __init__(self, settings: SweepSettings | ArmsSettings, console: Console) -> None:
+        self._settings = settings
+        self._console = console
+        self._prepared: dict[str, Prepared] = {}
+
+    @cached_property
+    def material(self) -> Material:
+        """Model and examples."""
+        return load_material(self._settings, self._settings, self._settings, self._console)
+
+    @cached_property
+    def _extracted(self) -> Extracted:
+        material, settings = self.material, self._settings
+        found = extract(material.model, material.train, material.held_out, settings.batch_size)
+        parts = {"training tokens": found.train.token, "held-out tokens": found.held_out.token}
+        begin(
+            settings.output,
+            settings.model_dump(mode="json"),
+            {name: digest([token]) for name, token in parts.items()},
+        )
+        return found
+
+    def on(self, support: str) -> Prepared:
+        """Features on a support, as the option names it."""
+        if support not in self._prepared:
+            material = self.material
+            self._prepared[support] = with_support(material.head, self._extracted, support, material.always)
+        return self._prepared[support]
+
+    def base(self, settings: RunSettings) -> Outcome:
+        """The frozen model's cell."""
+        return base_cell(self.on(settings.support), self.material.head), settings.model_dump(mode="json")
+
+    def cell(self, name: str, settings: RunSettings) -> Outcome:
+        """A layer's cell."""
+        cell = run_cell(name, settings, self.on(settings.support), self.material.head)
+        return cell, settings.model_dump(mode="json")
+
+
+def run_missing(records: CellRecords, wanted: Mapping[tuple[str, int], Runner]) -> list[Cell]:
+    """Runs the cells, by name and seed, that have no record, each kept as soon as it is done; returns all.
+
+    Raises Interrupted on Ctrl-C, saying how many are done.
+    """
+    try:
+        for (name, seed), runner in wanted.items():
+            if records.load(name, seed) is None:
+                records.save(*runner())
+    except KeyboardInterrupt as interrupt:
+        done = sum(records.load(name, seed) is not None for name, seed in wanted)
+        raise Interrupted(
+            f"{done} of {len(wanted)} are done and kept in {records.folder}; run the same command again for the others"
+        ) from interrupt
+    found = [records.load(name, seed) for name, seed in wanted]
+    return [cell for cell in found if cell is not None]
+
+
+def report(console: Console, settings: SweepSettings | ArmsSettings, cells: Sequence[Cell], base: str) -> None:
+    """Prints the table and writes it into the output folder."""
+    rows = compare_cells(cells, base)
+    write_json(settings.output / TABLE_FILE, {"base": base, "rows": [asdict(row) for row in rows]})
+    print_cells(console, rows, base, round(sum(cells[0].tokens["all"])))
+    console.print(f"Records and {TABLE_FILE} are in {settings.output}.")

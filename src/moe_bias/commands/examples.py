@@ -1,0 +1,71 @@
+"""The frozen model and the examples of a supervised command: read, encoded, and split in two."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moe_bias.backbone import Head, find_head, load_model
+from moe_bias.config import DataSettings, ModelSettings, TrainingSettings, UserError
+from moe_bias.tasks.conversations import Conversation, Example, encode, end_of_turn, read_conversations
+from moe_bias.training.sft import parse_support
+
+HELD_OUT_AT_LEAST = 2
+"""One example has no spread to take an interval from."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """The frozen model, its output embedding, both parts of the examples, and ids that the support must hold."""
+
+    model: PreTrainedModel
+    head: Head
+    train: list[Example]
+    held_out: list[Example]
+    always: list[int]
+
+
+def load_material(
+    settings: ModelSettings, training: TrainingSettings, data: DataSettings, console: Console
+) -> Material:
+    """Reads the data, loads the model, and splits the examples.
+
+    Raises UserError on data or settings that cannot be used, before the model is loaded where the
+    data alone tells.
+    """
+    conversations = read_conversations(data.data, data.split)
+    model, tokenizer = load_model(settings)
+    head = find_head(model)[1]
+    parse_support(training.support, head.vocab_size)
+    train, held_out = split(encoded(conversations, tokenizer, data, console), data.held_out, training.seed)
+    return Material(model, head, train, held_out, end_of_turn(conversations[0], tokenizer))
+
+
+def encoded(
+    conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, data: DataSettings, console: Console
+) -> list[Example]:
+    """Examples that have a completion within the length limit; says how many have none."""
+    found = [encode(conversation, tokenizer, data.max_length) for conversation in conversations]
+    examples = [example for example in found if example is not None]
+    if len(examples) < len(found):
+        console.print(
+            f"{len(found) - len(examples)} of {len(found)} prompts alone fill --max-length {data.max_length}; "
+            "they are left out"
+        )
+    if len(examples) <= HELD_OUT_AT_LEAST:
+        raise UserError(
+            f"{data.data} has {len(examples)} usable examples of {len(found)}; at least {HELD_OUT_AT_LEAST + 1} are "
+            f"needed, one to train on and {HELD_OUT_AT_LEAST} to measure on"
+        )
+    return examples
+
+
+def split(examples: Sequence[Example], held_out: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """Training and held-out examples, drawn with the seed; at least one and `HELD_OUT_AT_LEAST` of them."""
+    order = random.Random(seed).sample(range(len(examples)), len(examples))
+    held = min(max(round(held_out * len(examples)), HELD_OUT_AT_LEAST), len(examples) - 1)
+    return [examples[index] for index in sorted(order[held:])], [examples[index] for index in sorted(order[:held])]

@@ -1,0 +1,71 @@
+"""Arms of the supervised comparison: MoE-Bias, parts of it left out, and LoRA, on the same tokens.
+
+The names:
+
+    moe-bias          as the settings say
+    static            one expert without a gate: a plain vector of logit biases
+    no-gate           without the entropy gate
+    full-vocabulary   a bias on every token in place of the support
+    lora-tokens       LoRA on as many completion tokens as moe-bias is trained on
+    lora-time         LoRA for as many seconds as moe-bias takes, its pass over the backbone included
+
+LoRA is measured on exactly the tokens that the others are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from moe_bias.config import ArmsSettings
+from moe_bias.evaluation.cells import Cell, as_lists
+from moe_bias.evaluation.strata import by_stratum, counts_by_stratum
+from moe_bias.features.extract import Features
+from moe_bias.tasks.conversations import Example
+from moe_bias.training.lora import Budget, LoRAChoices, lora_on, lora_token_nll, train_lora
+
+MAIN = "moe-bias"
+LAYER_ARMS: dict[str, dict[str, Any]] = {
+    MAIN: {},
+    "static": {"num_experts": 1, "top_k": 1, "entropy_gate": False},
+    "no-gate": {"entropy_gate": False},
+    "full-vocabulary": {"support": "all"},
+}
+LORA_ARMS = ("lora-tokens", "lora-time")
+
+
+def lora_budget(name: str, main: Cell) -> Budget:
+    """What a LoRA arm may spend, given the main arm of the same seed."""
+    if name == "lora-tokens":
+        return Budget(main.train_tokens, "tokens")
+    return Budget(main.seconds + main.forward_seconds, "seconds")
+
+
+def run_lora(
+    name: str,
+    model: Any,
+    train: Sequence[Example],
+    held_out: Sequence[Example],
+    features: Features,
+    main: Cell,
+    settings: ArmsSettings,
+) -> Cell:
+    """Trains and measures a LoRA arm with the main arm's seed; `features` are those of `held_out`."""
+    tokens = torch.cat([torch.tensor(example.completion_ids) for example in held_out])
+    assert torch.equal(tokens, features.token), "LoRA would be measured on other tokens"
+    choices = LoRAChoices(settings.lora_rank, settings.lora_rate, settings.lora_batch_size)
+    with lora_on(model, choices.rank, main.seed) as adapted:
+        report = train_lora(adapted, train, choices, lora_budget(name, main), main.seed, f"{name}, seed {main.seed}")
+        nll_T = lora_token_nll(adapted, held_out, settings.batch_size)
+    return Cell(
+        name=name,
+        seed=main.seed,
+        parameters=report.parameters,
+        train_tokens=report.tokens,
+        seconds=report.seconds,
+        forward_seconds=0.0,
+        nll=as_lists(by_stratum(nll_T, features)),
+        tokens=as_lists(counts_by_stratum(features)),
+    )

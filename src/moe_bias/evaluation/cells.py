@@ -1,0 +1,177 @@
+"""Cells of a sweep and arms of a comparison: what each was measured to do, kept, and compared.
+
+A cell is trained once per seed, and each time leaves a record. Cells are compared on the same
+held-out tokens: NLL is averaged over a cell's seeds, then resampled by example, paired with the base
+cell's. The interval is over the held-out text; the spread over seeds is given apart.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_bias.backbone import Head
+from moe_bias.config import RunSettings, UserError
+from moe_bias.evaluation.likelihood import token_nll
+from moe_bias.evaluation.statistics import Estimate, Floats, ratio_of_sums
+from moe_bias.evaluation.strata import STRATA, by_stratum, counts_by_stratum
+from moe_bias.layer import MoEBiasLayer
+from moe_bias.records import provenance, write_json
+from moe_bias.training.sft import Prepared, fit, fresh_layer
+from moe_bias.training.trainer import Evaluations
+
+BASE_MODEL = "base model"
+"""The frozen model's own cell."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training of a cell. By stratum and example: `nll` summed in nats, and `tokens`.
+
+    `seconds` were spent in training, `forward_seconds` in the pass that made its features.
+    """
+
+    name: str
+    seed: int
+    parameters: int
+    train_tokens: int
+    seconds: float
+    forward_seconds: float
+    nll: dict[str, list[float]]
+    tokens: dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A cell over its seeds. By stratum: NLL in nats per token and its paired change against the base cell.
+
+    A stratum that fewer than two examples have tokens of has no interval, and is left out.
+    `spread` is the largest NLL of a seed less the smallest; `seconds` the mean over seeds, features
+    included.
+    """
+
+    name: str
+    seeds: int
+    parameters: int
+    train_tokens: int
+    seconds: float
+    nll: dict[str, Estimate]
+    change: dict[str, Estimate] | None
+    spread: float
+
+
+class CellRecords:
+    """The records of finished cells in a folder, a JSON file each."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "cells"
+
+    def load(self, name: str, seed: int) -> Cell | None:
+        """The cell's record, or None. Raises UserError on a damaged one."""
+        path = self._path(name, seed)
+        if not path.is_file():
+            return None
+        try:
+            return Cell(**json.loads(path.read_text(encoding="utf-8"))["cell"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"record {str(path)!r} is damaged; remove it to run the cell again") from error
+
+    def save(self, cell: Cell, settings: Mapping[str, Any]) -> None:
+        """Keeps a cell with its settings and what it was made with."""
+        content = {"cell": asdict(cell), "settings": settings, "provenance": provenance()}
+        write_json(self._path(cell.name, cell.seed), content)
+
+    def _path(self, name: str, seed: int) -> Path:
+        return self.folder / f"{re.sub(r'[^A-Za-z0-9.=_-]+', '_', name)}-seed{seed}.json"
+
+
+def run_cell(name: str, settings: RunSettings, prepared: Prepared, head: Head) -> Cell:
+    """Trains a layer with the settings' seed and measures it; with patience the best one, on the same tokens."""
+    watched = Evaluations(prepared.held_out, settings.evaluate_every, settings.patience) if settings.patience else None
+    layer = fresh_layer(settings, prepared.support, head)
+    started = time.perf_counter()
+    report = fit(layer, prepared.train, head, settings, f"{name}, seed {settings.seed}", watched)
+    seconds = time.perf_counter() - started
+    trained = min(report.steps * settings.batch_tokens, settings.epochs * len(prepared.train))
+    return _measured(name, settings.seed, layer, trained, seconds, prepared, head)
+
+
+def base_cell(prepared: Prepared, head: Head) -> Cell:
+    """The frozen model on the same tokens."""
+    return _measured(BASE_MODEL, 0, None, 0, 0.0, prepared, head)
+
+
+def _measured(
+    name: str, seed: int, layer: MoEBiasLayer | None, trained: int, seconds: float, prepared: Prepared, head: Head
+) -> Cell:
+    nll = by_stratum(token_nll(layer, prepared.held_out, head), prepared.held_out)
+    return Cell(
+        name=name,
+        seed=seed,
+        parameters=0 if layer is None else layer.config.num_parameters(layer.hidden_size, layer.vocab_size),
+        train_tokens=trained,
+        seconds=seconds,
+        forward_seconds=0.0 if layer is None else prepared.seconds,
+        nll=as_lists(nll),
+        tokens=as_lists(counts_by_stratum(prepared.held_out)),
+    )
+
+
+def as_lists(values: Mapping[str, Floats]) -> dict[str, list[float]]:
+    """For a record."""
+    return {name: value.tolist() for name, value in values.items()}
+
+
+def compare_cells(cells: Sequence[Cell], base: str) -> list[Row]:
+    """A row per name, in order of appearance, each against the cells named `base`.
+
+    Raises UserError where cells were not measured on the same tokens.
+    """
+    tokens = cells[0].tokens
+    for cell in cells:
+        if cell.tokens != tokens:
+            raise UserError(f"the records of {cell.name!r} and {cells[0].name!r} are of different held-out tokens")
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(cell.name, []).append(cell)
+    against = _mean_nll(groups[base])
+    return [_row(group, None if name == base else against) for name, group in groups.items()]
+
+
+def _row(group: Sequence[Cell], against: Mapping[str, Floats] | None) -> Row:
+    first, nll = group[0], _mean_nll(group)
+    totals = [sum(cell.nll["all"]) / sum(cell.tokens["all"]) for cell in group]
+    return Row(
+        name=first.name,
+        seeds=len(group),
+        parameters=first.parameters,
+        train_tokens=round(float(np.mean([cell.train_tokens for cell in group]))),
+        seconds=float(np.mean([cell.seconds + cell.forward_seconds for cell in group])),
+        nll=_per_token(nll, first.tokens),
+        change=None
+        if against is None
+        else _per_token({name: nll[name] - against[name] for name in STRATA}, first.tokens),
+        spread=max(totals) - min(totals),
+    )
+
+
+def _per_token(sums: Mapping[str, Floats], tokens: Mapping[str, list[float]]) -> dict[str, Estimate]:
+    """By stratum; resampled are the examples with tokens of it, so that no draw is without any."""
+    held = {name: np.array(tokens[name]) > 0 for name in STRATA}
+    return {
+        name: ratio_of_sums(sums[name][held[name]], np.array(tokens[name])[held[name]])
+        for name in STRATA
+        if held[name].sum() > 1
+    }
+
+
+def _mean_nll(group: Sequence[Cell]) -> dict[str, Floats]:
+    """By stratum and example, the mean over seeds."""
+    return {stratum: np.mean([cell.nll[stratum] for cell in group], axis=0) for stratum in STRATA}

@@ -1,0 +1,36 @@
+"""What training needs of features, wherever they are kept.
+
+Shapes: M support.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from moe_bias.features.extract import Features
+from moe_bias.support import RestScalars
+
+
+class FeatureSource(Protocol):
+    """Tokens that can be read by number: in memory (`Features`), or on disk."""
+
+    @property
+    def support(self) -> Tensor:
+        """The token ids (M,) int64 that `column` and `rest` of the features refer to."""
+
+    def __len__(self) -> int:
+        """How many tokens there are."""
+
+    def at(self, index: Tensor | slice) -> Features:
+        """The given tokens, in the given order."""
+
+
+def on_device(batch: Features, device: torch.device) -> Features:
+    """The same features on a device; nothing is copied where they are there already."""
+    rest = RestScalars(batch.rest.log_sum_exp.to(device), batch.rest.mean_logit.to(device))
+    names = ("hidden", "token", "example", "position", "logit", "entropy", "log_partition", "column", "support")
+    return replace(batch, rest=rest, **{name: getattr(batch, name).to(device) for name in names})

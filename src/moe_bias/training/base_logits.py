@@ -1,0 +1,47 @@
+"""The base's final logits on the support, u_S: kept across epochs where they fit, else computed again.
+
+They do not depend on the layer. Kept, an epoch costs a read of T x M floats in place of a product of
+2 T D M operations.
+
+Shapes: T tokens, D hidden, M support.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from moe_bias.backbone import Head
+from moe_bias.features.extract import Features
+from moe_bias.features.source import FeatureSource
+
+CHUNK_TOKENS = 2048
+"""Kept logits are computed this many tokens at a time."""
+
+
+class BaseLogits:
+    """u_S of a source's tokens, float32 on the head's device; `nbytes` is what is kept of them."""
+
+    def __init__(self, source: FeatureSource, head: Head, budget: int) -> None:
+        """Keeps them where T x M floats fit into `budget` bytes."""
+        self._columns = head.columns(source.support)
+        needed = 4 * len(source) * len(source.support)
+        self._kept_TM = self._all_of(source, head) if needed <= budget else None
+        self.nbytes = 0 if self._kept_TM is None else needed
+
+    def of(self, index: Tensor, batch: Features) -> Callable[[slice], Tensor]:
+        """The logits (T, M) of any rows of a batch that holds the source's tokens `index`."""
+        kept_TM = self._kept_TM
+        if kept_TM is None:
+            return lambda rows: self._columns(batch.hidden[rows])
+        index = index.to(kept_TM.device)
+        return lambda rows: kept_TM[index[rows]]
+
+    def _all_of(self, source: FeatureSource, head: Head) -> Tensor:
+        kept_TM = torch.empty(len(source), len(source.support), device=head.device)
+        for start in range(0, len(source), CHUNK_TOKENS):
+            rows = slice(start, start + CHUNK_TOKENS)
+            kept_TM[rows] = self._columns(source.at(rows).hidden.to(head.device))
+        return kept_TM

@@ -1,0 +1,113 @@
+"""What is written down of every step: a line of JSON each, and TensorBoard where it is installed.
+
+The keys:
+
+    step                steps taken, counted from 1; 0 is before the first
+    loss                what is minimised, in nats per token; its parts are `nll` and `load_balance`
+    router_entropy      entropy in nats of the router's probabilities, mean over the batch's tokens
+    used_experts        share of the experts that at least one token of the batch is routed to
+    gate_alpha/_beta    the entropy gate's parameters, where there is one
+    grad_norm_*         before clipping: of the experts, of router and gate
+    *_rate              the step's learning rates, of the experts, of router and gate
+    tokens_per_second   of this step, held-out tokens and writing left out
+    held_out_nll        in nats per token, where this step was followed by an evaluation
+
+With several processes all of them are of the whole batch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_bias.layer import MoEBiasLayer, Routing
+from moe_bias.training.objective import SupervisedLoss
+from moe_bias.training.optimisation import GradientNorms
+from moe_bias.training.processes import Processes
+
+FILE = "metrics.jsonl"
+Metrics = dict[str, float]
+
+
+def step_metrics(
+    layer: MoEBiasLayer,
+    loss: SupervisedLoss,
+    norms: GradientNorms,
+    rates: tuple[float, float],
+    processes: Processes,
+) -> Metrics:
+    """All of a step but its number, its speed and its evaluation."""
+    entropy, used = router_use(loss.routing, processes)
+    return {
+        "loss": float(loss.total),
+        "nll": float(loss.nll),
+        "load_balance": float(loss.load_balance),
+        "router_entropy": entropy,
+        "used_experts": used,
+        **_gate(layer),
+        "grad_norm_experts": norms.experts,
+        "grad_norm_router": norms.router,
+        "expert_rate": rates[0],
+        "router_rate": rates[1],
+    }
+
+
+def router_use(routing: Routing, processes: Processes) -> tuple[float, float]:
+    """Mean entropy in nats of the router's probabilities, and the share of experts with a token."""
+    entropy = torch.special.entr(routing.probs).sum()
+    tokens = entropy.new_tensor(float(len(routing.probs)))
+    sums = processes.total(torch.cat([torch.stack([entropy, tokens]), (routing.gates > 0).sum(0).to(entropy)]))
+    return float(sums[0] / sums[1]), float((sums[2:] > 0).float().mean())
+
+
+def _gate(layer: MoEBiasLayer) -> Metrics:
+    if layer.entropy_gate is None:
+        return {}
+    return {"gate_alpha": layer.entropy_gate.weight.item(), "gate_beta": layer.entropy_gate.bias.item()}
+
+
+class MetricsLog:
+    """The metrics of a run in its folder, each line there as soon as its step is over."""
+
+    def __init__(self, run: Path, after: int) -> None:
+        """Goes on after step `after`: what a killed run wrote of later steps is dropped."""
+        run.mkdir(parents=True, exist_ok=True)
+        path = run / FILE
+        kept = _lines_up_to(path, after) if after else []
+        path.write_text("".join(kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+        self._board = _tensorboard(run, after)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Adds the line of a step."""
+        self._file.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in metrics.items():
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _lines_up_to(path: Path, step: int) -> list[str]:
+    """The lines of steps up to this one; a last line that was cut short is dropped."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+
+
+def _tensorboard(run: Path, after: int) -> Any:
+    """A writer whose later steps, where there are any of a killed run, no longer count; None without TensorBoard."""
+    if find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(run / "tensorboard"), purge_step=after + 1)

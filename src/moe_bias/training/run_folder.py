@@ -1,0 +1,83 @@
+"""The folder of a run: what the run is, so that only the same one goes on in it.
+
+`run.json` holds the settings and a digest of the tokens. It is written before the first checkpoint,
+and looked at before anything else happens in a folder that has checkpoints.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moe_bias.config import UserError
+from moe_bias.features.source import FeatureSource
+from moe_bias.records import write_json
+
+FILE = "run.json"
+_FREE = frozenset({"output", "checkpoint_every", "keep_checkpoints", "grid", "base", "seeds"})
+"""Settings that do not change what a run, or a cell of a sweep, ends with."""
+_CHUNK_TOKENS = 65536
+
+
+def refuse_other_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Raises UserError naming the first setting in which the folder's unfinished run differs."""
+    before = _read(folder)
+    if before is None:
+        return
+    now = json.loads(json.dumps(settings))
+    for name, value in now.items():
+        old = before["settings"].get(name)
+        if name not in _FREE and old != value:
+            option = "--" + name.replace("_", "-")
+            raise UserError(
+                f"{str(folder)!r} holds an unfinished run with {option} {old}, not {value}; "
+                f"give its settings to go on with it, or another --output"
+            )
+
+
+def begin(folder: Path, settings: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    """Writes down what the run is: its settings, and by name what else it depends on.
+
+    Raises UserError where an unfinished run of the folder is another.
+    """
+    refuse_other_settings(folder, settings)
+    before = _read(folder)
+    for name, value in data.items():
+        if before is not None and before["data"].get(name) != value:
+            raise UserError(
+                f"{str(folder)!r} holds an unfinished run with other {name}; "
+                "give what it was started with to go on with it, or another --output"
+            )
+    write_json(folder / FILE, {"settings": settings, "data": data})
+
+
+def digest(parts: Iterable[Tensor]) -> str:
+    """SHA-256 of the tensors' bytes, in order."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part.cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
+def identity(source: FeatureSource) -> Iterator[Tensor]:
+    """What tells a source from another: its support, then its token ids."""
+    yield source.support
+    for start in range(0, len(source), _CHUNK_TOKENS):
+        yield source.at(slice(start, start + _CHUNK_TOKENS)).token
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found["settings"], found["data"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{str(path)!r} is damaged ({error}); name another --output") from error
+    return found
