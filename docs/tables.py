@@ -34,6 +34,13 @@ def demo_output() -> str:
     return "```text\n" + (RECORDS / "demo-output.txt").read_text(encoding="utf-8").rstrip() + "\n```\n"
 
 
+def sweep_products() -> str:
+    """Held-out NLL of each cell of the sweep on products, by stratum, with changes against its base cell."""
+    table = _read(RECORDS / "sweeps" / "products.json")
+    headings = ["cell", "parameters", "all tokens", "change", "high entropy", "low entropy", "spread over seeds"]
+    return _table(headings, (_sweep_row(row) for row in table["rows"]))
+
+
 def train_step() -> str:
     """Speed of an optimiser step over LoRA's."""
     record = _latest("train_step")
@@ -65,6 +72,19 @@ def _demo_row(record: dict[str, Any]) -> list[str]:
         _interval(moe_bias["nll_change"], "+.3f"),
         *(_interval(arm["accuracy"], ".0%") for arm in (base, static, moe_bias)),
         *(f"{arm['tokens']['value']:.0f}" for arm in (base, moe_bias)),
+    ]
+
+
+def _sweep_row(row: dict[str, Any]) -> list[str]:
+    nll, change = row["nll"], row["change"]
+    return [
+        f"`{row['name']}`",
+        f"{row['parameters']:,}",
+        f"{nll['all']['value']:.3f}",
+        "" if change is None else _interval(change["all"], "+.3f"),
+        f"{nll['high']['value']:.3f}",
+        f"{nll['low']['value']:.3f}",
+        f"{row['spread']:.3f}",
     ]
 
 
@@ -112,5 +132,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "decode": decode,
     "demo-output": demo_output,
     "demo-tasks": demo_tasks,
+    "sweep-products": sweep_products,
     "train-step": train_step,
 }

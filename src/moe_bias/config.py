@@ -232,6 +232,7 @@ class DemoSettings(ModelSettings, TrainingSettings):
     """Train an adapter on the bundled model, from nothing to a measured gain, in minutes."""
 
     epochs: int = Field(20, ge=1, description="passes over the hidden states; the demo's are few")
+    expert_rate: float = Field(1e-1, gt=0, description="learning rate of the experts")
     task: str = Field("products", description="reasoning-gym task")
     task_options: dict[str, int] = Field({}, description="options of the task; given as --task-options max_terms=3")
     output: Path = Field(Path("moe-bias-demo"), description="folder that the adapter is saved in")
