@@ -99,7 +99,22 @@ def test_version(capsys):
     [
         ([], "the following arguments are required: COMMAND; see moe-bias --help"),
         (["train"], "the following arguments are required: COMMAND; see moe-bias train --help"),
-        (["train", "sft"], "--data is required"),
+        (["train", "sft"], "--output is required"),
+        (["train", "sft", "--output", "o"], "one of --data and --store is required"),
+        (
+            ["train", "sft", "--output", "o", "--data", "d", "--store", "s,t"],
+            "--data d and --store s,t exclude each other; give one (data comes from --data, store comes from --store)",
+        ),
+        (
+            ["train", "sft", "--output", "o", "--store", "s", "--support", "auto:8"],
+            "--support auto:8 does not apply to --store, which was extracted with its own; leave it out, or extract",
+        ),
+        (
+            ["train", "sft", "--output", "o", "--store", "s", "--max-length", "2048"],
+            "--max-length 2048 does not apply to --store",
+        ),
+        (["train", "sft", "--output", "o", "--store", "s,"], "store from --store is '': string should have at least 1"),
+        (["train", "sft", "--output", "o", "--store", "nowhere"], "'nowhere' holds no feature store: it has no manif"),
         (["generate"], "the following arguments are required: PROMPT; see moe-bias generate --help"),
         (["inspect"], "the following arguments are required: ADAPTER; see moe-bias inspect --help"),
         (["params", "--layers", "3"], "unrecognized arguments: --layers 3; see moe-bias --help"),

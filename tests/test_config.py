@@ -12,6 +12,7 @@ from moe_bias.config import (
     LayerSettings,
     ParamsSettings,
     Settings,
+    SweepSettings,
     TrainSFTSettings,
     UserError,
     check_support,
@@ -155,7 +156,18 @@ def test_error_in_code_blames_no_variable(monkeypatch):
 
 
 def test_missing_option_is_named():
-    assert told(TrainSFTSettings) == "--data is required"
+    assert told(SweepSettings, output="o", grid="g") == "--data is required"
+    assert told(TrainSFTSettings, data="d") == "--output is required"
+
+
+def test_what_a_store_has_settled_is_refused_wherever_it_comes_from(folder):
+    (folder / "moe-bias.toml").write_text('support = "all"\n')
+    assert told(TrainSFTSettings, store="a,b", output="o").endswith("again with it (support comes from moe-bias.toml)")
+
+
+def test_stores_are_listed_with_commas():
+    assert TrainSFTSettings(store="part-1,part-2", output="o").store == ["part-1", "part-2"]
+    assert TrainSFTSettings(data="d", output="o").store is None
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from conftest import tiny_model
 from moe_bias.cli import main
 from moe_bias.config import UserError
+from moe_bias.training.checkpoint import Checkpoints
 from moe_bias.training.processes import Processes
 from test_sweep import folder as prepared_folder
 from training_processes import ADAPTER, adapter, run_two_commands, start_command
@@ -96,3 +98,75 @@ def test_the_record_says_which_step_was_the_best(folder, capsys):
     training = record["training"]
     assert training["layer_step"] <= training["steps"] <= 20 * 28
     assert training["held_out_nll"] == pytest.approx(record["adapted_nll"]["value"], rel=1e-5)
+
+
+STORED = "train sft --model model --batch-tokens 4 --checkpoint-every 5 --epochs 2 --device cpu --store"
+
+
+def extract_to(store, *more):
+    words = f"extract --model model --data rows.jsonl --support auto:40 --device cpu --output {store}"
+    assert main([*words.split(), *more]) == 0
+
+
+def from_store(store, output, *more):
+    return [*STORED.split(), str(store), "--output", str(output), *more]
+
+
+def record_of(output):
+    return json.loads((output / "record.json").read_text())
+
+
+def test_a_store_holds_out_the_examples_that_its_data_would(folder):
+    """With every token on the support the layer is the same too: only how sums were rounded differs."""
+    extract_to("store", "--support", "all")
+    assert main(from_store("store", folder / "stored")) == 0
+    assert main([*words_to(folder / "data", "--epochs", "2"), "--support", "all"]) == 0
+    stored, data = record_of(folder / "stored"), record_of(folder / "data")
+    assert stored["base_nll"]["value"] == pytest.approx(data["base_nll"]["value"], rel=1e-5)
+    one, two = (adapter(folder / name) for name in ("stored", "data"))
+    assert all(torch.allclose(one[name], two[name], rtol=1e-3, atol=1e-4) for name in one)
+    runs = [json.loads((folder / name / "run.json").read_text())["data"] for name in ("stored", "data")]
+    assert runs[0] == runs[1]
+
+
+def test_an_unfinished_run_on_parts_goes_on_to_the_same_bytes(folder, monkeypatch, capsys):
+    for part in ("1/2", "2/2"):
+        extract_to(part[0], "--shard", part, "--dtype", "bfloat16")
+    assert main(from_store("1,2", folder / "whole")) == 0
+    save = Checkpoints.save
+
+    def stop_after_saving(self, tensors, position):
+        save(self, tensors, position)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoints, "save", stop_after_saving)
+        assert main(from_store("1,2", folder / "cut")) == 130
+    assert main(from_store("1", folder / "cut")) == 2
+    assert "holds an unfinished run with --store ['1', '2'], not ['1']" in capsys.readouterr().err
+    assert main(from_store("2,1", folder / "other")) == 0
+    assert main(from_store("1,2", folder / "cut")) == 0
+    wholes = [(folder / name / ADAPTER).read_bytes() for name in ("whole", "cut", "other")]
+    assert wholes[0] == wholes[1] == wholes[2]
+    assert len(json.loads((folder / "whole" / "adapter_config.json").read_text())["support"]) == 40
+
+
+def test_a_store_of_a_part_of_the_tokens_says_so(folder, capsys):
+    extract_to("store", "--keep-top", "0.5")
+    assert main(from_store("store", folder / "out")) == 0
+    assert "training and held-out figures are of the others" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_store_of_another_model_is_refused(folder, capsys):
+    extract_to("store")
+    tiny_model("gemma2").save_pretrained(folder / "model")
+    assert main(from_store("store", folder / "out")) == 2
+    assert "made with model 'model', does not fit: its backbone is" in capsys.readouterr().err
+    assert not (folder / "out").exists()
+
+
+def test_a_store_of_too_few_examples_is_refused(folder, capsys):
+    extract_to("store", "--shard", "1/15")
+    assert main(from_store("store", folder / "out")) == 2
+    sentence = "the feature store in store has tokens of 2 examples; at least 3 are needed"
+    assert sentence in capsys.readouterr().err

@@ -57,6 +57,8 @@ PositiveInts = Annotated[list[PositiveInt], NoDecode, BeforeValidator(_split_at_
 """A list of positive numbers; in a variable or an option it is written `1,4,16`."""
 Seeds = Annotated[list[NonNegativeInt], NoDecode, BeforeValidator(_split_at_commas), Field(min_length=1)]
 """A list of seeds, written `0,1,2`."""
+Folders = Annotated[list[Annotated[str, Field(min_length=1)]] | None, NoDecode, BeforeValidator(_split_at_commas)]
+"""A list of folders, or None; in a variable or an option it is written `part-1,part-2`."""
 Normalisation = Literal["standardise", "rms", "none"]
 """How the router sees a hidden state: centred and scaled, divided by its root mean square, or as it is."""
 
@@ -242,12 +244,36 @@ class DemoSettings(ModelSettings, TrainingSettings):
     batch_size: int = Field(50, ge=1, description="problems in one forward pass")
 
 
+_OF_EXTRACTION = ("support", "split", "max_length", "batch_size")
+"""What a feature store has settled: given beside one, these would have no effect."""
+
+
 class TrainSFTSettings(ModelSettings, RunSettings, DataSettings):
     """Train an adapter on prompts and answers by supervised learning."""
 
+    data: str = Field("", description="JSON Lines file or Hub data set of prompts and answers; or give --store")
+    store: Folders = Field(None, description="feature store to train on in place of --data; parts as DIR,DIR2")
     output: Path = Field(description="folder of the adapter; an unfinished run in it is gone on with")
     checkpoint_every: int = Field(200, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="how many of the last checkpoints are kept")
+
+    @model_validator(mode="after")
+    def _from_one_source(self) -> TrainSFTSettings:
+        """Errors' contexts name the fields, so that `describe_error` can say where they came from."""
+        if not (self.data or self.store):
+            raise PydanticCustomError("source", "one of --data and --store is required")
+        if self.data and self.store:
+            both = {"data": self.data, "store": ",".join(self.store)}
+            raise PydanticCustomError("source", "--data {data} and --store {store} exclude each other; give one", both)
+        for name in _OF_EXTRACTION if self.store else ():
+            if name in self.model_fields_set:
+                raise PydanticCustomError(
+                    "source",
+                    f"{_option(name)} {{{name}}} does not apply to --store, which was extracted with its own; leave it "
+                    "out, or extract again with it",
+                    {name: getattr(self, name)},
+                )
+        return self
 
 
 class SweepSettings(ModelSettings, RunSettings, DataSettings):

@@ -21,7 +21,6 @@ from moe_bias.records import write_json
 FILE = "run.json"
 _FREE = frozenset({"output", "checkpoint_every", "keep_checkpoints", "grid", "base", "seeds"})
 """Settings that do not change what a run, or a cell of a sweep, ends with."""
-_CHUNK_TOKENS = 65536
 
 
 def refuse_other_settings(folder: Path, settings: Mapping[str, Any]) -> None:
@@ -67,8 +66,7 @@ def digest(parts: Iterable[Tensor]) -> str:
 def identity(source: FeatureSource) -> Iterator[Tensor]:
     """What tells a source from another: its support, then its token ids."""
     yield source.support
-    for start in range(0, len(source), _CHUNK_TOKENS):
-        yield source.at(slice(start, start + _CHUNK_TOKENS)).token
+    yield source.token
 
 
 def _read(folder: Path) -> dict[str, Any] | None:

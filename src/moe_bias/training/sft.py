@@ -1,7 +1,8 @@
 """Supervised training on hidden states: after one pass the backbone is not needed again.
 
-`prepare` makes features and chooses the support, `fit` trains a layer on them in memory, `train` does
-so in a folder, with checkpoints. The loop itself is in `trainer`.
+`prepare` makes features and chooses the support, `prepare_stored` takes both from a feature store.
+`fit` trains a layer on them in memory, `train` does so in a folder, with checkpoints. The loop itself
+is in `trainer`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,7 +33,8 @@ from moe_bias.features.extract import (
     support_for,
     with_scalars,
 )
-from moe_bias.features.source import FeatureSource
+from moe_bias.features.source import FeatureSource, Subset
+from moe_bias.features.store import FeatureStore
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.tasks.conversations import Example
 from moe_bias.training.checkpoint import Checkpoints
@@ -54,7 +56,7 @@ class Prepared:
     `seconds` is what the training features took, backbone and all.
     """
 
-    train: Features
+    train: FeatureSource
     held_out: Features
     support: tuple[int, ...] | None
     fork_coverage: float
@@ -112,6 +114,25 @@ def with_support(head: Head, extracted: Extracted, support: str, always: Sequenc
         None if len(ids) == head.vocab_size else tuple(ids),
         fork_coverage(measure_fork_mass(head, held_out.hidden[:CALIBRATION_TOKENS]), ids),
         seconds,
+    )
+
+
+def prepare_stored(store: FeatureStore, head: Head, held_out: Sequence[int]) -> Prepared:
+    """A store's tokens on its own support: a view to train on, and the examples `held_out` read into memory.
+
+    Tokens are in the order of their examples, however the store is cut into parts. Coverage is of the
+    held-out tokens that the store kept.
+    """
+    order = store.example.argsort(stable=True)
+    is_held_out = torch.isin(store.example[order], torch.tensor(held_out))
+    held = store.at(order[is_held_out])
+    # Numbered anew: the numbers of the source's rows have gaps, which would count as examples without tokens.
+    held = replace(held, example=held.example.unique(return_inverse=True)[1])
+    return Prepared(
+        Subset(store, order[~is_held_out]),
+        held,
+        None if store.manifest.support is None else tuple(store.manifest.support),
+        fork_coverage(measure_fork_mass(head, held.hidden[:CALIBRATION_TOKENS]), store.manifest.support_ids()),
     )
 
 
