@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 
 tasks=("$@")
 if [ ${#tasks[@]} -eq 0 ]; then
-  tasks=(products chain_sum leg_counting letter_counting spell_backward gcd simple_equations
+  tasks=(products chain_sum leg_counting spell_backward gcd simple_equations
     number_filtering syllogism color_cube_rotation)
 fi
 out=runs/out/demo_tasks
