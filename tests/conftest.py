@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import (
     CohereConfig,
     Gemma2Config,
@@ -23,6 +24,11 @@ from transformers import (
     Qwen3Config,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+settings.register_profile("ci", derandomize=True)
+"""A change is judged by its own examples; new ones are drawn where someone can look at them."""
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 VOCABULARY, HIDDEN = 97, 16
 """An odd vocabulary, so that nothing works because it is a multiple of something."""
