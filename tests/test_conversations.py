@@ -12,6 +12,7 @@ from moe_bias.tasks.conversations import (
     encode_all,
     encode_prompt,
     end_of_turn,
+    ends,
     prompt_text,
     read_conversations,
 )
@@ -94,6 +95,10 @@ def test_chat_without_a_template_is_refused(tokenizer):
 def test_end_of_turn_is_eos_where_the_template_adds_no_special_token(tokenizer):
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
     assert end_of_turn(ask("how many"), tokenizer) == ids("<eos>")
+
+
+def test_ends_are_those_of_an_answer_and_of_a_text(tokenizer):
+    assert ends(ask("how many"), tokenizer) == sorted(ids("<end> <eos>"))
 
 
 TWO = ({"role": "user", "content": "how many"},)

@@ -25,7 +25,7 @@ from moe_bias.features.extract import Features
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.records import provenance, write_json
 from moe_bias.rollout.greedy import Policy, base_policy, greedy_answers, layer_policy
-from moe_bias.tasks.conversations import Example, ask, encode, encode_prompt, end_of_turn
+from moe_bias.tasks.conversations import Example, ask, encode, encode_prompt, end_of_turn, ends
 from moe_bias.tasks.procedural import Problem, ProceduralTask
 from moe_bias.training.sft import Prepared, fit, prepare
 
@@ -58,7 +58,7 @@ def run(settings: DemoSettings) -> None:
         _examples(train, frozen.tokenizer),
         _examples(test, frozen.tokenizer),
         settings,
-        always=frozen.stop_ids,
+        always=ends(ask(""), frozen.tokenizer),
         batch_size=settings.batch_size,
     )
     static = _trained(frozen, prepared, settings, LayerConfig(num_experts=1, top_k=1, entropy_gate=False))

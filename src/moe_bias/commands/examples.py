@@ -15,7 +15,7 @@ from moe_bias.config import DataSettings, ModelSettings, TrainingSettings, UserE
 from moe_bias.features.fingerprint import model_facts
 from moe_bias.features.manifest import TEMPERATURE
 from moe_bias.features.store import FeatureStore
-from moe_bias.tasks.conversations import Conversation, Example, encode, end_of_turn, read_conversations
+from moe_bias.tasks.conversations import Conversation, Example, encode_all, ends, read_conversations
 from moe_bias.training.sft import parse_support
 
 Item = TypeVar("Item")
@@ -47,7 +47,7 @@ def load_material(
     head = find_head(model)[1]
     parse_support(training.support, head.vocab_size)
     train, held_out = split(encoded(conversations, tokenizer, data, console), data.held_out, training.seed)
-    return Material(model, head, train, held_out, end_of_turn(conversations[0], tokenizer))
+    return Material(model, head, train, held_out, ends(conversations[0], tokenizer))
 
 
 @dataclass(frozen=True)
@@ -89,15 +89,15 @@ def encoded(
     conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, data: DataSettings, console: Console
 ) -> list[Example]:
     """Examples that have a completion within the length limit; says how many have none."""
-    found = [encode(conversation, tokenizer, data.max_length) for conversation in conversations]
-    examples = [example for example in found if example is not None]
-    if len(examples) < len(found):
+    corpus = encode_all(conversations, tokenizer, data.max_length)
+    examples = corpus.examples
+    if corpus.left_out:
         console.print(
-            f"{len(found) - len(examples)} of {len(found)} prompts alone fill --max-length {data.max_length}; "
+            f"{corpus.left_out} of {len(conversations)} prompts alone fill --max-length {data.max_length}; "
             "they are left out"
         )
     if len(examples) <= HELD_OUT_AT_LEAST:
-        raise UserError(f"{data.data} has {len(examples)} usable examples of {len(found)}; {_enough()}")
+        raise UserError(f"{data.data} has {len(examples)} usable examples of {len(conversations)}; {_enough()}")
     return examples
 
 

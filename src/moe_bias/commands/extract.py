@@ -16,7 +16,7 @@ from moe_bias.features.build import Choices, Plan, extract, make_plan
 from moe_bias.features.fingerprint import model_facts
 from moe_bias.features.manifest import Manifest, read_manifest
 from moe_bias.features.writer import in_bytes
-from moe_bias.tasks.conversations import Conversation, Corpus, encode_all, end_of_turn, read_conversations
+from moe_bias.tasks.conversations import Conversation, Corpus, encode_all, ends, read_conversations
 from moe_bias.training.sft import parse_support
 
 
@@ -30,7 +30,7 @@ def run(settings: ExtractSettings) -> None:
     model, tokenizer = load_model(settings.model_copy(update={"dtype": "auto"}))
     head = find_head(model)[1]
     corpus = _encoded(conversations, tokenizer, _length_limit(model, settings), settings.data, console)
-    choices = _choices(settings, head, _always(conversations, tokenizer))
+    choices = _choices(settings, head, ends(conversations[0], tokenizer))
     plan = make_plan(corpus, settings.data, model_facts(model, head, tokenizer), choices)
     console.print(_cost(plan, settings))
     console.print(_summary(extract(model, head, plan, settings.output), settings.output))
@@ -60,12 +60,6 @@ def _encoded(
             f"{source} has no usable row: each prompt fills the limit of {limit} tokens; raise --max-length"
         )
     return corpus
-
-
-def _always(conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What a chosen support must hold: the ends of an answer and of a text."""
-    end = {*end_of_turn(conversations[0], tokenizer), tokenizer.eos_token_id}
-    return sorted(token for token in end if token is not None)
 
 
 def _choices(settings: ExtractSettings, head: Head, always: Sequence[int]) -> Choices:
