@@ -142,6 +142,19 @@ def test_bad_files_are_refused_in_one_sentence(tmp_path, text, sentence):
         read_conversations(str(path), "train")
 
 
+def test_a_row_may_hold_any_unicode_line_separator(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "one\u2028two\x85three", "answer": "two"}\r\n', encoding="utf-8")
+    assert read_conversations(str(path), "train") == [ask("one\u2028two\x85three", "two")]
+
+
+def test_a_file_that_is_not_utf8_is_refused_in_one_sentence(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"question": "\xff"}')
+    with pytest.raises(UserError, match=r"rows\.jsonl is not UTF-8 text"):
+        read_conversations(str(path), "train")
+
+
 def test_missing_file_and_undelivered_data_set(tmp_path):
     with pytest.raises(UserError, match=r"missing\.jsonl is not a file"):
         read_conversations(str(tmp_path / "missing.jsonl"), "train")

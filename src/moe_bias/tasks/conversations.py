@@ -152,8 +152,13 @@ def _require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _file_rows(path: Path) -> list[Mapping[str, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error}") from error
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # Not `splitlines`, which also breaks a line at U+2028 and others that may stand in a JSON string.
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 rows.append(json.loads(line))
