@@ -1,4 +1,6 @@
+import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from moe_bias.features.extract import Features, HiddenTokens, with_scalars
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.support import full_log_prob
 from moe_bias.training import objective
+from moe_bias.training.base_logits import BaseLogits
 from moe_bias.training.objective import adapted_log_prob, supervised_gradients, supervised_loss
 from moe_bias.training.sft import fit, parse_support
 
@@ -50,9 +53,10 @@ def test_log_prob_from_features_is_that_of_the_full_softmax(name, support):
     torch.testing.assert_close(adapted.log_prob.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
 @pytest.mark.parametrize("elements", [1, 58 * 7, 10**9])
-def test_gradients_by_chunks_are_those_of_the_whole_batch(monkeypatch, elements):
-    head, layer = head_of(), layer_of(load_balance_weight=0.3)
+def test_gradients_by_chunks_are_those_of_autograd_over_the_whole_batch(monkeypatch, elements, name):
+    head, layer = head_of(name), layer_of(load_balance_weight=0.3, strength=1.7)
     randomise(layer)
     features = features_of(head)
     logits_of = head.columns(features.support)
@@ -66,6 +70,49 @@ def test_gradients_by_chunks_are_those_of_the_whole_batch(monkeypatch, elements)
     torch.testing.assert_close(by_chunks.nll, whole.nll.detach())
     for name, parameter in layer.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], msg=name)
+
+
+@pytest.mark.parametrize("hidden_type", [torch.float32, torch.float64])
+def test_gradients_are_those_of_autograd_through_the_full_softmax(hidden_type):
+    head, layer = head_of(), layer_of(load_balance_weight=0.0)
+    randomise(layer)
+    features = features_of(head)
+    features = replace(features, hidden=features.hidden.to(hidden_type))
+    logits_of = head.columns(features.support)
+    supervised_gradients(layer, features, lambda rows: logits_of(features.hidden[rows]).to(hidden_type), head.transform)
+    found = {name: parameter.grad.double() for name, parameter in layer.named_parameters()}
+    exact = copy.deepcopy(layer).double()
+    exact.zero_grad()
+    move_TM = exact(features.hidden.double(), features.entropy.double()).bias
+    logits_TV = head.logits(features.hidden.float()).double()
+    (-full_log_prob(logits_TV, move_TM, features.support, features.token).mean()).backward()
+    for name, parameter in exact.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_gradients_are_added_to_those_there_are():
+    head, layer = head_of(), layer_of()
+    randomise(layer)
+    features = features_of(head)
+    logits_of = head.columns(features.support)
+    once = {}
+    for times in (1, 2):
+        supervised_gradients(layer, features, lambda rows: logits_of(features.hidden[rows]), head.transform)
+        for name, parameter in layer.named_parameters():
+            once.setdefault(name, parameter.grad.clone())
+            torch.testing.assert_close(parameter.grad, times * once[name], msg=name)
+
+
+@pytest.mark.parametrize("budget", [0, 2**30])
+def test_base_logits_are_the_same_after_a_step_overwrote_what_they_gave(budget):
+    head, layer = head_of(), layer_of()
+    randomise(layer)
+    features, index = features_of(head), torch.arange(60, -1, -2)
+    logits, batch = BaseLogits(features, head, budget), features.at(index)
+    expected = head.logits(batch.hidden)[:, features.support]
+    for _ in range(2):
+        torch.testing.assert_close(logits.of(index, batch)(slice(3, 20)), expected[3:20])
+        supervised_gradients(layer, batch, logits.of(index, batch), head.transform)
 
 
 def test_supervised_loss_by_hand():

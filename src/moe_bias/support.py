@@ -197,36 +197,63 @@ def log_prob_from_adapted(logit_T: Tensor, column_T: Tensor, adapted_TM: Tensor,
     return log_prob_T
 
 
+def log_prob_and_gradient(
+    logit_T: Tensor, column_T: Tensor, adapted_TM: Tensor, rest: RestScalars, weight_T: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`log_prob_from_adapted` (T,), and the gradient (T, M) of `sum weight_T log pi'(y)` by `adapted_TM`; no graph."""
+    within_TM, support_share_T, log_prob_T = _within_support(adapted_TM, logit_T, column_T, rest.log_sum_exp)
+    return log_prob_T, _gradient_into(within_TM, within_TM, support_share_T, column_T, weight_T)
+
+
 class _ReducedLogProb(torch.autograd.Function):
-    """`u'_y - log Z'` with the gradient `1[y] - pi'` written out: training spends its time here.
+    """`u'_y - log Z'` with the gradient `1[y] - pi'` written out.
 
     Autograd would keep a tensor of T x M for each step of the sum; this keeps one, the softmax over
-    the support alone, and scales it by the support's share of Z'. `u'` is rounded as the full softmax
-    rounds it, so that y and log Z' have that error in common and it cancels alike.
+    the support alone, and scales it by the support's share of Z'.
     """
 
     @staticmethod
     def forward(ctx: Any, adapted_TM: Tensor, logit_T: Tensor, column_T: Tensor, rest_T: Tensor) -> Tensor:
-        largest_T = adapted_TM.amax(-1)
-        empty_T = largest_T.isneginf()
-        within_TM = adapted_TM.softmax(-1)
-        if empty_T.any():
-            within_TM[empty_T] = 0
-        shift_T = torch.maximum(largest_T, rest_T.to(largest_T.dtype))
-        support_T = torch.where(empty_T, -math.inf, (largest_T - shift_T) - within_TM.amax(-1).log())
-        log_partition_T = torch.logaddexp(support_T, _relative(rest_T, shift_T))
-        ctx.save_for_backward(within_TM, (support_T - log_partition_T).exp(), column_T)
-        held_T = adapted_TM.gather(-1, column_T.clamp(min=0)[:, None]).squeeze(-1)
-        return (torch.where(column_T >= 0, held_T, logit_T) - shift_T) - log_partition_T
+        within_TM, support_share_T, log_prob_T = _within_support(adapted_TM, logit_T, column_T, rest_T)
+        ctx.save_for_backward(within_TM, support_share_T, column_T)
+        return log_prob_T
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_T: Tensor) -> tuple[Tensor, None, None, None]:
         within_TM, support_share_T, column_T = ctx.saved_tensors
-        gradient_TM = within_TM * (-gradient_T * support_share_T)[:, None]
-        held_T = torch.where(column_T >= 0, gradient_T, 0)
-        gradient_TM.scatter_add_(-1, column_T.clamp(min=0)[:, None], held_T[:, None])
+        gradient_TM = _gradient_into(torch.empty_like(within_TM), within_TM, support_share_T, column_T, gradient_T)
         return gradient_TM, None, None, None
+
+
+def _within_support(
+    adapted_TM: Tensor, logit_T: Tensor, column_T: Tensor, rest_T: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The softmax over the support alone (T, M), the support's share of Z' (T,), and `log pi'(y)` (T,).
+
+    `u'` is rounded as the full softmax rounds it, so that y and log Z' have that error in common and it
+    cancels alike.
+    """
+    largest_T = adapted_TM.amax(-1)
+    empty_T = largest_T.isneginf()
+    within_TM = adapted_TM.softmax(-1)
+    if empty_T.any():
+        within_TM[empty_T] = 0
+    shift_T = torch.maximum(largest_T, rest_T.to(largest_T.dtype))
+    support_T = torch.where(empty_T, -math.inf, (largest_T - shift_T) - within_TM.amax(-1).log())
+    log_partition_T = torch.logaddexp(support_T, _relative(rest_T, shift_T))
+    held_T = adapted_TM.gather(-1, column_T.clamp(min=0)[:, None]).squeeze(-1)
+    log_prob_T = (torch.where(column_T >= 0, held_T, logit_T) - shift_T) - log_partition_T
+    return within_TM, (support_T - log_partition_T).exp(), log_prob_T
+
+
+def _gradient_into(
+    place_TM: Tensor, within_TM: Tensor, support_share_T: Tensor, column_T: Tensor, weight_T: Tensor
+) -> Tensor:
+    """`weight (1[y] - pi')` (T, M), written into `place_TM`, which may be `within_TM` itself."""
+    torch.mul(within_TM, (-weight_T * support_share_T)[:, None], out=place_TM)
+    held_T = torch.where(column_T >= 0, weight_T, 0)
+    return place_TM.scatter_add_(-1, column_T.clamp(min=0)[:, None], held_T[:, None])
 
 
 def reduced_stats(logits_TM: Tensor, move_TM: Tensor, rest: RestScalars) -> PolicyStats:

@@ -32,12 +32,15 @@ class BaseLogits:
         self.nbytes = 0 if self._kept_TM is None else needed
 
     def of(self, index: Tensor, batch: Features) -> Callable[[slice], Tensor]:
-        """The logits (T, M) of any rows of a batch that holds the source's tokens `index`."""
+        """The logits (T, M) of any rows of a batch that holds the source's tokens `index`.
+
+        Each call gives a tensor of its own, which may be overwritten.
+        """
         kept_TM = self._kept_TM
         if kept_TM is None:
             return lambda rows: self._columns(batch.hidden[rows])
         index = index.to(kept_TM.device)
-        return lambda rows: kept_TM[index[rows]]
+        return lambda rows: kept_TM.index_select(0, index[rows])
 
     def _all_of(self, source: FeatureSource, head: Head) -> Tensor:
         kept_TM = torch.empty(len(source), len(source.support), device=head.device)

@@ -25,7 +25,7 @@ from moe_bias.backbone import HeadTransform
 from moe_bias.features.extract import Features
 from moe_bias.features.source import FeatureSource, on_device
 from moe_bias.layer import MoEBiasLayer, Routing, itself, load_balance_loss
-from moe_bias.support import log_prob_from_adapted
+from moe_bias.support import log_prob_and_gradient, log_prob_from_adapted
 from moe_bias.training.base_logits import BaseLogits
 from moe_bias.training.processes import ALONE, Processes
 
@@ -76,21 +76,19 @@ def supervised_gradients(
 ) -> SupervisedLoss:
     """Adds the gradient of `supervised_loss` to the layer's parameters; returns the loss without graph.
 
-    `logits_of` gives the support's final base logits (T, M) of the batch's given rows. `total` sums a
-    tensor over the processes that share the batch: the loss returned is the whole batch's, the
-    gradient this process's summand of the whole batch's.
+    `logits_of` gives the support's final base logits (T, M) of the batch's given rows, as a tensor that
+    is overwritten. `total` sums a tensor over the processes that share the batch: the loss returned is
+    the whole batch's, the gradient this process's summand of the whole batch's.
     """
     mixture = layer.mix(batch.hidden, batch.entropy)
-    shares_TE = mixture.shares.detach().requires_grad_()
+    shares_TE, experts_EM = _scaled(layer, mixture.shares)
+    mix = _MixGradient(shares_TE.detach(), experts_EM.detach(), transform)
     tokens = total(shares_TE.new_tensor(float(len(batch))))
     nll = torch.zeros_like(tokens)
     for rows in chunks(len(batch), layer.experts):
-        log_prob_T = _log_prob_of(layer, shares_TE[rows], batch.at(rows), logits_of(rows), transform)
-        part = -log_prob_T.sum() / tokens
-        part.backward()
-        nll += part.detach()
+        nll -= mix.add(rows, batch.at(rows), logits_of(rows), tokens)
     balance, weight = load_balance_loss(mixture.routing, total=total), layer.config.load_balance_weight
-    torch.autograd.backward([mixture.shares, weight * balance], [shares_TE.grad, None])
+    torch.autograd.backward([shares_TE, experts_EM, weight * balance], [mix.shares_TE, mix.experts_EM, None])
     nll, balance = total(nll), total(balance.detach())
     routing = Routing(mixture.routing.probs.detach(), mixture.routing.gates.detach())
     return SupervisedLoss(nll + weight * balance, nll, balance, routing)
@@ -129,9 +127,46 @@ def chunks(tokens: int, experts_EM: Tensor) -> list[slice]:
 def _log_prob_of(
     layer: MoEBiasLayer, shares_TE: Tensor, batch: Features, logits_TM: Tensor, transform: HeadTransform
 ) -> Tensor:
-    shares_TE, experts_EM = layer.strength * shares_TE, layer.experts.to(shares_TE.dtype)
+    shares_TE, experts_EM = _scaled(layer, shares_TE)
     if transform.cap is None:
         adapted_TM = torch.addmm(logits_TM, shares_TE, experts_EM)
     else:
         adapted_TM = logits_TM + transform.reachable(logits_TM, shares_TE @ experts_EM)
     return log_prob_from_adapted(batch.logit, batch.column, adapted_TM, batch.rest)
+
+
+def _scaled(layer: MoEBiasLayer, shares_TE: Tensor) -> tuple[Tensor, Tensor]:
+    """What is multiplied to the move of the support's logits: shares times the strength, and the experts."""
+    return layer.strength * shares_TE, layer.experts.to(shares_TE.dtype)
+
+
+class _MixGradient:
+    """Gathers the gradient of the mean negative log-likelihood by shares (T, E) and experts (E, M).
+
+    Written out, and in place: autograd would copy what is as wide as the support at every turn.
+    """
+
+    def __init__(self, shares_TE: Tensor, experts_EM: Tensor, transform: HeadTransform) -> None:
+        self._shares_TE, self._experts_EM, self._transform = shares_TE, experts_EM, transform
+        self.shares_TE, self.experts_EM = torch.zeros_like(shares_TE), torch.zeros_like(experts_EM)
+
+    @torch.no_grad()
+    def add(self, rows: slice, batch: Features, logits_TM: Tensor, tokens: Tensor) -> Tensor:
+        """Adds a chunk's part, where the mean is over `tokens`; returns its summand of the mean log-probability."""
+        shares_TE, experts_EM = self._shares_TE[rows], self._experts_EM
+        adapted_TM, move_gradient = self._adapted(shares_TE, logits_TM)
+        weight_T = (-1 / tokens).expand(len(batch))
+        log_prob_T, gradient_TM = log_prob_and_gradient(batch.logit, batch.column, adapted_TM, batch.rest, weight_T)
+        gradient_TM = move_gradient(gradient_TM)
+        torch.mm(gradient_TM, experts_EM.T, out=self.shares_TE[rows])
+        self.experts_EM.addmm_(shares_TE.T, gradient_TM)
+        return log_prob_T.sum() / tokens
+
+    def _adapted(self, shares_TE: Tensor, logits_TM: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """The adapted logits, and how a gradient by them becomes one by the mix of experts."""
+        if self._transform.cap is None:
+            return logits_TM.addmm_(shares_TE, self._experts_EM), itself
+        mix_TM = (shares_TE @ self._experts_EM).requires_grad_()
+        with torch.enable_grad():
+            move_TM = self._transform.reachable(logits_TM, mix_TM)
+        return logits_TM + move_TM.detach(), lambda gradient_TM: torch.autograd.grad(move_TM, mix_TM, gradient_TM)[0]
