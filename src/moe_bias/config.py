@@ -188,27 +188,39 @@ class ModelSettings(Settings):
     trust_remote_code: bool = Field(False, description="run code that the model's repository brings")
 
 
-class TrainingSettings(LayerOptions):
-    """How a layer is trained on hidden states."""
+class StartSettings(LayerOptions):
+    """What a layer is before it is trained."""
 
     support: str = Field("auto:4096", description="'auto:M', 'all', or a JSON file of token ids")
     normalisation: Normalisation = Field("standardise", description="how the router sees hidden states")
     gate_alpha: float = Field(1.0, description="where alpha of the entropy gate starts")
     gate_beta: float = Field(0.0, description="where beta of the entropy gate starts")
-    epochs: int = Field(8, ge=1, description="passes over the hidden states")
-    batch_tokens: int = Field(512, ge=1, description="tokens in one optimiser step")
+    seed: int = Field(0, ge=0, description="seed of everything random")
+
+
+class OptimiserSettings(Settings):
+    """How gradients become steps."""
+
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="AdamW, or SGD with momentum 0.9")
     expert_rate: float = Field(5e-2, gt=0, description="learning rate of the experts")
     router_rate: float = Field(3e-3, gt=0, description="learning rate of the router and the gate")
     warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps that the rates rise in")
+    decay: Literal["linear", "none"] = Field("linear", description="whether the rates then fall to 0")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decay of the experts towards 0")
+    weight_decay: float = Field(0.0, ge=0, description="decay of the experts towards 0")
+
+
+class TrainingSettings(StartSettings, OptimiserSettings):
+    """How a layer is trained on hidden states."""
+
+    epochs: int = Field(8, ge=1, description="passes over the hidden states")
+    batch_tokens: int = Field(512, ge=1, description="tokens in one optimiser step")
     expert_dropout: float = Field(0.0, ge=0, lt=1, description="share of the experts' entries a step leaves out")
     loss_bound: float = Field(100.0, gt=0, description="stop where a step's loss in nats per token is above this")
     logits_budget: ByteSize = Field(
         ByteSize(2**30),
         description="memory to keep base logits in across epochs, such as 1GiB; what does not fit is recomputed",
     )
-    seed: int = Field(0, ge=0, description="seed of everything random")
 
 
 class RunSettings(TrainingSettings):

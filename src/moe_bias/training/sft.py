@@ -37,7 +37,7 @@ from moe_bias.features.source import FeatureSource, Subset
 from moe_bias.features.store import FeatureStore
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.tasks.conversations import Example
-from moe_bias.training.checkpoint import Checkpoints
+from moe_bias.training.checkpoint import Checkpoints, Position
 from moe_bias.training.metrics import MetricsLog
 from moe_bias.training.processes import ALONE, Processes
 from moe_bias.training.run_folder import begin, digest, identity
@@ -210,7 +210,7 @@ def train(
         tokens = {"training tokens": digest(identity(source)), "held-out tokens": digest(identity(held_out))}
         begin(settings.output, settings.model_dump(mode="json"), {**tokens, "processes": processes.count})
     processes.wait()
-    saved = checkpoints.load()
+    saved = checkpoints.load(Position)
     log = MetricsLog(settings.output, saved[1].step if saved else 0) if processes.is_first else None
     evaluations = Evaluations(held_out, settings.evaluate_every, settings.patience)
     start(layer, source, settings)
