@@ -348,6 +348,82 @@ class VerifySettings(Settings):
     store: CliPositionalArg[Path] = Field(description="folder of a feature store")
 
 
+class TaskSettings(Settings):
+    """Problems whose answers a program can check."""
+
+    task: str = Field("products", description="'general_points', or a task of reasoning-gym")
+    task_options: dict[str, int | str] = Field({}, description="options of the task; --task-options max_terms=3")
+    problems: str = Field("", description="JSON Lines file or Hub data set of problems and answers, in place of --task")
+    split: str = Field("train", description="split of a Hub data set")
+    train_problems: int = Field(600, ge=2, description="problems to train on")
+    test_problems: int = Field(200, ge=2, description="held-out problems to measure on")
+
+
+class RewardSettings(Settings):
+    """What a completion is rewarded for."""
+
+    verdict_weight: float = Field(1.0, ge=0, description="weight of a right answer")
+    form: str = Field("", description="regular expression that a completion is to match")
+    form_weight: float = Field(0.0, ge=0, description="weight of the form")
+    reward: str = Field("", description="your own reward, module:function(prompt, completion, gold), from 0 to 1")
+    reward_weight: float = Field(0.0, ge=0, description="weight of your own reward")
+    overlong_cache: int = Field(0, ge=0, description="tokens before the limit in which the reward falls by 1; 0: none")
+
+
+class PolicySettings(StartSettings, OptimiserSettings):
+    """Reinforcement learning of a layer on the high-entropy minority of tokens."""
+
+    optimizer: Literal["adamw", "sgd"] = Field("sgd", description="AdamW, or SGD with momentum 0.9")
+    expert_rate: float = Field(1.0, gt=0, description="learning rate of the experts")
+    router_rate: float = Field(5e-2, gt=0, description="learning rate of the router and the gate")
+    warmup: float = Field(0.0, ge=0, lt=1, description="share of the steps that the rates rise in")
+    decay: Literal["linear", "none"] = Field("none", description="whether the rates then fall to 0")
+    steps: int = Field(40, ge=1, description="steps: sample, verify, update")
+    prompts: int = Field(12, ge=1, description="problems that a step learns from")
+    group: int = Field(8, ge=2, description="samples of each problem")
+    temperature: float = Field(1.0, description="sampling temperature, above 0")
+    top_p: float = Field(1.0, description="only 1: stored log-probabilities are of the whole distribution")
+    max_new_tokens: int = Field(128, ge=1, description="token limit of an answer")
+    batch_size: int = Field(50, ge=1, description="problems in one forward pass")
+    sample_budget: ByteSize = Field(ByteSize(2**32), description="memory for the hidden states of a step's samples")
+    resamples: int = Field(2, ge=0, description="times that a step samples more problems for those of equal rewards")
+    rho: float = Field(0.2, gt=0, le=1, description="share of the tokens to learn from, those of highest entropy")
+    epochs: int = Field(4, ge=1, description="passes over a step's tokens")
+    batch_tokens: int = Field(1024, ge=1, description="selected tokens in one optimiser step")
+    eps_low: float = Field(0.2, ge=0, lt=1, description="how far the ratio may fall below 1")
+    eps_high: float = Field(0.28, ge=0, description="how far the ratio may rise above 1")
+    kl_weight: float = Field(0.0, ge=0, description="weight of the exact KL to the base")
+    kl_bound: float | None = Field(None, gt=0, description="exact KL to the base that no update may exceed, in nats")
+    entropy_weight: float = Field(0.0, ge=0, description="weight of the policy's entropy as a bonus")
+    first_token_only: bool = Field(False, description="the layer acts on the first token of an answer alone")
+    equal_steps: int = Field(5, ge=1, description="stop after so many steps in which no group's rewards differ")
+
+    @field_validator("temperature")
+    @classmethod
+    def _can_be_sampled(cls, value: float) -> float:
+        if not value > 0:
+            raise ValueError("greedy answers are all alike and teach nothing; give a temperature above 0, such as 1")
+        return value
+
+    @field_validator("top_p")
+    @classmethod
+    def _whole_distribution(cls, value: float) -> float:
+        if value != 1:
+            raise ValueError("the stored log-probabilities and scalars would be of another distribution; give 1")
+        return value
+
+
+class TrainRLSettings(ModelSettings, TaskSettings, RewardSettings, PolicySettings):
+    """Train an adapter by reinforcement learning with verifiable rewards."""
+
+    adapter: str | None = Field(None, description="adapter folder or Hub id to start from; none: a fresh layer")
+    output: Path = Field(description="folder of the adapter; an unfinished run in it is gone on with")
+    evaluate_every: int = Field(10, ge=1, description="steps between greedy evaluations on the held-out problems")
+    show_every: int = Field(10, ge=1, description="steps between samples of text that are shown and kept")
+    checkpoint_every: int = Field(1, ge=1, description="steps between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, description="how many of the last checkpoints are kept")
+
+
 class GenerateSettings(ModelSettings):
     """Answer a prompt with an adapter, streaming, beside the plain model if asked."""
 

@@ -10,7 +10,7 @@ Shapes: T tokens, C a chunk of them, D hidden, V vocabulary, M support.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +73,22 @@ class Features:
             self.column[index],
             self.support,
         )
+
+
+def joined(parts: Sequence[Features]) -> Features:
+    """The tokens of all parts, one after the other, examples numbered on; the parts have one support."""
+    if len(parts) == 1:
+        return parts[0]
+    starts = [0]
+    for part in parts:
+        starts.append(starts[-1] + int(part.example.max()) + 1)
+    numbered = [replace(part, example=part.example + start) for part, start in zip(parts, starts, strict=False)]
+    rest = RestScalars(
+        torch.cat([part.rest.log_sum_exp for part in parts]), torch.cat([part.rest.mean_logit for part in parts])
+    )
+    names = ("hidden", "token", "example", "position", "logit", "entropy", "log_partition", "column")
+    columns = {name: torch.cat([getattr(part, name) for part in numbered]) for name in names}
+    return Features(**columns, rest=rest, support=parts[0].support)
 
 
 @dataclass(frozen=True)
