@@ -30,6 +30,7 @@ from moe_bias.config import (
     ParamsSettings,
     Settings,
     SweepSettings,
+    TrainRLSettings,
     TrainSFTSettings,
     UserError,
     VerifySettings,
@@ -142,6 +143,12 @@ def _train_sft(settings: TrainSFTSettings) -> None:
     train_sft.run(settings)
 
 
+def _train_rl(settings: TrainRLSettings) -> None:
+    from moe_bias.commands import train_rl
+
+    train_rl.run(settings)
+
+
 def _extract(settings: ExtractSettings) -> None:
     from moe_bias.commands import extract
 
@@ -189,6 +196,7 @@ GROUPS = {"train": "Train an adapter."}
 COMMANDS = (
     Command("demo", DemoSettings, _demo),
     Command("train sft", TrainSFTSettings, _train_sft),
+    Command("train rl", TrainRLSettings, _train_rl),
     Command("extract", ExtractSettings, _extract),
     Command("verify", VerifySettings, _verify, argument="STORE"),
     Command("sweep", SweepSettings, _sweep),

@@ -357,6 +357,7 @@ class TaskSettings(Settings):
 
     task: str = Field("products", description="'general_points', or a task of reasoning-gym")
     task_options: dict[str, int | str] = Field({}, description="options of the task; --task-options max_terms=3")
+    easy: bool = Field(True, description="options that suit models of 135M parameters, where the task has such")
     problems: str = Field("", description="JSON Lines file or Hub data set of problems and answers, in place of --task")
     split: str = Field("train", description="split of a Hub data set")
     train_problems: int = Field(600, ge=2, description="problems to train on")
