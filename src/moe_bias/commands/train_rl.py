@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 from dataclasses import asdict
 
 import numpy as np
@@ -55,13 +57,15 @@ def _run(settings: TrainRLSettings, checkpoints: Checkpoints) -> None:
     rewards = rewards_of(settings)
     ground = prepare_ground(settings, settings, settings.seed)
     rewards.try_on(ground.train.problems[0])
-    begin(settings.output, settings.model_dump(mode="json"), {"problems": [p.question for p in ground.train.problems]})
+    questions = json.dumps([problem.question for problem in ground.train.problems])
+    data = {"problems": hashlib.sha256(questions.encode()).hexdigest()}
+    begin(settings.output, settings.model_dump(mode="json"), data)
     beginning = _beginning(settings, ground)
     started_with = copy.deepcopy(beginning.layer)
     saved = checkpoints.load(PolicyPosition)
     after = saved[1].step if saved else 0
     if after and not (settings.output / FILE).is_file():
-        console.print(f"{settings.output / FILE} is gone; the lines of the first {after} steps are lost, the run is not")
+        console.print(f"{settings.output / FILE} is gone: lines of the first {after} steps are lost, the run is not")
     log = MetricsLog(settings.output, after)
     samples = SampleLog(settings.output, settings.show_every, after)
     collector = Collector(
@@ -119,7 +123,8 @@ def _record(
     layers = {"base": None, "start": started_with, "trained": beginning.layer}
     policies = [policy_of(layer, ground.head) for layer in layers.values()]
     verdicts = greedy_verdicts(ground, ground.test, policies, settings, "base, start and trained policy")
-    right = {name: np.array([v.is_correct for v in column], float) for name, column in zip(layers, verdicts, strict=True)}
+    columns = zip(layers, verdicts, strict=True)
+    right = {name: np.array([verdict.is_correct for verdict in column], float) for name, column in columns}
     accuracy = {name: wilson(int(values.sum()), len(values)) for name, values in right.items()}
     change = mean(right["trained"] - right["start"])
     record = {
