@@ -61,6 +61,8 @@ Folders = Annotated[list[Annotated[str, Field(min_length=1)]] | None, NoDecode, 
 """A list of folders, or None; in a variable or an option it is written `part-1,part-2`."""
 TaskOption = Annotated[int | str, Field(union_mode="left_to_right")]
 """A number where it can be read as one, else a word."""
+Names = Annotated[list[Annotated[str, Field(min_length=1)]], NoDecode, BeforeValidator(_split_at_commas)]
+"""A list of names, written `static,moe-bias`."""
 Normalisation = Literal["standardise", "rms", "none"]
 """How the router sees a hidden state: centred and scaled, divided by its root mean square, or as it is."""
 
@@ -427,6 +429,26 @@ class TrainRLSettings(ModelSettings, TaskSettings, RewardSettings, PolicySetting
     show_every: int = Field(10, ge=1, description="steps between samples of text that are shown and kept")
     checkpoint_every: int = Field(1, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="how many of the last checkpoints are kept")
+
+
+class CompareSettings(ModelSettings, TaskSettings, RewardSettings, PolicySettings):
+    """Train MoE-Bias, parts of it left out, and LoRA by reinforcement learning on one task, and compare them."""
+
+    resamples: int = Field(0, ge=0, description="0 gives every arm the same number of samples")
+    output: Path = Field(description="folder of the arms' records; arms that have one are not run again")
+    arms: Names = Field([], description="arms to run, such as static,moe-bias; none: all of them")
+    seeds: Seeds = Field([0, 1, 2], description="each arm is trained once with each of these seeds")
+    shifted_task: str = Field("", description="task to measure on besides; none: the same one with --shifted-options")
+    shifted_options: dict[str, int | str] = Field({}, description="options of the task that nothing is trained on")
+    warm_problems: int = Field(200, ge=0, description="problems of whose worked answers each arm learns the form first")
+    warm_epochs: int = Field(8, ge=1, description="passes over their hidden states")
+    warm_expert_rate: float = Field(5e-2, gt=0, description="learning rate of the experts meanwhile")
+    warm_router_rate: float = Field(3e-3, gt=0, description="learning rate of the router and the gate meanwhile")
+    evaluate_every: int = Field(10, ge=1, description="steps between greedy evaluations on the held-out problems")
+    lora_rank: int = Field(8, ge=1, description="rank r of LoRA")
+    lora_rate: float = Field(1e-4, gt=0, description="learning rate of LoRA, decaying linearly")
+    lora_warm_rate: float = Field(2e-4, gt=0, description="learning rate of LoRA in its supervised phase")
+    lora_batch_size: int = Field(8, ge=1, description="samples or examples in one backward pass of LoRA")
 
 
 class GenerateSettings(ModelSettings):
