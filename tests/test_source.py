@@ -31,10 +31,52 @@ def test_a_view_reads_the_tokens_that_it_names(store):
         view.at(torch.tensor([4]))
 
 
-def test_identity_is_that_of_the_same_tokens_in_memory(store):
+def different(store, index, **changes):
+    """The names under which features differ from those of the tokens 5 to 25 and 0 to 5 of a store."""
+    whole, held_out = digests(Subset(store, torch.arange(5, 25)), store.at(torch.arange(5))), store.at(torch.arange(5))
+    other = digests(Subset(changes.get("store", store), index), changes.get("held_out", held_out))
+    return {name for name in whole if whole[name] != other[name]}
+
+
+def test_a_run_is_known_by_its_tokens_and_their_hidden_states(store, tmp_path):
     index = torch.arange(5, 25)
-    assert digest(identity(Subset(store, index))) == digest(identity(store.at(index)))
-    assert digest(identity(Subset(store, index))) != digest(identity(store.at(index + 1)))
+    assert different(store, index) == set()
+    assert different(store, index + 1) == {"training tokens", "hidden states"}
+    make_store(tmp_path / "again")
+    assert different(store, index, store=FeatureStore.open(tmp_path / "again")) == set()
+    make_store(tmp_path / "half", hidden_dtype=torch.bfloat16)
+    half = FeatureStore.open(tmp_path / "half")
+    assert different(store, index, store=half) == {"hidden states"}
+    assert different(store, index, held_out=half.at(torch.arange(5))) == {"hidden states"}
+    assert different(store, index, held_out=store.at(torch.arange(1, 6))) == {"held-out tokens", "hidden states"}
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("ids", [[5, 3, 90], list(range(VOCABULARY)), 30])
+def test_another_support_from_stored_hidden_states_is_that_of_the_direct_way(tmp_path, name, ids):
+    """To the last bit in float64: the same hidden states go through the same sums."""
+    make_store(tmp_path / "store", name=name)
+    store, head = FeatureStore.open(tmp_path / "store"), find_head(tiny_model(name))[1]
+    index = torch.arange(4, len(store))
+    held = store.at(index)
+    text = "all" if ids == list(range(VOCABULARY)) else f"auto:{ids}"
+    if text == "auto:[5, 3, 90]":
+        text = str(tmp_path / "ids.json")
+        (tmp_path / "ids.json").write_text(json.dumps(ids))
+    view = prepare_stored(store, head, store.example[:4].unique().tolist(), text, always=[96]).train
+    if isinstance(ids, int):
+        ids = view.support.tolist()
+        assert len(ids) == 30
+        assert 96 in ids
+    rows = torch.isin(store.example, store.example[:4].unique(), invert=True)
+    held = store.at(rows)
+    direct = with_scalars(head, HiddenTokens(held.hidden, held.token, held.example), ids, "test")
+    found = view.at(slice(None))
+    assert torch.equal(found.rest.log_sum_exp, direct.rest.log_sum_exp)
+    assert torch.equal(found.rest.mean_logit, direct.rest.mean_logit)
+    assert torch.equal(found.column, direct.column)
+    assert torch.equal(found.support, direct.support)
+    assert torch.equal(found.hidden, direct.hidden)
 
 
 def test_held_out_examples_are_apart_and_numbered_without_gaps(store):

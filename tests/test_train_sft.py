@@ -77,7 +77,7 @@ def test_two_launched_processes_train_one_adapter(folder):
 def test_processes_that_do_not_join_are_refused(monkeypatch):
     """One state is made per process, and an earlier one that was alone would be taken for this one."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("accelerate.PartialState", lambda cpu: SimpleNamespace(num_processes=1, process_index=0))
+    monkeypatch.setattr("accelerate.PartialState", lambda cpu, timeout: SimpleNamespace(num_processes=1, process_index=0))
     with pytest.raises(UserError, match="2 processes were started, but accelerate joins 1"):
         Processes.join("cpu")
 
@@ -86,7 +86,7 @@ def test_too_few_examples_are_refused_before_anything_is_trained(folder, capsys)
     rows = (folder / "rows.jsonl").read_text().splitlines()
     (folder / "rows.jsonl").write_text("\n".join(rows[:2]))
     assert main(words_to(folder / "out")) == 2
-    sentence = "has 2 usable examples of 2; at least 3 are needed, one to train on and 2 to measure on"
+    sentence = "has 2 usable examples; at least 3 are needed, one to train on and 2 to measure on"
     assert sentence in capsys.readouterr().err
 
 
@@ -168,5 +168,5 @@ def test_a_store_of_another_model_is_refused(folder, capsys):
 def test_a_store_of_too_few_examples_is_refused(folder, capsys):
     extract_to("store", "--shard", "1/15")
     assert main(from_store("store", folder / "out")) == 2
-    sentence = "the feature store in store has tokens of 2 examples; at least 3 are needed"
+    sentence = "the feature store in store has 2 usable examples; at least 3 are needed"
     assert sentence in capsys.readouterr().err
