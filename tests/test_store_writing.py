@@ -164,6 +164,26 @@ def test_two_runs_that_start_at_once_do_not_mix(tmp_path, monkeypatch):
     assert FeatureStore.open(tmp_path / "store").manifest.recipe.part == (2, 2)
 
 
+def test_what_is_held_out_matters_where_something_is_chosen(tmp_path):
+    make_store(tmp_path / "given", held_out=[1])
+    assert make_store(tmp_path / "given", held_out=[4]).recipe.held_out is None
+    make_store(tmp_path / "chosen", support=5, held_out=[1])
+    with pytest.raises(UserError, match="holds another feature store: its held_out is "):
+        make_store(tmp_path / "chosen", support=5, held_out=[4])
+
+
+def test_seconds_are_added_up_over_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "completion_hidden", None)
+    with pytest.raises(TypeError):
+        make_store(tmp_path)
+    (tmp_path / "seconds.json").write_text('{"seconds": 1000}')
+    monkeypatch.undo()
+    make_store(tmp_path)
+    assert 1000 < FeatureStore.open(tmp_path).seconds < 1060
+    (tmp_path / "seconds.json").unlink()
+    assert FeatureStore.open(tmp_path).seconds == 0
+
+
 def test_too_little_disk_is_refused_before_the_model_runs(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 1000, 1000))
