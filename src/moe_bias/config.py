@@ -61,6 +61,8 @@ Seeds = Annotated[list[NonNegativeInt], NoDecode, BeforeValidator(_split_at_comm
 """A list of seeds, written `0,1,2`."""
 Folders = Annotated[list[Annotated[str, Field(min_length=1)]] | None, NoDecode, BeforeValidator(_split_at_commas)]
 """A list of folders, or None; in a variable or an option it is written `part-1,part-2`."""
+TaskOption = Annotated[int | str, Field(union_mode="left_to_right")]
+"""A number where it can be read as one, else a word."""
 Normalisation = Literal["standardise", "rms", "none"]
 """How the router sees a hidden state: centred and scaled, divided by its root mean square, or as it is."""
 
@@ -242,8 +244,10 @@ class DemoSettings(ModelSettings, TrainingSettings):
 
     epochs: int = Field(20, ge=1, description="passes over the hidden states; the demo's are few")
     expert_rate: float = Field(1e-1, gt=0, description="learning rate of the experts")
-    task: str = Field("products", description="reasoning-gym task")
-    task_options: dict[str, int] = Field({}, description="options of the task; given as --task-options max_terms=3")
+    task: str = Field("products", description="'general_points', or a task of reasoning-gym")
+    task_options: dict[str, TaskOption] = Field(
+        {}, description="options of the task; given as --task-options max_terms=3"
+    )
     output: Path = Field(Path("moe-bias-demo"), description="folder that the adapter is saved in")
     train_problems: int = Field(600, ge=10, description="problems to train on")
     test_problems: int = Field(200, ge=10, description="held-out problems to measure on")

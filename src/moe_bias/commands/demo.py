@@ -25,8 +25,9 @@ from moe_bias.features.extract import Features
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.records import provenance, write_json
 from moe_bias.rollout.greedy import Policy, base_policy, greedy_answers, layer_policy
+from moe_bias.tasks.catalogue import make_task
 from moe_bias.tasks.conversations import Example, ask, encode, encode_prompt, end_of_turn, ends
-from moe_bias.tasks.procedural import Problem, ProceduralTask
+from moe_bias.tasks.task import Problem, Task
 from moe_bias.training.sft import Prepared, fit, prepare
 
 MAX_LENGTH = 1024
@@ -47,7 +48,7 @@ def run(settings: DemoSettings) -> None:
     """Runs the whole demonstration and prints it; saves the adapter and a record in `settings.output`."""
     started = time.perf_counter()
     console = report_console()
-    task = ProceduralTask.sized_for_small_models(settings.task, settings.task_options)
+    task = make_task(settings.task, settings.task_options, small=True)
     problems = task.problems(settings.train_problems + settings.test_problems, settings.seed)
     train, test = problems[: settings.train_problems], problems[settings.train_problems :]
     frozen = _load(settings)
@@ -110,7 +111,7 @@ def _measure(
     frozen: Frozen,
     prepared: Prepared,
     layers: Mapping[str, MoEBiasLayer | None],
-    task: ProceduralTask,
+    task: Task,
     test: Sequence[Problem],
     settings: DemoSettings,
 ) -> tuple[list[Arm], list[Sample]]:
@@ -125,7 +126,7 @@ def _measure(
         description="answering held-out problems",
     )
     texts = [[frozen.tokenizer.decode(answer.token_ids) for answer in column] for column in answers]
-    correct = [[task.is_correct(p, text) for p, text in zip(test, column, strict=True)] for column in texts]
+    correct = [[verdict.is_correct for verdict in task.verify(test, column)] for column in texts]
     measured = [
         Measured(
             name=name,

@@ -76,11 +76,19 @@ def read_conversations(source: str, split: str) -> list[Conversation]:
     Raises UserError on a file that is missing, empty or not JSON Lines, on a row without known
     columns, and on an empty completion, naming the row.
     """
+    rows = read_rows(source, split)
+    return [_conversation(row, f"row {number} of {source}") for number, row in enumerate(rows, 1)]
+
+
+def read_rows(source: str, split: str) -> Sequence[Any]:
+    """The rows of a JSON Lines file or of a Hub data set's split, whatever stands in them.
+
+    Raises UserError on a source that is missing or empty, and on a file that is not JSON Lines.
+    """
     rows = _file_rows(Path(source)) if Path(source).is_file() else _hub_rows(source, split)
-    conversations = [_conversation(row, f"row {number} of {source}") for number, row in enumerate(rows, 1)]
-    if not conversations:
+    if not len(rows):
         raise UserError(f"{source} has no rows")
-    return conversations
+    return rows
 
 
 def prompt_text(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> str:
