@@ -286,7 +286,7 @@ def test_loss_and_gradient_over_all_tokens_are_those_of_trl(loss_type):
     (gradient,) = torch.autograd.grad(ours.total, log_prob)
     torch.testing.assert_close(ours.total, theirs)
     torch.testing.assert_close(gradient, expected)
-    assert float(ours.clipped) == pytest.approx(their_clipped)
+    assert ours.clipped.item() == pytest.approx(their_clipped)
     assert 0 < their_clipped < 1
     assert (gradient[MASK_NL == 0] == 0).all()
 
