@@ -298,6 +298,7 @@ def test_gold_answers_of_data_sets():
     assert gold_answer("4 + 4 = <<4+4=8>>8\n#### 1,008") == "1008"
     assert gold_answer(r"so $\boxed{\text{(A)}}$.") == r"\text{(A)}"
     assert gold_answer(" 1,2 ") == "1,2"
+    assert gold_answer(r"30^\circ.") == r"30^\circ"
 
 
 def test_a_task_by_name():

@@ -12,7 +12,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -39,6 +39,8 @@ from pydantic_settings import (
 
 ENV_PREFIX = "MOE_BIAS_"
 BUNDLED_MODEL = "bundled"
+OWN_SUPPORT = "own"
+"""The support that a feature store was extracted on."""
 
 
 class UserError(ValueError):
@@ -237,12 +239,17 @@ class RunSettings(TrainingSettings):
 
 
 class DataSettings(Settings):
-    """What to train on and what to keep out."""
+    """What to train on, what to keep out, and where hidden states are kept."""
 
-    data: str = Field(description="JSON Lines file or Hub data set of prompts and answers")
+    data: str = Field("", description="JSON Lines file or Hub data set of prompts and answers; or give --store")
+    store: Folders = Field(None, description="feature store to train on in place of --data; parts as DIR,DIR2")
+    features: Path | None = Field(
+        None, description="folder that hidden states of --data are kept in; none: one in the user's cache"
+    )
+    keep_features: bool = Field(True, description="keep hidden states of --data, which later runs then find")
     split: str = Field("train", description="split of a Hub data set")
     held_out: float = Field(0.05, gt=0, lt=1, description="share of the examples kept out for measuring")
-    max_length: int = Field(2048, ge=2, description="longer examples are cut here")
+    max_length: int = Field(2048, ge=2, description="longer examples are cut here, or at the model's context")
     batch_size: int = Field(16, ge=1, description="examples in one forward pass")
 
 
@@ -262,21 +269,22 @@ class DemoSettings(ModelSettings, TrainingSettings):
     batch_size: int = Field(50, ge=1, description="problems in one forward pass")
 
 
-_OF_EXTRACTION = ("support", "split", "max_length", "batch_size")
+_OF_EXTRACTION = ("split", "max_length", "batch_size", "features", "keep_features")
 """What a feature store has settled: given beside one, these would have no effect."""
 
 
-class TrainSFTSettings(ModelSettings, RunSettings, DataSettings):
-    """Train an adapter on prompts and answers by supervised learning."""
+class SupervisedSettings(ModelSettings, RunSettings, DataSettings):
+    """A supervised run: the model, the layer and its training, and where hidden states come from.
 
-    data: str = Field("", description="JSON Lines file or Hub data set of prompts and answers; or give --store")
-    store: Folders = Field(None, description="feature store to train on in place of --data; parts as DIR,DIR2")
-    output: Path = Field(description="folder of the adapter; an unfinished run in it is gone on with")
-    checkpoint_every: int = Field(200, ge=1, description="steps between checkpoints")
-    keep_checkpoints: int = Field(2, ge=1, description="how many of the last checkpoints are kept")
+    Beside `store` a support that is not given is the store's own.
+    """
+
+    support: str = Field(
+        "auto:4096", description="'auto:M', 'all', or a JSON file of token ids; none beside --store: the store's own"
+    )
 
     @model_validator(mode="after")
-    def _from_one_source(self) -> TrainSFTSettings:
+    def _from_one_source(self) -> Self:
         """Errors' contexts name the fields, so that `describe_error` can say where they came from."""
         if not (self.data or self.store):
             raise PydanticCustomError("source", "one of --data and --store is required")
@@ -289,12 +297,36 @@ class TrainSFTSettings(ModelSettings, RunSettings, DataSettings):
                     "source",
                     f"{_option(name)} {{{name}}} does not apply to --store, which was extracted with its own; leave it "
                     "out, or extract again with it",
-                    {name: getattr(self, name)},
+                    {name: str(getattr(self, name))},
                 )
         return self
 
+    @model_validator(mode="after")
+    def _kept_or_not(self) -> Self:
+        if self.features and not self.keep_features:
+            raise PydanticCustomError(
+                "source",
+                "--features {features} and --no-keep-features exclude each other; give one",
+                {"features": str(self.features), "keep_features": False},
+            )
+        return self
 
-class SweepSettings(ModelSettings, RunSettings, DataSettings):
+    @model_validator(mode="after")
+    def _own_support(self) -> Self:
+        if self.store and "support" not in self.model_fields_set:
+            self.support = OWN_SUPPORT
+        return self
+
+
+class TrainSFTSettings(SupervisedSettings):
+    """Train an adapter on prompts and answers by supervised learning."""
+
+    output: Path = Field(description="folder of the adapter; an unfinished run in it is gone on with")
+    checkpoint_every: int = Field(200, ge=1, description="steps between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, description="how many of the last checkpoints are kept")
+
+
+class SweepSettings(SupervisedSettings):
     """Train one layer per cell of a grid on the same hidden states, and compare them."""
 
     output: Path = Field(description="folder of the cells' records; cells that have one are not run again")
@@ -303,7 +335,7 @@ class SweepSettings(ModelSettings, RunSettings, DataSettings):
     seeds: Seeds = Field([0, 1, 2], description="each cell is trained once with each of these seeds")
 
 
-class ArmsSettings(ModelSettings, RunSettings, DataSettings):
+class ArmsSettings(SupervisedSettings):
     """Train MoE-Bias, parts of it left out, and LoRA on the same tokens, and compare them."""
 
     output: Path = Field(description="folder of the arms' records; arms that have one are not run again")
@@ -311,6 +343,9 @@ class ArmsSettings(ModelSettings, RunSettings, DataSettings):
     lora_rank: int = Field(8, ge=1, description="rank r of LoRA")
     lora_rate: float = Field(2e-4, gt=0, description="learning rate of LoRA, decaying linearly")
     lora_batch_size: int = Field(8, ge=1, description="examples in one optimiser step of LoRA")
+    lora_tokens: int | None = Field(
+        None, ge=1, description="completion tokens that lora-tokens is trained on; none: as many as moe-bias"
+    )
 
 
 class ExtractSettings(ModelSettings):

@@ -1,8 +1,9 @@
-"""What `sweep` and `arms` share: features on any support from one pass of the backbone, and cells run once."""
+"""What `sweep` and `arms` share: features on any support from one feature store, and cells run once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import cached_property
 from typing import Any
@@ -10,12 +11,12 @@ from typing import Any
 from rich.console import Console
 
 from moe_bias.commands.cell_table import print_cells
-from moe_bias.commands.examples import Material, load_material
+from moe_bias.commands.material import Material, opened
 from moe_bias.config import ArmsSettings, Interrupted, RunSettings, SweepSettings
 from moe_bias.evaluation.cells import Cell, CellRecords, base_cell, compare_cells, run_cell
 from moe_bias.records import write_json
-from moe_bias.training.run_folder import begin, digest
-from moe_bias.training.sft import Extracted, Prepared, extract, with_support
+from moe_bias.training.run_folder import begin, digests
+from moe_bias.training.sft import Prepared
 
 TABLE_FILE = "table.json"
 Outcome = tuple[Cell, Mapping[str, Any]]
@@ -24,35 +25,32 @@ Runner = Callable[[], Outcome]
 
 
 class Workshop:
-    """The frozen model and its features, made when they are first asked for and only once."""
+    """The frozen model and its features, made when they are first asked for and only once; close it after use."""
 
     def __init__(self, settings: SweepSettings | ArmsSettings, console: Console) -> None:
         self._settings = settings
         self._console = console
         self._prepared: dict[str, Prepared] = {}
+        self._resources = ExitStack()
+
+    def close(self) -> None:
+        """Removes features that are not to be kept."""
+        self._resources.close()
 
     @cached_property
     def material(self) -> Material:
-        """Model and examples."""
-        return load_material(self._settings, self._settings, self._settings, self._console)
-
-    @cached_property
-    def _extracted(self) -> Extracted:
-        material, settings = self.material, self._settings
-        found = extract(material.model, material.train, material.held_out, settings.batch_size)
-        parts = {"training tokens": found.train.token, "held-out tokens": found.held_out.token}
-        begin(
-            settings.output,
-            settings.model_dump(mode="json"),
-            {name: digest([token]) for name, token in parts.items()},
-        )
-        return found
+        """Model and features; the folder is for these from then on."""
+        settings = self._settings
+        material = self._resources.enter_context(opened(settings, self._console))
+        self._prepared[settings.support] = prepared = material.on(settings.support)
+        begin(settings.output, settings.model_dump(mode="json"), digests(prepared.train, prepared.held_out))
+        return material
 
     def on(self, support: str) -> Prepared:
         """Features on a support, as the option names it."""
+        material = self.material
         if support not in self._prepared:
-            material = self.material
-            self._prepared[support] = with_support(material.head, self._extracted, support, material.always)
+            self._prepared[support] = material.on(support)
         return self._prepared[support]
 
     def base(self, settings: RunSettings) -> Outcome:
@@ -68,12 +66,14 @@ class Workshop:
 def run_missing(records: CellRecords, wanted: Mapping[tuple[str, int], Runner]) -> list[Cell]:
     """Runs the cells, by name and seed, that have no record, each kept as soon as it is done; returns all.
 
-    Raises Interrupted on Ctrl-C, saying how many are done.
+    Raises Interrupted on Ctrl-C, saying how many are done, or how much is extracted.
     """
     try:
         for (name, seed), runner in wanted.items():
             if records.load(name, seed) is None:
                 records.save(*runner())
+    except Interrupted:
+        raise
     except KeyboardInterrupt as interrupt:
         done = sum(records.load(name, seed) is not None for name, seed in wanted)
         raise Interrupted(

@@ -59,7 +59,7 @@ def run(settings: DemoSettings) -> None:
         _examples(train, frozen.tokenizer),
         _examples(test, frozen.tokenizer),
         settings,
-        always=ends(ask(""), frozen.tokenizer),
+        always=ends(frozen.tokenizer),
         batch_size=settings.batch_size,
     )
     static = _trained(frozen, prepared, settings, LayerConfig(num_experts=1, top_k=1, entropy_gate=False))

@@ -55,7 +55,7 @@ def find_cell(text: str, cells: list[dict[str, str]]) -> str:
 def with_changes(settings: Run, changes: Mapping[str, object]) -> Run:
     """The settings with some of them changed, checked. Raises UserError on values that cannot be."""
     try:
-        return type(settings)(**{**settings.model_dump(), **changes})
+        return type(settings)(**{**settings.model_dump(exclude_unset=True), **changes})
     except ValidationError as error:
         raise UserError(f"in the grid, {describe_error(error)}") from error
 

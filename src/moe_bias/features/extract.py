@@ -32,6 +32,8 @@ from moe_bias.support import (
 )
 from moe_bias.tasks.conversations import Example
 
+CALIBRATION_TOKENS = 4096
+"""Completion tokens of a calibration sample, about."""
 LOGIT_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
 """Full-vocabulary logits that are held at once, by kind of device: memory grows with neither V nor length."""
 
@@ -58,6 +60,10 @@ class Features:
 
     def __len__(self) -> int:
         return len(self.token)
+
+    def contents(self) -> Iterator[Tensor]:
+        """The hidden states."""
+        yield self.hidden
 
     def at(self, index: Tensor | slice) -> Features:
         """The given tokens; a slice copies nothing."""
@@ -219,6 +225,13 @@ def base_entropies(head: Head, hidden_TD: Tensor) -> Tensor:
     """Base entropy (T,) in nats of each hidden state, on the CPU."""
     chunks = hidden_TD.split(chunk_rows(head))
     return torch.cat([entropy_from_logits(head.logits(chunk.to(head.device, head.dtype))).cpu() for chunk in chunks])
+
+
+def evenly_spaced(lengths: Sequence[int], tokens: int = CALIBRATION_TOKENS) -> list[int]:
+    """A calibration sample: indices evenly spaced over examples of these lengths, of about `tokens` together."""
+    total = sum(lengths)
+    count = min(max(-(-tokens * len(lengths) // max(total, 1)), 1), len(lengths))
+    return [index * len(lengths) // count for index in range(count)]
 
 
 def support_for(forks: ForkMass, targets: Tensor, size: int, always: Sequence[int]) -> list[int]:

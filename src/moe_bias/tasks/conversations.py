@@ -145,9 +145,10 @@ def end_of_turn(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) 
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
-def ends(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ends of an answer and of a text, ascending: what every chosen support must hold."""
-    found = {*end_of_turn(conversation, tokenizer), tokenizer.eos_token_id}
+def ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ends of an answer in a chat and of a text, ascending: what every chosen support must hold."""
+    of_answer = end_of_turn(ask(""), tokenizer) if tokenizer.chat_template else []
+    found = {*of_answer, tokenizer.eos_token_id}
     return sorted(token for token in found if token is not None)
 
 

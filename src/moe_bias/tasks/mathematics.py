@@ -95,7 +95,7 @@ def gold_answer(text: str) -> str:
     if mark:
         return after.strip().replace(",", "")
     boxed = last_boxed(text)
-    return (text if boxed is None else boxed).strip()
+    return (text if boxed is None else boxed).strip().rstrip(".,")  # a sentence's end, which LaTeX cannot read
 
 
 def _wanted(row: Mapping[str, Any], chosen: str, usual: Sequence[str], where: str) -> Any:
