@@ -22,6 +22,7 @@ from pydantic_settings import CliSettingsSource, SettingsError
 
 from moe_bias.config import (
     ArmsSettings,
+    CompareSettings,
     DemoSettings,
     ExtractSettings,
     GenerateSettings,
@@ -173,6 +174,12 @@ def _arms(settings: ArmsSettings) -> None:
     arms.run(settings)
 
 
+def _compare(settings: CompareSettings) -> None:
+    from moe_bias.commands import compare
+
+    compare.run(settings)
+
+
 def _generate(settings: GenerateSettings) -> None:
     from moe_bias.commands import generate
 
@@ -201,6 +208,7 @@ COMMANDS = (
     Command("verify", VerifySettings, _verify, argument="STORE"),
     Command("sweep", SweepSettings, _sweep),
     Command("arms", ArmsSettings, _arms),
+    Command("compare", CompareSettings, _compare),
     Command("generate", GenerateSettings, _generate, argument="PROMPT"),
     Command("params", ParamsSettings, _params),
     Command("inspect", InspectSettings, _inspect, argument="ADAPTER"),

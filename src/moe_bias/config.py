@@ -393,7 +393,7 @@ class TaskSettings(Settings):
     """Problems whose answers a program can check."""
 
     task: str = Field("products", description="'general_points', or a task of reasoning-gym")
-    task_options: dict[str, int | str] = Field({}, description="options of the task; --task-options max_terms=3")
+    task_options: dict[str, TaskOption] = Field({}, description="options of the task; --task-options max_terms=3")
     easy: bool = Field(True, description="options that suit models of 135M parameters, where the task has such")
     problems: str = Field("", description="JSON Lines file or Hub data set of problems and answers, in place of --task")
     split: str = Field("train", description="split of a Hub data set")
@@ -474,7 +474,7 @@ class CompareSettings(ModelSettings, TaskSettings, RewardSettings, PolicySetting
     arms: Names = Field([], description="arms to run, such as static,moe-bias; none: all of them")
     seeds: Seeds = Field([0, 1, 2], description="each arm is trained once with each of these seeds")
     shifted_task: str = Field("", description="task to measure on besides; none: the same one with --shifted-options")
-    shifted_options: dict[str, int | str] = Field({}, description="options of the task that nothing is trained on")
+    shifted_options: dict[str, TaskOption] = Field({}, description="options of the task that nothing is trained on")
     warm_problems: int = Field(200, ge=0, description="problems of whose worked answers each arm learns the form first")
     warm_epochs: int = Field(8, ge=1, description="passes over their hidden states")
     warm_expert_rate: float = Field(5e-2, gt=0, description="learning rate of the experts meanwhile")

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 
 from moe_bias.backbone import find_head
@@ -39,10 +36,10 @@ from moe_bias.evaluation.policy_arms import (
     PolicyRecords,
     compare_policies,
 )
-from moe_bias.features.extract import Features
+from moe_bias.features.extract import Features, run_backbone, with_scalars
 from moe_bias.features.source import FeatureSource, Subset
 from moe_bias.layer import MoEBiasLayer
-from moe_bias.records import write_json
+from moe_bias.records import peak_bytes, write_json
 from moe_bias.rollout.policy import base_policy
 from moe_bias.tasks.conversations import Example, ask, encode, encode_prompt
 from moe_bias.tasks.task import Task
@@ -53,7 +50,7 @@ from moe_bias.training.lora import Budget, LoRAChoices, lora_on, train_lora
 from moe_bias.training.metrics import Metrics
 from moe_bias.training.rl import PolicyTrainer, Watching
 from moe_bias.training.run_folder import begin, refuse_other_settings
-from moe_bias.training.sft import fit, run_features
+from moe_bias.training.sft import fit
 
 TABLE_FILE = "table.json"
 MAX_LENGTH = 1024
@@ -128,7 +125,7 @@ class Stage:
         if name == BASE:
             right = self._right(None, settings)
             both = right | {f"{key} before": values for key, values in right.items()}
-            return PolicyArm(BASE, 0, 0, 0, 0.0, 0.0, 0.0, _peak(), both, [])
+            return PolicyArm(BASE, 0, 0, 0, 0.0, 0.0, 0.0, peak_bytes(self.ground.head.device), both, [])
         if name in LORA_ARMS:
             return self._lora(name, settings)
         return self._layer(name, with_changes(settings, LAYER_ARMS[name]))
@@ -162,7 +159,7 @@ class Stage:
             position.seconds,
             warm_seconds,
             position.update_seconds,
-            _peak(),
+            peak_bytes(self.ground.head.device),
             right | self._right(layer, settings),
             curve.points,
         )
@@ -188,8 +185,8 @@ class Stage:
 
     def _warm_features(self, settings: CompareSettings, support: list[int] | None) -> Features:
         ids = list(range(self.ground.head.vocab_size)) if support is None else support
-        examples = self._worked(settings)
-        return run_features(self.ground.model, self.ground.head, examples, ids, settings.batch_size, "worked answers")
+        hidden = run_backbone(self.ground.model, self._worked(settings), settings.batch_size, "worked answers")
+        return with_scalars(self.ground.head, hidden, ids, "their base distribution")
 
     def _worked(self, settings: CompareSettings) -> list[Example]:
         problems = self.ground.train.problems[: settings.warm_problems]
@@ -201,11 +198,13 @@ class Stage:
     def _lora(self, name: str, settings: CompareSettings) -> PolicyArm:
         ground, started = self.ground, time.perf_counter()
         prompts = [[{"role": "user", "content": problem.question}] for problem in ground.train.problems]
-        gold = {problem.question: problem for problem in ground.train.problems}
+        gold, rewards = {problem.question: problem for problem in ground.train.problems}, rewards_of(settings)
 
         def reward(turns: list[Any], completions: list[str]) -> list[float]:
             problems = [gold[turn[0]["content"]] for turn in turns]
-            return [verdict.reward for verdict in ground.task.verify(problems, completions)]
+            lengths = [len(ids) for ids in ground.tokenizer(completions, add_special_tokens=False).input_ids]
+            verdicts = ground.task.verify(problems, completions)
+            return rewards.shaped(problems, completions, verdicts, lengths, settings.max_new_tokens)
 
         with lora_on(ground.model, settings.lora_rank, settings.seed) as adapted:
             if settings.warm_problems:
@@ -271,10 +270,3 @@ class _Curve:
         if "held_out_accuracy" in metrics:
             self.points.append((step, metrics["held_out_accuracy"]))
 
-
-def _peak() -> int:
-    """Bytes at most until now: allocated on the GPU, or held by the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -190,7 +190,7 @@ def fresh_policy_layer(ground: Ground, settings: PolicySettings, start: StartSet
     first_half_T = features.example < len(rollouts.answers) // 2
     if isinstance(support, int):
         mass_V = measure_fork_mass(head, features.hidden[first_half_T]).mass
-        support = choose_support(mass_V, support, ends(ask(""), ground.tokenizer))
+        support = choose_support(mass_V, support, ends(ground.tokenizer))
     covered = fork_coverage(measure_fork_mass(head, features.hidden[~first_half_T]), support)
     torch.manual_seed(start.seed)
     whole = len(support) == head.vocab_size

@@ -9,7 +9,6 @@ Shapes: B samples, L completion length, V vocabulary, T valid tokens.
 from __future__ import annotations
 
 import copy
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from moe_bias.progress import Meter, meter
+from moe_bias.records import peak_bytes
 from moe_bias.training.grpo_trainer import GRPOChoices, Prompt, grpo_trainer
 
 RewardFunction = Callable[[list[Prompt], list[str]], Sequence[float]]
@@ -90,7 +90,7 @@ def train_grpo_lora(
         sampling_seconds=watch.seconds["sampling"],
         reward_seconds=watch.seconds["reward"],
         updating_seconds=watch.seconds["updating"],
-        peak_bytes=_peak_bytes(device),
+        peak_bytes=peak_bytes(device),
         parameters=parameters,
         mean_rewards=tuple(watch.mean_rewards),
     )
@@ -196,12 +196,3 @@ class _Watch(TrainerCallback):
         now = self.now()
         self.seconds[name] += now - self._last
         self._last = now
-
-
-def _peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
