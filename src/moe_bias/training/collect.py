@@ -149,7 +149,7 @@ class Collector:
         self, layer: MoEBiasLayer, chosen: Sequence[int], seed: int
     ) -> tuple[_Part | None, list[Judged], tuple[float, float]]:
         started = time.perf_counter()
-        rollouts = self.sampler.sample([self.curriculum.prompts[i] for i in chosen], layer, self.choices, seed)
+        rollouts = self.sampler.sample([self.curriculum.prompts[i] for i in chosen], layer, self.choices, seed, "")
         sampled = time.perf_counter()
         problems = [self.curriculum.problems[i] for i in chosen for _ in range(self.choices.group)]
         judged = self.judge(problems, rollouts)

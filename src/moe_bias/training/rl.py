@@ -23,7 +23,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import get_args
+from typing import Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ from moe_bias.tasks.verdict import Outcome
 from moe_bias.training.checkpoint import Checkpoints, Standing
 from moe_bias.training.collect import Collected, Collector
 from moe_bias.training.interrupt import deferred_interrupt
-from moe_bias.training.metrics import Metrics, MetricsLog, SampleLog, router_use
+from moe_bias.training.metrics import Metrics, SampleLog, router_use
 from moe_bias.training.optimisation import Optimisation
 from moe_bias.training.policy_gradients import policy_gradients, policy_stats
 from moe_bias.training.policy_objective import PolicyLoss, PolicyTerms, Sampled
@@ -66,6 +66,13 @@ class PolicyPosition(Standing):
     seconds: float = 0.0
 
 
+class Log(Protocol):
+    """Takes the metrics of each step."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Adds the line of a step."""
+
+
 @dataclass(frozen=True)
 class Watching:
     """What goes on beside the steps, and how often."""
@@ -73,7 +80,7 @@ class Watching:
     evaluate: Evaluate
     evaluate_every: int
     checkpoints: Checkpoints | None = None
-    log: MetricsLog | None = None
+    log: Log | None = None
     samples: SampleLog | None = None
 
 
@@ -195,9 +202,7 @@ class PolicyTrainer:
 class Update:
     """What a step does with its selected tokens: minibatches, epochs, the bound on KL."""
 
-    def __init__(
-        self, layer: MoEBiasLayer, head: Head, settings: PolicySettings, optimisation: Optimisation
-    ) -> None:
+    def __init__(self, layer: MoEBiasLayer, head: Head, settings: PolicySettings, optimisation: Optimisation) -> None:
         self._layer = layer
         self._head = head
         self._settings = settings
