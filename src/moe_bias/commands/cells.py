@@ -14,7 +14,7 @@ from moe_bias.commands.cell_table import print_cells
 from moe_bias.commands.material import Material, opened
 from moe_bias.config import ArmsSettings, Interrupted, RunSettings, SweepSettings
 from moe_bias.evaluation.cells import Cell, CellRecords, base_cell, compare_cells, run_cell
-from moe_bias.records import write_json
+from moe_bias.records import provenance, write_json
 from moe_bias.training.base_logits import BaseLogits
 from moe_bias.training.run_folder import begin, digests
 from moe_bias.training.sft import Prepared
@@ -97,6 +97,8 @@ def run_missing(records: CellRecords, wanted: Mapping[tuple[str, int], Runner]) 
 def report(console: Console, settings: SweepSettings | ArmsSettings, cells: Sequence[Cell], base: str) -> None:
     """Prints the table and writes it into the output folder."""
     rows = compare_cells(cells, base)
-    write_json(settings.output / TABLE_FILE, {"base": base, "rows": [asdict(row) for row in rows]})
+    content = {"base": base, "rows": [asdict(row) for row in rows]}
+    made_with = {"settings": settings.model_dump(mode="json"), "provenance": provenance()}
+    write_json(settings.output / TABLE_FILE, content | made_with)
     print_cells(console, rows, base, round(sum(cells[0].tokens["all"])))
     console.print(f"Records and {TABLE_FILE} are in {settings.output}.")
