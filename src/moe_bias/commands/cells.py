@@ -14,7 +14,8 @@ from moe_bias.commands.cell_table import print_cells
 from moe_bias.commands.material import Material, opened
 from moe_bias.config import ArmsSettings, Interrupted, RunSettings, SweepSettings
 from moe_bias.evaluation.cells import Cell, CellRecords, base_cell, compare_cells, run_cell
-from moe_bias.records import write_json
+from moe_bias.records import provenance, write_json
+from moe_bias.training.base_logits import BaseLogits
 from moe_bias.training.run_folder import begin, digests
 from moe_bias.training.sft import Prepared
 
@@ -31,6 +32,7 @@ class Workshop:
         self._settings = settings
         self._console = console
         self._prepared: dict[str, Prepared] = {}
+        self._logits: tuple[tuple[str, int], BaseLogits] | None = None
         self._resources = ExitStack()
 
     def close(self) -> None:
@@ -59,8 +61,17 @@ class Workshop:
 
     def cell(self, name: str, settings: RunSettings) -> Outcome:
         """A layer's cell."""
-        cell = run_cell(name, settings, self.on(settings.support), self.material.head)
+        prepared, logits = self.on(settings.support), self._logits_on(settings)
+        cell = run_cell(name, settings, prepared, self.material.head, logits)
         return cell, settings.model_dump(mode="json")
+
+    def _logits_on(self, settings: RunSettings) -> BaseLogits:
+        """Base logits of the training tokens; those of the last support are kept, since many cells share them."""
+        asked = (settings.support, int(settings.logits_budget))
+        if self._logits is None or self._logits[0] != asked:
+            self._logits = None  # before the others are made: both together may not fit
+            self._logits = (asked, BaseLogits(self.on(settings.support).train, self.material.head, asked[1]))
+        return self._logits[1]
 
 
 def run_missing(records: CellRecords, wanted: Mapping[tuple[str, int], Runner]) -> list[Cell]:
@@ -86,6 +97,8 @@ def run_missing(records: CellRecords, wanted: Mapping[tuple[str, int], Runner]) 
 def report(console: Console, settings: SweepSettings | ArmsSettings, cells: Sequence[Cell], base: str) -> None:
     """Prints the table and writes it into the output folder."""
     rows = compare_cells(cells, base)
-    write_json(settings.output / TABLE_FILE, {"base": base, "rows": [asdict(row) for row in rows]})
+    content = {"base": base, "rows": [asdict(row) for row in rows]}
+    made_with = {"settings": settings.model_dump(mode="json"), "provenance": provenance()}
+    write_json(settings.output / TABLE_FILE, content | made_with)
     print_cells(console, rows, base, round(sum(cells[0].tokens["all"])))
     console.print(f"Records and {TABLE_FILE} are in {settings.output}.")

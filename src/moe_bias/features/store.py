@@ -123,11 +123,6 @@ class FeatureStore:
         return sum(manifest.dropped for manifest in self.manifests)
 
     @property
-    def bytes(self) -> int:
-        """Size of the shards."""
-        return sum(manifest.bytes for manifest in self.manifests)
-
-    @property
     def seconds(self) -> float:
         """What making the store took; 0 where that is not known."""
         return sum(seconds_spent(folder) for folder in self.folders)

@@ -40,6 +40,7 @@ from moe_bias.features.source import FeatureSource, Subset, on_support
 from moe_bias.features.store import FeatureStore
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.tasks.conversations import Example
+from moe_bias.training.base_logits import BaseLogits
 from moe_bias.training.checkpoint import Checkpoints, Position
 from moe_bias.training.metrics import MetricsLog
 from moe_bias.training.processes import ALONE, Processes
@@ -185,14 +186,15 @@ def fit(
     settings: TrainingSettings,
     description: str,
     evaluations: Evaluations | None = None,
+    logits: BaseLogits | None = None,
 ) -> FitReport:
-    """Trains a fresh layer in place on the features, without a folder.
+    """Trains a fresh layer in place on the features, without a folder; `logits` are theirs, where there are such.
 
     Raises UserError where the loss is not finite or above its bound; the layer then holds the last
     step's weights.
     """
     start(layer, features, settings)
-    return Trainer(layer, features, head, settings, Watch(evaluations)).run(description)
+    return Trainer(layer, features, head, settings, Watch(evaluations), logits=logits).run(description)
 
 
 def train(
