@@ -58,14 +58,14 @@ class TransformersSampler:
         seed: int,
         description: str = "samples",
     ) -> Rollouts:
-        """See `Sampler`. Raises UserError where the features might not fit into `buffer_bytes`, or a prompt is empty."""
+        """See `Sampler`. Raises UserError where `buffer_bytes` might not hold the features, or a prompt is empty."""
         self._check(prompts, choices)
         samples = len(prompts) * choices.group
         generator = torch.Generator().manual_seed(seed)
         uniform_NL = torch.rand(samples, choices.max_new_tokens, dtype=torch.float64, generator=generator)
         answers = [Answer([], False)] * samples
         kept: list[_Kept] = []
-        with meter(description, samples, "samples", visible=bool(description)) as bar:
+        with meter(description, samples, "samples") as bar:
             for batch in longest_first(prompts, choices.batch_size):
                 sample_B = (torch.tensor(batch)[:, None] * choices.group + torch.arange(choices.group)).flatten()
                 recorder = _Recorder(self.head, layer, choices, sample_B, uniform_NL[sample_B], kept)
