@@ -24,7 +24,8 @@ from moe_bias.evaluation.likelihood import per_example, token_nll
 from moe_bias.features.extract import Features
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.records import provenance, write_json
-from moe_bias.rollout.greedy import Policy, base_policy, greedy_answers, layer_policy
+from moe_bias.rollout.greedy import greedy_answers
+from moe_bias.rollout.policy import Policy, base_policy, layer_policy
 from moe_bias.tasks.catalogue import make_task
 from moe_bias.tasks.conversations import Example, ask, encode, encode_prompt, end_of_turn, ends
 from moe_bias.tasks.task import Problem, Task
