@@ -77,9 +77,9 @@ def run(settings: CompareSettings) -> None:
                     arm = stage.run(name, with_changes(settings, {"seed": seed}))
                     records.save(arm, settings.model_dump(mode="json"))
     except KeyboardInterrupt as interrupt:
-        done = sum(records.load(*each) is not None for each in wanted)
+        count = sum(records.load(*each) is not None for each in wanted)
         raise Interrupted(
-            f"{done} of {len(wanted)} are done and kept in {records.folder}; run the same command again for the others"
+            f"{count} of {len(wanted)} are done and kept in {records.folder}; run the same command again for the others"
         ) from interrupt
     _report(console, settings, [done for each in wanted if (done := records.load(*each)) is not None])
 

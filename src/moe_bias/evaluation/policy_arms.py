@@ -68,7 +68,7 @@ class PolicyArm:
 
 @dataclass(frozen=True)
 class PolicyRow:
-    """An arm over its seeds: by set of problems its accuracy, and by other arm the paired change of the held-out one."""
+    """An arm over its seeds: accuracy by set of problems, and by other arm the paired change of the held-out one."""
 
     name: str
     seeds: int

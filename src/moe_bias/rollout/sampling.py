@@ -65,7 +65,7 @@ class TransformersSampler:
         uniform_NL = torch.rand(samples, choices.max_new_tokens, dtype=torch.float64, generator=generator)
         answers = [Answer([], False)] * samples
         kept: list[_Kept] = []
-        with meter(description, samples, "samples") as bar:
+        with meter(description, samples, "samples", visible=bool(description)) as bar:
             for batch in longest_first(prompts, choices.batch_size):
                 sample_B = (torch.tensor(batch)[:, None] * choices.group + torch.arange(choices.group)).flatten()
                 recorder = _Recorder(self.head, layer, choices, sample_B, uniform_NL[sample_B], kept)
