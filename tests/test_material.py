@@ -249,6 +249,21 @@ def test_arms_from_a_store_are_those_of_the_layer(folder, capsys):
     assert rows["full-vocabulary"]["parameters"] == 16 * (97 + 16) + 2
 
 
+def test_arms_from_a_store_with_its_texts_are_those_of_data(folder, capsys):
+    extract_to("store", "--support", "auto:40")
+    source = "--model model --store store --data rows.jsonl --device cpu"
+    assert main(words("arms", "out", "--seeds", "0", "--lora-tokens", "20", source=source)) == 0
+    rows = rows_of("out")
+    assert list(rows)[-2:] == ["lora-tokens", "lora-time"]
+    assert rows["lora-tokens"]["train_tokens"] >= 20
+    assert main(words("arms", "without", "--seeds", "0", "--no-lora", source=source)) == 0
+    assert "lora-tokens" not in rows_of("without")
+    (folder / "rows.jsonl").write_text((folder / "rows.jsonl").read_text().replace("w9", "w8"))
+    capsys.readouterr()
+    assert main(words("arms", "other", "--seeds", "0", source=source)) == 2
+    assert "the store in store was not extracted from rows.jsonl" in capsys.readouterr().err
+
+
 def test_lora_has_its_own_budget_of_tokens_where_one_is_given(folder):
     main_arm = cell_of("moe-bias", 0, [1.0, 1.0])  # trained on 100 tokens in 1.5 s, after a pass of 0.5 s
     assert (lora_budget("lora-tokens", main_arm, None).amount, lora_budget("lora-tokens", main_arm, 7).amount) == (

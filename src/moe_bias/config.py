@@ -12,7 +12,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -279,6 +279,9 @@ class SupervisedSettings(ModelSettings, RunSettings, DataSettings):
     Beside `store` a support that is not given is the store's own.
     """
 
+    takes_texts_beside_store: ClassVar[bool] = False
+    """Whether `data` may be given with `store`, as the texts that it was extracted from."""
+
     support: str = Field(
         "auto:4096", description="'auto:M', 'all', or a JSON file of token ids; none beside --store: the store's own"
     )
@@ -288,7 +291,7 @@ class SupervisedSettings(ModelSettings, RunSettings, DataSettings):
         """Errors' contexts name the fields, so that `describe_error` can say where they came from."""
         if not (self.data or self.store):
             raise PydanticCustomError("source", "one of --data and --store is required")
-        if self.data and self.store:
+        if self.data and self.store and not self.takes_texts_beside_store:
             both = {"data": self.data, "store": ",".join(self.store)}
             raise PydanticCustomError("source", "--data {data} and --store {store} exclude each other; give one", both)
         for name in _OF_EXTRACTION if self.store else ():
@@ -336,10 +339,15 @@ class SweepSettings(SupervisedSettings):
 
 
 class ArmsSettings(SupervisedSettings):
-    """Train MoE-Bias, parts of it left out, and LoRA on the same tokens, and compare them."""
+    """Train MoE-Bias, parts of it left out, and LoRA on the same tokens, and compare them.
 
+    Beside a store LoRA needs the texts that it was extracted from, as --data.
+    """
+
+    takes_texts_beside_store: ClassVar[bool] = True
     output: Path = Field(description="folder of the arms' records; arms that have one are not run again")
     seeds: Seeds = Field([0, 1, 2], description="each arm is trained once with each of these seeds")
+    lora: bool = Field(True, description="train the arms of LoRA too, which takes by far the longest")
     lora_rank: int = Field(8, ge=1, description="rank r of LoRA")
     lora_rate: float = Field(2e-4, gt=0, description="learning rate of LoRA, decaying linearly")
     lora_batch_size: int = Field(8, ge=1, description="examples in one optimiser step of LoRA")

@@ -25,7 +25,7 @@ def run(settings: ArmsSettings) -> None:
     """
     refuse_other_settings(settings.output, settings.model_dump(mode="json"))
     console, records = report_console(), CellRecords(settings.output)
-    if settings.store:
+    if settings.lora and not settings.data:
         say(console, f"{' and '.join(LORA_ARMS)} are left out: they need the texts, which --data gives")
     with closing(Workshop(settings, console)) as workshop:
         cells = run_missing(records, _wanted(settings, workshop, records))
@@ -38,7 +38,7 @@ def _wanted(settings: ArmsSettings, workshop: Workshop, records: CellRecords) ->
     for name, changes in LAYER_ARMS.items():
         for seed in settings.seeds:
             wanted[name, seed] = partial(workshop.cell, name, with_changes(settings, {**changes, "seed": seed}))
-    for name in () if settings.store else LORA_ARMS:
+    for name in LORA_ARMS if settings.lora and settings.data else ():
         for seed in settings.seeds:
             wanted[name, seed] = partial(_lora, workshop, records, name, seed, settings)
     return wanted

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from rich.console import Console
 from transformers import PreTrainedModel
@@ -20,13 +21,13 @@ from transformers import PreTrainedModel
 from moe_bias.backbone import Head, cache_folder, find_head, load_model
 from moe_bias.commands.examples import encoded, length_limit, say, split
 from moe_bias.commands.making import made
-from moe_bias.config import OWN_SUPPORT, Interrupted, SupervisedSettings
+from moe_bias.config import OWN_SUPPORT, Interrupted, SupervisedSettings, UserError
 from moe_bias.features.build import Choices, Plan, make_plan, versions
-from moe_bias.features.fingerprint import model_facts
+from moe_bias.features.fingerprint import corpus_hash, model_facts
 from moe_bias.features.manifest import TEMPERATURE, recipe_hash
 from moe_bias.features.store import FeatureStore
 from moe_bias.features.writer import in_bytes
-from moe_bias.tasks.conversations import Corpus, Example, ends, read_conversations
+from moe_bias.tasks.conversations import Corpus, Example, encode_all, ends, read_conversations
 from moe_bias.training.processes import ALONE, Processes
 from moe_bias.training.sft import Prepared, parse_support, prepare_stored
 
@@ -94,7 +95,22 @@ def _stored(settings: SupervisedSettings, folders: Sequence[str], console: Conso
             f"The store left out {store.dropped:,} tokens of base entropy below {store.manifest.threshold} nats: "
             "training and held-out figures are of the others",
         )
-    return Material(model, head, store, held_out, ends(tokenizer))
+    corpus = _texts_of(store, settings, model, tokenizer) if settings.data else None
+    return Material(model, head, store, held_out, ends(tokenizer), corpus=corpus)
+
+
+def _texts_of(store: FeatureStore, settings: SupervisedSettings, model: PreTrainedModel, tokenizer: Any) -> Corpus:
+    """The examples that a store was extracted from. Raises UserError where the data gives others, or more tokens."""
+    if store.dropped:
+        raise UserError("the store left out tokens that LoRA would be trained on; extract again without --keep-top")
+    corpus = encode_all(
+        read_conversations(settings.data, settings.split), tokenizer, length_limit(model, settings.max_length)
+    )
+    if corpus_hash(corpus) != store.manifest.recipe.corpus:
+        raise UserError(f"the store in {', '.join(settings.store or ())} was not extracted from {settings.data}")
+    rows = set(store.example.unique().tolist())
+    kept = [pair for pair in zip(corpus.rows, corpus.examples, strict=True) if pair[0] in rows]
+    return Corpus([example for _, example in kept], [row for row, _ in kept], corpus.left_out)
 
 
 @contextmanager
