@@ -9,7 +9,7 @@ from conftest import VOCABULARY, tiny_model
 from moe_bias.backbone import find_head
 from moe_bias.features.build import Choices, Plan, extract, make_plan
 from moe_bias.features.fingerprint import ModelFacts
-from moe_bias.features.manifest import Manifest
+from moe_bias.features.manifest import SECONDS, Manifest
 from moe_bias.tasks.conversations import Corpus, Example
 
 SUPPORT = [2, 8, 11, 40]
@@ -53,8 +53,8 @@ def make_store(folder: Path, corpus: Corpus | None = None, name: str = "llama", 
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file with its bytes."""
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    """Every file with its bytes, apart from what says how long it took."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != SECONDS}
 
 
 def in_child(work) -> int:

@@ -106,8 +106,12 @@ def test_version(capsys):
             "--data d and --store s,t exclude each other; give one (data comes from --data, store comes from --store)",
         ),
         (
-            ["train", "sft", "--output", "o", "--store", "s", "--support", "auto:8"],
-            "--support auto:8 does not apply to --store, which was extracted with its own; leave it out, or extract",
+            ["sweep", "--grid", "epochs=1", "--output", "o", "--store", "s", "--split", "test"],
+            "--split test does not apply to --store, which was extracted with its own; leave it out, or extract",
+        ),
+        (
+            ["arms", "--output", "o", "--store", "s", "--no-keep-features"],
+            "--keep-features False does not apply to --store, which was extracted with its own; leave it out, or",
         ),
         (
             ["train", "sft", "--output", "o", "--store", "s", "--max-length", "2048"],

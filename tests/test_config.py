@@ -6,6 +6,8 @@ import pytest
 from pydantic import ValidationError
 
 from moe_bias.config import (
+    OWN_SUPPORT,
+    ArmsSettings,
     DemoSettings,
     GenerateSettings,
     LayerConfig,
@@ -156,13 +158,26 @@ def test_error_in_code_blames_no_variable(monkeypatch):
 
 
 def test_missing_option_is_named():
-    assert told(SweepSettings, output="o", grid="g") == "--data is required"
+    assert told(SweepSettings, output="o", grid="g") == "one of --data and --store is required"
     assert told(TrainSFTSettings, data="d") == "--output is required"
 
 
 def test_what_a_store_has_settled_is_refused_wherever_it_comes_from(folder):
-    (folder / "moe-bias.toml").write_text('support = "all"\n')
-    assert told(TrainSFTSettings, store="a,b", output="o").endswith("again with it (support comes from moe-bias.toml)")
+    (folder / "moe-bias.toml").write_text("max_length = 64\n")
+    assert told(TrainSFTSettings, store="a,b", output="o").endswith("with it (max_length comes from moe-bias.toml)")
+
+
+@pytest.mark.parametrize("cls", [TrainSFTSettings, SweepSettings, ArmsSettings])
+def test_a_support_that_is_not_given_is_the_stores_own(cls):
+    given = {"output": "o", "grid": "g"} if cls is SweepSettings else {"output": "o"}
+    assert cls(store="s", **given).support == OWN_SUPPORT
+    assert cls(store="s", support="all", **given).support == "all"
+    assert cls(data="d", **given).support == "auto:4096"
+
+
+def test_features_are_kept_or_not():
+    sentence = "--features f and --no-keep-features exclude each other; give one"
+    assert told(TrainSFTSettings, data="d", output="o", features="f", keep_features=False) == sentence
 
 
 def test_stores_are_listed_with_commas():

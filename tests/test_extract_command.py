@@ -61,7 +61,7 @@ def extracted(capsys: pytest.CaptureFixture[str], *given: str) -> str:
 
 def test_extract_states_the_cost_makes_a_store_and_verify_finds_it_whole(model, data, capsys):
     printed = extracted(capsys, model, data, "store", "--support", "auto:30", "--shard-tokens", "30")
-    assert "part 1/1: 120 completion tokens of 20 examples, 190 tokens through the model; 4 shards, about" in printed
+    assert "120 completion tokens of 20 examples, 190 tokens through the model; 4 shards, about" in printed
     assert "120 tokens kept in store" in printed
     assert "dropped" not in printed
     assert main(["verify", "store"]) == 0
@@ -78,10 +78,12 @@ def test_extract_states_the_cost_makes_a_store_and_verify_finds_it_whole(model, 
 def test_a_store_that_is_there_is_left_as_it_is(model, data, capsys):
     extracted(capsys, model, data, "store", "--support", "all")
     before = contents(Path("store"))
-    assert "120 tokens kept in store" in extracted(capsys, model, data, "store", "--support", "all")
+    printed = extracted(capsys, model, data, "store", "--support", "all")
+    assert "hidden states found in store, " in printed
+    assert "120 tokens kept in store" in printed
     assert contents(Path("store")) == before
     sentence = complaint(capsys, *arguments(model, data, "store", "--support", "auto:30"))
-    assert sentence.startswith("--output 'store' holds another feature store: its support is ")
+    assert sentence.startswith("'store' holds another feature store: its support is ")
 
 
 def test_keep_top_says_what_was_dropped(model, data, capsys):
@@ -98,7 +100,8 @@ def test_keep_top_says_what_was_dropped(model, data, capsys):
 
 def test_parts_extracted_apart_have_one_support_and_join(model, data, capsys):
     for part in ("1/2", "2/2"):
-        extracted(capsys, model, data, part[0], "--support", "auto:30", "--shard", part)
+        printed = extracted(capsys, model, data, part[0], "--support", "auto:30", "--shard", part)
+        assert f"part {part}: 60 completion tokens of 10 examples" in printed
     assert len(FeatureStore.open("1", "2")) == 120
     extracted(capsys, model, data, "held-out", "--support", "1")
     assert FeatureStore.open("held-out").support.tolist() == FeatureStore.open("1").support.tolist()

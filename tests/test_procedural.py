@@ -1,7 +1,7 @@
 import pytest
 
 from moe_bias.config import UserError
-from moe_bias.tasks.procedural import SMALL_OPTIONS, WORKED, ProceduralTask, extract_answer
+from moe_bias.tasks.procedural import RUN_ANSWERS, SMALL_OPTIONS, WORKED, ProceduralTask, extract_answer
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,8 @@ def test_extract_answer(completion, gold, answer):
 def test_worked_answers_are_right_by_the_tasks_own_scorer(name):
     task = ProceduralTask.sized_for_small_models(name, {})
     problems = task.problems(40, seed=3)
-    assert [problem.question for problem in problems if not task.is_correct(problem, problem.worked)] == []
+    verdicts = task.verify(problems, [problem.worked for problem in problems])
+    assert [verdict for verdict in verdicts if verdict.outcome != "correct" or verdict.reward != 1] == []
 
 
 def test_worked_product_by_hand():
@@ -41,11 +42,24 @@ def test_worked_product_by_hand():
     assert worked["4 * 0 * 1"] == "4 * 0 = 0. 0 * 1 = 0. The answer is 0."
 
 
-def test_wrong_answers_are_wrong():
+def test_wrong_answers_are_wrong_and_answers_without_a_number_unparseable():
     task = ProceduralTask.sized_for_small_models("products", {})
-    problem = task.problems(1, seed=0)[0]
-    assert not task.is_correct(problem, f"The answer is {int(problem.gold) + 1}.")
-    assert not task.is_correct(problem, "")
+    problems = task.problems(1, seed=0) * 2
+    wrong, nothing = task.verify(problems, [f"The answer is {int(problems[0].gold) + 1}.", "I cannot say."])
+    assert (wrong.outcome, wrong.answer, wrong.reward) == ("wrong", str(int(problems[0].gold) + 1), 0)
+    assert (nothing.outcome, nothing.answer, nothing.reward) == ("unparseable", None, 0)
+
+
+def test_an_answer_on_which_the_scorer_raises_is_unparseable():
+    task = ProceduralTask("prime_factorization")
+    (verdict,) = task.verify(task.problems(1, seed=0), ["The answer is a prime."])
+    assert (verdict.outcome, verdict.answer) == ("unparseable", "a prime")
+
+
+@pytest.mark.parametrize("name", sorted(RUN_ANSWERS))
+def test_tasks_whose_scorers_run_the_answer_as_code_are_refused(name):
+    with pytest.raises(UserError, match=f"task '{name}' is refused: its scorer runs the model's answers as code"):
+        ProceduralTask(name).problems(1, seed=0)
 
 
 def test_no_question_stands_twice_and_the_seed_decides():

@@ -37,12 +37,12 @@ def names(folder):
 
 def test_checkpoints_hold_what_was_saved_and_only_the_last_stay(tmp_path):
     checkpoints = Checkpoints(tmp_path, every=1, keep=2)
-    assert checkpoints.load() is None
+    assert checkpoints.load(Position) is None
     assert checkpoints.where() == "from the beginning"
     for step in range(1, 5):
         checkpoints.save({"a": torch.full((2,), float(step))}, Position(step, 1.5, 1.0, 2, 1))
     assert names(tmp_path / "checkpoints") == ["step-00000003.safetensors", "step-00000004.safetensors"]
-    tensors, position = checkpoints.load()
+    tensors, position = checkpoints.load(Position)
     assert torch.equal(tensors["a"], torch.tensor([4.0, 4.0]))
     assert position == Position(4, 1.5, 1.0, 2, 1)
 
@@ -59,7 +59,7 @@ def test_a_checkpoint_that_fails_leaves_the_ones_before(tmp_path, monkeypatch):
         patch.setattr(checkpoint, "save_file", full)
         with pytest.raises(UserError, match=r"No space left on device.*make room.*goes on from .*step-00000001"):
             checkpoints.save({"a": torch.ones(1)}, Position(2))
-    assert checkpoints.load()[1] == Position(1)
+    assert checkpoints.load(Position)[1] == Position(1)
     checkpoints.save({"a": torch.ones(1)}, Position(3))
     assert names(tmp_path / "checkpoints") == ["step-00000003.safetensors"]
 
@@ -70,7 +70,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     path = checkpoints.latest()
     path.write_bytes(path.read_bytes()[:-2])
     with pytest.raises(UserError, match=r"step-00000001\.safetensors' is damaged; remove it"):
-        checkpoints.load()
+        checkpoints.load(Position)
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,17 @@
 """Views of a feature source, and what training takes from a store."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
-from conftest import tiny_model
+from conftest import VOCABULARY, tiny_model
 from moe_bias.backbone import find_head
-from moe_bias.features.source import Subset
+from moe_bias.features.extract import HiddenTokens, with_scalars
+from moe_bias.features.source import Subset, on_support
 from moe_bias.features.store import FeatureStore
-from moe_bias.training.run_folder import digest, identity
+from moe_bias.training.run_folder import digests
 from moe_bias.training.sft import prepare_stored
 from stores import SUPPORT, corpus_of, make_store
 from test_store import assert_same_features
@@ -31,10 +35,81 @@ def test_a_view_reads_the_tokens_that_it_names(store):
         view.at(torch.tensor([4]))
 
 
-def test_identity_is_that_of_the_same_tokens_in_memory(store):
-    index = torch.arange(5, 25)
-    assert digest(identity(Subset(store, index))) == digest(identity(store.at(index)))
-    assert digest(identity(Subset(store, index))) != digest(identity(store.at(index + 1)))
+def different(one, other):
+    """The names under which two runs' features differ."""
+    ours, theirs = digests(*one), digests(*other)
+    return {name for name in ours if ours[name] != theirs[name]}
+
+
+def test_a_run_is_known_by_its_tokens_and_their_hidden_states(store, tmp_path):
+    def features(source, first=5, held_out=0):
+        index = torch.arange(20)
+        return Subset(source, first + index), source.at(held_out + index[:5])
+
+    make_store(tmp_path / "again")
+    make_store(tmp_path / "half", hidden_dtype=torch.bfloat16)
+    again, half = FeatureStore.open(tmp_path / "again"), FeatureStore.open(tmp_path / "half")
+    assert different(features(store), features(again)) == set()
+    assert different(features(store), features(store, first=6)) == {"training tokens", "hidden states"}
+    assert different(features(store), features(store, held_out=1)) == {"held-out tokens", "hidden states"}
+    assert different(features(store), features(half)) == {"hidden states"}
+    assert different(features(store), (features(store)[0], features(half)[1])) == {"hidden states"}
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("support", ["ids.json", "all", "auto:30"])
+def test_another_support_from_stored_hidden_states_is_that_of_the_direct_way(tmp_path, monkeypatch, name, support):
+    """To the last bit of float64: the same hidden states go through the same sums."""
+    monkeypatch.chdir(tmp_path)
+    Path("ids.json").write_text("[5, 3, 90]")
+    make_store(tmp_path / "store", name=name)
+    store, head = FeatureStore.open(tmp_path / "store"), find_head(tiny_model(name))[1]
+    held_out = store.example.unique()[:2]
+    prepared = prepare_stored(store, head, held_out.tolist(), support, always=[96])
+    ids = prepared.train.support.tolist()
+    assert ids == {"ids.json": [5, 3, 90], "all": list(range(VOCABULARY)), "auto:30": ids}[support]
+    is_held_out = torch.isin(store.example, held_out)
+    for found, own in ((prepared.train.at(slice(None)), ~is_held_out), (prepared.held_out, is_held_out)):
+        tokens = store.at(own)
+        direct = with_scalars(head, HiddenTokens(tokens.hidden, tokens.token, tokens.example), ids, "test")
+        assert torch.equal(found.rest.log_sum_exp, direct.rest.log_sum_exp)
+        assert torch.equal(found.rest.mean_logit, direct.rest.mean_logit)
+        assert torch.equal(found.column, direct.column)
+        assert torch.equal(found.support, direct.support)
+        assert_same_features(found, direct)
+    assert prepared.support == (None if support == "all" else tuple(ids))
+
+
+def test_rows_of_a_view_on_another_support(store):
+    view = on_support(store, find_head(tiny_model())[1], [7, 9], "test")
+    assert len(view) == len(store)
+    index = torch.tensor([7, 2, 30, 2])
+    assert_same_features(view.at(index), view.at(slice(None)).at(index), atol=0)
+    assert torch.equal(view.token, store.token)
+
+
+def test_held_out_examples_have_no_say_in_the_support(tmp_path):
+    """Neither in the one that a store is made on, nor in one that is chosen from its hidden states."""
+    corpus, other = corpus_of(30), corpus_of(30, seed=1)
+    is_out = [number % 4 == 0 for number in range(30)]
+    mixed = [(b if out else a) for a, b, out in zip(corpus.examples, other.examples, is_out, strict=True)]
+    held_out = [row for row, out in zip(corpus.rows, is_out, strict=True) if out]
+    choices = {"support": 40, "always": [96]}
+    own = make_store(tmp_path / "own", corpus, held_out=held_out, **choices).support
+    assert make_store(tmp_path / "mixed", replace(corpus, examples=mixed), held_out=held_out, **choices).support == own
+    assert make_store(tmp_path / "all", corpus, **choices).support != own
+    make_store(tmp_path / "store", corpus)
+    store, head = FeatureStore.open(tmp_path / "store"), find_head(tiny_model())[1]
+    assert list(prepare_stored(store, head, held_out, "auto:40", always=[96]).support) == own
+
+
+def test_features_cost_their_share_of_what_the_store_took(store):
+    (store.folders[0] / "seconds.json").write_text('{"seconds": 1000}')
+    head, rows = find_head(tiny_model())[1], store.example.unique().tolist()
+    prepared = prepare_stored(store, head, rows[:3])
+    share = len(prepared.train) / len(store)
+    assert 1000 * share <= prepared.seconds < 1000 * share + 60
+    assert share < 0.9
 
 
 def test_held_out_examples_are_apart_and_numbered_without_gaps(store):

@@ -244,7 +244,7 @@ def test_folders_without_a_complete_store_are_refused(tmp_path, folder):
     with pytest.raises(UserError, match="holds no feature store: it has no manifest"):
         FeatureStore.open(tmp_path)
     (folder / "manifest.json").rename(folder / "unfinished.json")
-    with pytest.raises(UserError, match=r"is unfinished, .* shards are whole; run the same moe-bias extract again"):
+    with pytest.raises(UserError, match=r"is unfinished, .* shards are whole; run the command that began it again"):
         FeatureStore.open(folder)
     with pytest.raises(UserError, match="no folder of a feature store is given"):
         FeatureStore.open()

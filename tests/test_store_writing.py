@@ -15,7 +15,8 @@ from conftest import tiny_model
 from moe_bias.backbone import find_head
 from moe_bias.config import Interrupted, UserError
 from moe_bias.features import build
-from moe_bias.features.build import calibration_sample, extract
+from moe_bias.features.build import extract
+from moe_bias.features.extract import evenly_spaced
 from moe_bias.features.store import FeatureStore
 from moe_bias.tasks.conversations import Corpus, Example
 from stores import FACTS, SUPPORT, contents, corpus_of, in_child, make_store, plan_of
@@ -73,9 +74,9 @@ def test_killed_at_any_step_a_second_run_ends_with_the_same_bytes(tmp_path, unin
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")
 def test_killed_again_and_again_it_still_ends(tmp_path, uninterrupted):
-    # A shard takes 8 steps, so that each run gets one further.
+    # A shard takes 12 steps, so that each run gets one further.
     folder, runs = tmp_path / "store", 0
-    while in_child(lambda: make_and_die(folder, 11)) == signal.SIGKILL:
+    while in_child(lambda: make_and_die(folder, 16)) == signal.SIGKILL:
         runs += 1
         assert runs < 50
     assert runs >= 2
@@ -163,6 +164,26 @@ def test_two_runs_that_start_at_once_do_not_mix(tmp_path, monkeypatch):
     assert FeatureStore.open(tmp_path / "store").manifest.recipe.part == (2, 2)
 
 
+def test_what_is_held_out_matters_where_something_is_chosen(tmp_path):
+    make_store(tmp_path / "given", held_out=[1])
+    assert make_store(tmp_path / "given", held_out=[4]).recipe.held_out is None
+    make_store(tmp_path / "chosen", support=5, held_out=[1])
+    with pytest.raises(UserError, match="holds another feature store: its held_out is "):
+        make_store(tmp_path / "chosen", support=5, held_out=[4])
+
+
+def test_seconds_are_added_up_over_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "completion_hidden", None)
+    with pytest.raises(TypeError):
+        make_store(tmp_path)
+    (tmp_path / "seconds.json").write_text('{"seconds": 1000}')
+    monkeypatch.undo()
+    make_store(tmp_path)
+    assert 1000 < FeatureStore.open(tmp_path).seconds < 1060
+    (tmp_path / "seconds.json").unlink()
+    assert FeatureStore.open(tmp_path).seconds == 0
+
+
 def test_too_little_disk_is_refused_before_the_model_runs(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 1000, 1000))
@@ -195,7 +216,7 @@ def test_a_full_disk_leaves_the_whole_shards_and_says_so(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"the disk of .* is full: 2 of \d shards are whole in .*; the same command"):
         make_store(tmp_path / "store")
     names = sorted(path.name for path in (tmp_path / "store").iterdir())
-    assert names == ["shard-00000.safetensors", "shard-00001.safetensors", "unfinished.json"]
+    assert names == ["seconds.json", "shard-00000.safetensors", "shard-00001.safetensors", "unfinished.json"]
     monkeypatch.undo()
     make_store(tmp_path / "store")
     make_store(tmp_path / "other")
@@ -242,10 +263,9 @@ def test_support_and_threshold_are_the_same_for_all_parts(tmp_path):
 
 
 def test_calibration_sample_is_spread_over_the_corpus():
-    examples = [Example([number], [5] * 10) for number in range(100)]
-    sample = calibration_sample(examples, tokens=45)
-    assert [example.prompt_ids[0] for example in sample] == [0, 20, 40, 60, 80]
-    assert calibration_sample(examples, tokens=10**6) == examples
+    # 45 of 1,000 tokens in 100 examples are 4.5 examples, so 5.
+    assert evenly_spaced([10] * 100, tokens=45) == [0, 20, 40, 60, 80]
+    assert evenly_spaced([10] * 100, tokens=10**6) == list(range(100))
 
 
 def test_parts_and_shards_cut_the_corpus_without_loss():

@@ -61,11 +61,14 @@ def test_a_stopped_command_goes_on_to_the_same_bytes(folder, capsys, number):
     assert "holds an adapter already" in capsys.readouterr().err
 
 
-def test_two_launched_processes_train_one_adapter(folder):
-    """Through the launcher's own variables, and without naming a device."""
-    words = words_to(folder / "out", "--epochs", "2")
+@pytest.mark.parametrize("more", [[], ["--no-keep-features"]])
+def test_two_launched_processes_train_one_adapter(folder, more):
+    """Through the launcher's own variables; the first one alone runs the backbone."""
+    words = words_to(folder / "out", "--epochs", "2", *more)
     codes = run_two_commands(words, folder / "errors")
     assert codes == [0, 0]
+    assert ["hidden states" in (folder / f"errors.{rank}").read_text() for rank in range(2)] == [True, False]
+    assert (folder / "cache" / "features").exists() != bool(more)
     assert json.loads((folder / "out" / "run.json").read_text())["data"]["processes"] == 2
     lines = (folder / "out" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(len(lines)))
@@ -77,7 +80,9 @@ def test_two_launched_processes_train_one_adapter(folder):
 def test_processes_that_do_not_join_are_refused(monkeypatch):
     """One state is made per process, and an earlier one that was alone would be taken for this one."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("accelerate.PartialState", lambda cpu: SimpleNamespace(num_processes=1, process_index=0))
+    monkeypatch.setattr(
+        "accelerate.PartialState", lambda cpu, timeout: SimpleNamespace(num_processes=1, process_index=0)
+    )
     with pytest.raises(UserError, match="2 processes were started, but accelerate joins 1"):
         Processes.join("cpu")
 
@@ -86,7 +91,7 @@ def test_too_few_examples_are_refused_before_anything_is_trained(folder, capsys)
     rows = (folder / "rows.jsonl").read_text().splitlines()
     (folder / "rows.jsonl").write_text("\n".join(rows[:2]))
     assert main(words_to(folder / "out")) == 2
-    sentence = "has 2 usable examples of 2; at least 3 are needed, one to train on and 2 to measure on"
+    sentence = "has 2 usable examples; at least 3 are needed, one to train on and 2 to measure on"
     assert sentence in capsys.readouterr().err
 
 
@@ -168,5 +173,5 @@ def test_a_store_of_another_model_is_refused(folder, capsys):
 def test_a_store_of_too_few_examples_is_refused(folder, capsys):
     extract_to("store", "--shard", "1/15")
     assert main(from_store("store", folder / "out")) == 2
-    sentence = "the feature store in store has tokens of 2 examples; at least 3 are needed"
+    sentence = "the feature store in store has 2 usable examples; at least 3 are needed"
     assert sentence in capsys.readouterr().err

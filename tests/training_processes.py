@@ -57,14 +57,16 @@ def start_training(folder: Path, choices: dict[str, Any]) -> Any:
 
 def start_command(words: list[str], errors: Path) -> Any:
     """The command itself; its standard error goes into a file, its exit code is the process's."""
-    process = _SERVED.Process(target=_command, args=(words, errors))
+    process = _SERVED.Process(target=_command, args=(words, errors, os.environ.get("MOE_BIAS_CACHE")))
     process.start()
     return process
 
 
-def _command(words: list[str], errors: Path) -> None:
+def _command(words: list[str], errors: Path, cache: str | None) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may start its background jobs without
     torch.set_num_threads(1)
+    if cache is not None:  # the fork server has the variables of when it was started
+        os.environ["MOE_BIAS_CACHE"] = cache
     descriptor = os.open(errors, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(descriptor, 2)
     os._exit(main(words))
@@ -77,7 +79,7 @@ def run_two(folder: Path, choices: dict[str, Any]) -> None:
 
 def run_two_commands(words: list[str], errors: Path) -> list[int]:
     """The command in two processes, as a launcher starts it; their exit codes."""
-    return _launch(_ranked_command, words, errors)
+    return _launch(_ranked_command, words, errors, os.environ.get("MOE_BIAS_CACHE"))
 
 
 def _launch(target: Any, *arguments: Any) -> list[int]:
@@ -104,6 +106,6 @@ def _ranked_training(rank: int, port: int, folder: Path, choices: dict[str, Any]
     torch.distributed.destroy_process_group()
 
 
-def _ranked_command(rank: int, port: int, words: list[str], errors: Path) -> None:
+def _ranked_command(rank: int, port: int, words: list[str], errors: Path, cache: str | None) -> None:
     _take_place(rank, port)
-    _command(words, errors.with_suffix(f".{rank}"))
+    _command(words, errors.with_suffix(f".{rank}"), cache)

@@ -22,6 +22,7 @@ from pydantic_settings import CliSettingsSource, SettingsError
 
 from moe_bias.config import (
     ArmsSettings,
+    CompareSettings,
     DemoSettings,
     ExtractSettings,
     GenerateSettings,
@@ -30,6 +31,7 @@ from moe_bias.config import (
     ParamsSettings,
     Settings,
     SweepSettings,
+    TrainRLSettings,
     TrainSFTSettings,
     UserError,
     VerifySettings,
@@ -142,6 +144,12 @@ def _train_sft(settings: TrainSFTSettings) -> None:
     train_sft.run(settings)
 
 
+def _train_rl(settings: TrainRLSettings) -> None:
+    from moe_bias.commands import train_rl
+
+    train_rl.run(settings)
+
+
 def _extract(settings: ExtractSettings) -> None:
     from moe_bias.commands import extract
 
@@ -164,6 +172,12 @@ def _arms(settings: ArmsSettings) -> None:
     from moe_bias.commands import arms
 
     arms.run(settings)
+
+
+def _compare(settings: CompareSettings) -> None:
+    from moe_bias.commands import compare
+
+    compare.run(settings)
 
 
 def _generate(settings: GenerateSettings) -> None:
@@ -189,10 +203,12 @@ GROUPS = {"train": "Train an adapter."}
 COMMANDS = (
     Command("demo", DemoSettings, _demo),
     Command("train sft", TrainSFTSettings, _train_sft),
+    Command("train rl", TrainRLSettings, _train_rl),
     Command("extract", ExtractSettings, _extract),
     Command("verify", VerifySettings, _verify, argument="STORE"),
     Command("sweep", SweepSettings, _sweep),
     Command("arms", ArmsSettings, _arms),
+    Command("compare", CompareSettings, _compare),
     Command("generate", GenerateSettings, _generate, argument="PROMPT"),
     Command("params", ParamsSettings, _params),
     Command("inspect", InspectSettings, _inspect, argument="ADAPTER"),

@@ -12,7 +12,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -39,6 +39,8 @@ from pydantic_settings import (
 
 ENV_PREFIX = "MOE_BIAS_"
 BUNDLED_MODEL = "bundled"
+OWN_SUPPORT = "own"
+"""The support that a feature store was extracted on."""
 
 
 class UserError(ValueError):
@@ -59,6 +61,10 @@ Seeds = Annotated[list[NonNegativeInt], NoDecode, BeforeValidator(_split_at_comm
 """A list of seeds, written `0,1,2`."""
 Folders = Annotated[list[Annotated[str, Field(min_length=1)]] | None, NoDecode, BeforeValidator(_split_at_commas)]
 """A list of folders, or None; in a variable or an option it is written `part-1,part-2`."""
+TaskOption = Annotated[int | str, Field(union_mode="left_to_right")]
+"""A number where it can be read as one, else a word."""
+Names = Annotated[list[Annotated[str, Field(min_length=1)]], NoDecode, BeforeValidator(_split_at_commas)]
+"""A list of names, written `static,moe-bias`."""
 Normalisation = Literal["standardise", "rms", "none"]
 """How the router sees a hidden state: centred and scaled, divided by its root mean square, or as it is."""
 
@@ -188,27 +194,39 @@ class ModelSettings(Settings):
     trust_remote_code: bool = Field(False, description="run code that the model's repository brings")
 
 
-class TrainingSettings(LayerOptions):
-    """How a layer is trained on hidden states."""
+class StartSettings(LayerOptions):
+    """What a layer is before it is trained."""
 
     support: str = Field("auto:4096", description="'auto:M', 'all', or a JSON file of token ids")
     normalisation: Normalisation = Field("standardise", description="how the router sees hidden states")
     gate_alpha: float = Field(1.0, description="where alpha of the entropy gate starts")
     gate_beta: float = Field(0.0, description="where beta of the entropy gate starts")
-    epochs: int = Field(8, ge=1, description="passes over the hidden states")
-    batch_tokens: int = Field(512, ge=1, description="tokens in one optimiser step")
+    seed: int = Field(0, ge=0, description="seed of everything random")
+
+
+class OptimiserSettings(Settings):
+    """How gradients become steps."""
+
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="AdamW, or SGD with momentum 0.9")
     expert_rate: float = Field(5e-2, gt=0, description="learning rate of the experts")
     router_rate: float = Field(3e-3, gt=0, description="learning rate of the router and the gate")
     warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps that the rates rise in")
+    decay: Literal["linear", "none"] = Field("linear", description="whether the rates then fall to 0")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decay of the experts towards 0")
+    weight_decay: float = Field(0.0, ge=0, description="decay of the experts towards 0")
+
+
+class TrainingSettings(StartSettings, OptimiserSettings):
+    """How a layer is trained on hidden states."""
+
+    epochs: int = Field(8, ge=1, description="passes over the hidden states")
+    batch_tokens: int = Field(512, ge=1, description="tokens in one optimiser step")
     expert_dropout: float = Field(0.0, ge=0, lt=1, description="share of the experts' entries a step leaves out")
     loss_bound: float = Field(100.0, gt=0, description="stop where a step's loss in nats per token is above this")
     logits_budget: ByteSize = Field(
         ByteSize(2**30),
         description="memory to keep base logits in across epochs, such as 1GiB; what does not fit is recomputed",
     )
-    seed: int = Field(0, ge=0, description="seed of everything random")
 
 
 class RunSettings(TrainingSettings):
@@ -221,12 +239,17 @@ class RunSettings(TrainingSettings):
 
 
 class DataSettings(Settings):
-    """What to train on and what to keep out."""
+    """What to train on, what to keep out, and where hidden states are kept."""
 
-    data: str = Field(description="JSON Lines file or Hub data set of prompts and answers")
+    data: str = Field("", description="JSON Lines file or Hub data set of prompts and answers; or give --store")
+    store: Folders = Field(None, description="feature store to train on in place of --data; parts as DIR,DIR2")
+    features: Path | None = Field(
+        None, description="folder that hidden states of --data are kept in; none: one in the user's cache"
+    )
+    keep_features: bool = Field(True, description="keep hidden states of --data, which later runs then find")
     split: str = Field("train", description="split of a Hub data set")
     held_out: float = Field(0.05, gt=0, lt=1, description="share of the examples kept out for measuring")
-    max_length: int = Field(2048, ge=2, description="longer examples are cut here")
+    max_length: int = Field(2048, ge=2, description="longer examples are cut here, or at the model's context")
     batch_size: int = Field(16, ge=1, description="examples in one forward pass")
 
 
@@ -235,8 +258,10 @@ class DemoSettings(ModelSettings, TrainingSettings):
 
     epochs: int = Field(20, ge=1, description="passes over the hidden states; the demo's are few")
     expert_rate: float = Field(1e-1, gt=0, description="learning rate of the experts")
-    task: str = Field("products", description="reasoning-gym task")
-    task_options: dict[str, int] = Field({}, description="options of the task; given as --task-options max_terms=3")
+    task: str = Field("products", description="'general_points', or a task of reasoning-gym")
+    task_options: dict[str, TaskOption] = Field(
+        {}, description="options of the task; given as --task-options max_terms=3"
+    )
     output: Path = Field(Path("moe-bias-demo"), description="folder that the adapter is saved in")
     train_problems: int = Field(600, ge=10, description="problems to train on")
     test_problems: int = Field(200, ge=10, description="held-out problems to measure on")
@@ -244,25 +269,29 @@ class DemoSettings(ModelSettings, TrainingSettings):
     batch_size: int = Field(50, ge=1, description="problems in one forward pass")
 
 
-_OF_EXTRACTION = ("support", "split", "max_length", "batch_size")
+_OF_EXTRACTION = ("split", "max_length", "batch_size", "features", "keep_features")
 """What a feature store has settled: given beside one, these would have no effect."""
 
 
-class TrainSFTSettings(ModelSettings, RunSettings, DataSettings):
-    """Train an adapter on prompts and answers by supervised learning."""
+class SupervisedSettings(ModelSettings, RunSettings, DataSettings):
+    """A supervised run: the model, the layer and its training, and where hidden states come from.
 
-    data: str = Field("", description="JSON Lines file or Hub data set of prompts and answers; or give --store")
-    store: Folders = Field(None, description="feature store to train on in place of --data; parts as DIR,DIR2")
-    output: Path = Field(description="folder of the adapter; an unfinished run in it is gone on with")
-    checkpoint_every: int = Field(200, ge=1, description="steps between checkpoints")
-    keep_checkpoints: int = Field(2, ge=1, description="how many of the last checkpoints are kept")
+    Beside `store` a support that is not given is the store's own.
+    """
+
+    takes_texts_beside_store: ClassVar[bool] = False
+    """Whether `data` may be given with `store`, as the texts that it was extracted from."""
+
+    support: str = Field(
+        "auto:4096", description="'auto:M', 'all', or a JSON file of token ids; none beside --store: the store's own"
+    )
 
     @model_validator(mode="after")
-    def _from_one_source(self) -> TrainSFTSettings:
+    def _from_one_source(self) -> Self:
         """Errors' contexts name the fields, so that `describe_error` can say where they came from."""
         if not (self.data or self.store):
             raise PydanticCustomError("source", "one of --data and --store is required")
-        if self.data and self.store:
+        if self.data and self.store and not self.takes_texts_beside_store:
             both = {"data": self.data, "store": ",".join(self.store)}
             raise PydanticCustomError("source", "--data {data} and --store {store} exclude each other; give one", both)
         for name in _OF_EXTRACTION if self.store else ():
@@ -271,12 +300,36 @@ class TrainSFTSettings(ModelSettings, RunSettings, DataSettings):
                     "source",
                     f"{_option(name)} {{{name}}} does not apply to --store, which was extracted with its own; leave it "
                     "out, or extract again with it",
-                    {name: getattr(self, name)},
+                    {name: str(getattr(self, name))},
                 )
         return self
 
+    @model_validator(mode="after")
+    def _kept_or_not(self) -> Self:
+        if self.features and not self.keep_features:
+            raise PydanticCustomError(
+                "source",
+                "--features {features} and --no-keep-features exclude each other; give one",
+                {"features": str(self.features), "keep_features": False},
+            )
+        return self
 
-class SweepSettings(ModelSettings, RunSettings, DataSettings):
+    @model_validator(mode="after")
+    def _own_support(self) -> Self:
+        if self.store and "support" not in self.model_fields_set:
+            self.support = OWN_SUPPORT
+        return self
+
+
+class TrainSFTSettings(SupervisedSettings):
+    """Train an adapter on prompts and answers by supervised learning."""
+
+    output: Path = Field(description="folder of the adapter; an unfinished run in it is gone on with")
+    checkpoint_every: int = Field(200, ge=1, description="steps between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, description="how many of the last checkpoints are kept")
+
+
+class SweepSettings(SupervisedSettings):
     """Train one layer per cell of a grid on the same hidden states, and compare them."""
 
     output: Path = Field(description="folder of the cells' records; cells that have one are not run again")
@@ -285,14 +338,22 @@ class SweepSettings(ModelSettings, RunSettings, DataSettings):
     seeds: Seeds = Field([0, 1, 2], description="each cell is trained once with each of these seeds")
 
 
-class ArmsSettings(ModelSettings, RunSettings, DataSettings):
-    """Train MoE-Bias, parts of it left out, and LoRA on the same tokens, and compare them."""
+class ArmsSettings(SupervisedSettings):
+    """Train MoE-Bias, parts of it left out, and LoRA on the same tokens, and compare them.
 
+    Beside a store LoRA needs the texts that it was extracted from, as --data.
+    """
+
+    takes_texts_beside_store: ClassVar[bool] = True
     output: Path = Field(description="folder of the arms' records; arms that have one are not run again")
     seeds: Seeds = Field([0, 1, 2], description="each arm is trained once with each of these seeds")
+    lora: bool = Field(True, description="train the arms of LoRA too, which takes by far the longest")
     lora_rank: int = Field(8, ge=1, description="rank r of LoRA")
     lora_rate: float = Field(2e-4, gt=0, description="learning rate of LoRA, decaying linearly")
     lora_batch_size: int = Field(8, ge=1, description="examples in one optimiser step of LoRA")
+    lora_tokens: int | None = Field(
+        None, ge=1, description="completion tokens that lora-tokens is trained on; none: as many as moe-bias"
+    )
 
 
 class ExtractSettings(ModelSettings):
@@ -334,6 +395,103 @@ class VerifySettings(Settings):
     """Read a feature store whole and compare the checksums of its shards."""
 
     store: CliPositionalArg[Path] = Field(description="folder of a feature store")
+
+
+class TaskSettings(Settings):
+    """Problems whose answers a program can check."""
+
+    task: str = Field("products", description="'general_points', or a task of reasoning-gym")
+    task_options: dict[str, TaskOption] = Field({}, description="options of the task; --task-options max_terms=3")
+    easy: bool = Field(True, description="options that suit models of 135M parameters, where the task has such")
+    problems: str = Field("", description="JSON Lines file or Hub data set of problems and answers, in place of --task")
+    split: str = Field("train", description="split of a Hub data set")
+    train_problems: int = Field(600, ge=2, description="problems to train on")
+    test_problems: int = Field(200, ge=2, description="held-out problems to measure on")
+
+
+class RewardSettings(Settings):
+    """What a completion is rewarded for."""
+
+    verdict_weight: float = Field(1.0, ge=0, description="weight of a right answer")
+    form: str = Field("", description="regular expression that a completion is to match")
+    form_weight: float = Field(0.0, ge=0, description="weight of the form")
+    reward: str = Field("", description="your own reward, module:function(prompt, completion, gold), from 0 to 1")
+    reward_weight: float = Field(0.0, ge=0, description="weight of your own reward")
+    overlong_cache: int = Field(0, ge=0, description="tokens before the limit in which the reward falls by 1; 0: none")
+
+
+class PolicySettings(StartSettings, OptimiserSettings):
+    """Reinforcement learning of a layer on the high-entropy minority of tokens."""
+
+    optimizer: Literal["adamw", "sgd"] = Field("sgd", description="AdamW, or SGD with momentum 0.9")
+    expert_rate: float = Field(1.0, gt=0, description="learning rate of the experts")
+    router_rate: float = Field(5e-2, gt=0, description="learning rate of the router and the gate")
+    warmup: float = Field(0.0, ge=0, lt=1, description="share of the steps that the rates rise in")
+    decay: Literal["linear", "none"] = Field("none", description="whether the rates then fall to 0")
+    steps: int = Field(40, ge=1, description="steps: sample, verify, update")
+    prompts: int = Field(12, ge=1, description="problems that a step learns from")
+    group: int = Field(8, ge=2, description="samples of each problem")
+    temperature: float = Field(1.0, description="sampling temperature, above 0")
+    top_p: float = Field(1.0, description="only 1: stored log-probabilities are of the whole distribution")
+    max_new_tokens: int = Field(128, ge=1, description="token limit of an answer")
+    batch_size: int = Field(50, ge=1, description="problems in one forward pass")
+    sample_budget: ByteSize = Field(ByteSize(2**32), description="memory for the hidden states of a step's samples")
+    resamples: int = Field(2, ge=0, description="times that a step samples more problems for those of equal rewards")
+    rho: float = Field(0.2, gt=0, le=1, description="share of the tokens to learn from, those of highest entropy")
+    epochs: int = Field(4, ge=1, description="passes over a step's tokens")
+    batch_tokens: int = Field(1024, ge=1, description="selected tokens in one optimiser step")
+    eps_low: float = Field(0.2, ge=0, lt=1, description="how far the ratio may fall below 1")
+    eps_high: float = Field(0.28, ge=0, description="how far the ratio may rise above 1")
+    kl_weight: float = Field(0.0, ge=0, description="weight of the exact KL to the base")
+    kl_bound: float | None = Field(None, gt=0, description="exact KL to the base that no update may exceed, in nats")
+    entropy_weight: float = Field(0.0, ge=0, description="weight of the policy's entropy as a bonus")
+    first_token_only: bool = Field(False, description="the layer acts on the first token of an answer alone")
+    equal_steps: int = Field(5, ge=1, description="stop after so many steps in which no group's rewards differ")
+
+    @field_validator("temperature")
+    @classmethod
+    def _can_be_sampled(cls, value: float) -> float:
+        if not value > 0:
+            raise ValueError("greedy answers are all alike and teach nothing; give a temperature above 0, such as 1")
+        return value
+
+    @field_validator("top_p")
+    @classmethod
+    def _whole_distribution(cls, value: float) -> float:
+        if value != 1:
+            raise ValueError("the stored log-probabilities and scalars would be of another distribution; give 1")
+        return value
+
+
+class TrainRLSettings(ModelSettings, TaskSettings, RewardSettings, PolicySettings):
+    """Train an adapter by reinforcement learning with verifiable rewards."""
+
+    adapter: str | None = Field(None, description="adapter folder or Hub id to start from; none: a fresh layer")
+    output: Path = Field(description="folder of the adapter; an unfinished run in it is gone on with")
+    evaluate_every: int = Field(10, ge=1, description="steps between greedy evaluations on the held-out problems")
+    show_every: int = Field(10, ge=1, description="steps between samples of text that are shown and kept")
+    checkpoint_every: int = Field(1, ge=1, description="steps between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, description="how many of the last checkpoints are kept")
+
+
+class CompareSettings(ModelSettings, TaskSettings, RewardSettings, PolicySettings):
+    """Train MoE-Bias, parts of it left out, and LoRA by reinforcement learning on one task, and compare them."""
+
+    resamples: int = Field(0, ge=0, description="0 gives every arm the same number of samples")
+    output: Path = Field(description="folder of the arms' records; arms that have one are not run again")
+    arms: Names = Field([], description="arms to run, such as static,moe-bias; none: all of them")
+    seeds: Seeds = Field([0, 1, 2], description="each arm is trained once with each of these seeds")
+    shifted_task: str = Field("", description="task to measure on besides; none: the same one with --shifted-options")
+    shifted_options: dict[str, TaskOption] = Field({}, description="options of the task that nothing is trained on")
+    warm_problems: int = Field(200, ge=0, description="problems of whose worked answers each arm learns the form first")
+    warm_epochs: int = Field(8, ge=1, description="passes over their hidden states")
+    warm_expert_rate: float = Field(5e-2, gt=0, description="learning rate of the experts meanwhile")
+    warm_router_rate: float = Field(3e-3, gt=0, description="learning rate of the router and the gate meanwhile")
+    evaluate_every: int = Field(10, ge=1, description="steps between greedy evaluations on the held-out problems")
+    lora_rank: int = Field(8, ge=1, description="rank r of LoRA")
+    lora_rate: float = Field(1e-4, gt=0, description="learning rate of LoRA, decaying linearly")
+    lora_warm_rate: float = Field(2e-4, gt=0, description="learning rate of LoRA in its supervised phase")
+    lora_batch_size: int = Field(8, ge=1, description="samples or examples in one backward pass of LoRA")
 
 
 class GenerateSettings(ModelSettings):

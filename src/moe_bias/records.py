@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -69,6 +70,16 @@ def machine() -> dict[str, Any]:
         "accelerator": accelerator,
         "python": platform.python_version(),
     }
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory until now: on a GPU what was allocated, on a CPU what the process has held."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _processor() -> str:

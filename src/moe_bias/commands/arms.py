@@ -1,11 +1,16 @@
-"""`moe-bias arms`: MoE-Bias, parts of it left out, and LoRA, trained and measured on the same tokens."""
+"""`moe-bias arms`: MoE-Bias, parts of it left out, and LoRA, trained and measured on the same tokens.
+
+LoRA goes through the backbone, so it needs the texts: from a feature store alone it is left out.
+"""
 
 from __future__ import annotations
 
+from contextlib import closing
 from functools import partial
 
 from moe_bias.commands.cells import Outcome, Runner, Workshop, report, run_missing
 from moe_bias.commands.demo_report import report_console
+from moe_bias.commands.examples import say
 from moe_bias.config import ArmsSettings
 from moe_bias.evaluation.arms import LAYER_ARMS, LORA_ARMS, MAIN, run_lora
 from moe_bias.evaluation.cells import BASE_MODEL, CellRecords
@@ -20,20 +25,29 @@ def run(settings: ArmsSettings) -> None:
     """
     refuse_other_settings(settings.output, settings.model_dump(mode="json"))
     console, records = report_console(), CellRecords(settings.output)
-    workshop = Workshop(settings, console)
+    if settings.lora and not settings.data:
+        say(console, f"{' and '.join(LORA_ARMS)} are left out: they need the texts, which --data gives")
+    with closing(Workshop(settings, console)) as workshop:
+        cells = run_missing(records, _wanted(settings, workshop, records))
+    report(console, settings, cells, MAIN)
+
+
+def _wanted(settings: ArmsSettings, workshop: Workshop, records: CellRecords) -> dict[tuple[str, int], Runner]:
+    """What runs each arm with each seed."""
     wanted: dict[tuple[str, int], Runner] = {(BASE_MODEL, 0): partial(workshop.base, settings)}
     for name, changes in LAYER_ARMS.items():
         for seed in settings.seeds:
             wanted[name, seed] = partial(workshop.cell, name, with_changes(settings, {**changes, "seed": seed}))
-    for name in LORA_ARMS:
+    for name in LORA_ARMS if settings.lora and settings.data else ():
         for seed in settings.seeds:
             wanted[name, seed] = partial(_lora, workshop, records, name, seed, settings)
-    report(console, settings, run_missing(records, wanted), MAIN)
+    return wanted
 
 
 def _lora(workshop: Workshop, records: CellRecords, name: str, seed: int, settings: ArmsSettings) -> Outcome:
     material, main = workshop.material, records.load(MAIN, seed)
     assert main is not None, "the main arm is run first"
+    train, held_out = material.examples()
     features = workshop.on(settings.support).held_out
-    cell = run_lora(name, material.model, material.train, material.held_out, features, main, settings)
+    cell = run_lora(name, material.model, train, held_out, features, main, settings)
     return cell, settings.model_dump(mode="json")

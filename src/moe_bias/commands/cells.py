@@ -1,8 +1,9 @@
-"""What `sweep` and `arms` share: features on any support from one pass of the backbone, and cells run once."""
+"""What `sweep` and `arms` share: features on any support from one feature store, and cells run once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import cached_property
 from typing import Any
@@ -10,12 +11,13 @@ from typing import Any
 from rich.console import Console
 
 from moe_bias.commands.cell_table import print_cells
-from moe_bias.commands.examples import Material, load_material
+from moe_bias.commands.material import Material, opened
 from moe_bias.config import ArmsSettings, Interrupted, RunSettings, SweepSettings
 from moe_bias.evaluation.cells import Cell, CellRecords, base_cell, compare_cells, run_cell
-from moe_bias.records import write_json
-from moe_bias.training.run_folder import begin, digest
-from moe_bias.training.sft import Extracted, Prepared, extract, with_support
+from moe_bias.records import provenance, write_json
+from moe_bias.training.base_logits import BaseLogits
+from moe_bias.training.run_folder import begin, digests
+from moe_bias.training.sft import Prepared
 
 TABLE_FILE = "table.json"
 Outcome = tuple[Cell, Mapping[str, Any]]
@@ -24,35 +26,33 @@ Runner = Callable[[], Outcome]
 
 
 class Workshop:
-    """The frozen model and its features, made when they are first asked for and only once."""
+    """The frozen model and its features, made when they are first asked for and only once; close it after use."""
 
     def __init__(self, settings: SweepSettings | ArmsSettings, console: Console) -> None:
         self._settings = settings
         self._console = console
         self._prepared: dict[str, Prepared] = {}
+        self._logits: tuple[tuple[str, int], BaseLogits] | None = None
+        self._resources = ExitStack()
+
+    def close(self) -> None:
+        """Removes features that are not to be kept."""
+        self._resources.close()
 
     @cached_property
     def material(self) -> Material:
-        """Model and examples."""
-        return load_material(self._settings, self._settings, self._settings, self._console)
-
-    @cached_property
-    def _extracted(self) -> Extracted:
-        material, settings = self.material, self._settings
-        found = extract(material.model, material.train, material.held_out, settings.batch_size)
-        parts = {"training tokens": found.train.token, "held-out tokens": found.held_out.token}
-        begin(
-            settings.output,
-            settings.model_dump(mode="json"),
-            {name: digest([token]) for name, token in parts.items()},
-        )
-        return found
+        """Model and features; the folder is for these from then on."""
+        settings = self._settings
+        material = self._resources.enter_context(opened(settings, self._console))
+        self._prepared[settings.support] = prepared = material.on(settings.support)
+        begin(settings.output, settings.model_dump(mode="json"), digests(prepared.train, prepared.held_out))
+        return material
 
     def on(self, support: str) -> Prepared:
         """Features on a support, as the option names it."""
+        material = self.material
         if support not in self._prepared:
-            material = self.material
-            self._prepared[support] = with_support(material.head, self._extracted, support, material.always)
+            self._prepared[support] = material.on(support)
         return self._prepared[support]
 
     def base(self, settings: RunSettings) -> Outcome:
@@ -61,19 +61,30 @@ class Workshop:
 
     def cell(self, name: str, settings: RunSettings) -> Outcome:
         """A layer's cell."""
-        cell = run_cell(name, settings, self.on(settings.support), self.material.head)
+        prepared, logits = self.on(settings.support), self._logits_on(settings)
+        cell = run_cell(name, settings, prepared, self.material.head, logits)
         return cell, settings.model_dump(mode="json")
+
+    def _logits_on(self, settings: RunSettings) -> BaseLogits:
+        """Base logits of the training tokens; those of the last support are kept, since many cells share them."""
+        asked = (settings.support, int(settings.logits_budget))
+        if self._logits is None or self._logits[0] != asked:
+            self._logits = None  # before the others are made: both together may not fit
+            self._logits = (asked, BaseLogits(self.on(settings.support).train, self.material.head, asked[1]))
+        return self._logits[1]
 
 
 def run_missing(records: CellRecords, wanted: Mapping[tuple[str, int], Runner]) -> list[Cell]:
     """Runs the cells, by name and seed, that have no record, each kept as soon as it is done; returns all.
 
-    Raises Interrupted on Ctrl-C, saying how many are done.
+    Raises Interrupted on Ctrl-C, saying how many are done, or how much is extracted.
     """
     try:
         for (name, seed), runner in wanted.items():
             if records.load(name, seed) is None:
                 records.save(*runner())
+    except Interrupted:
+        raise
     except KeyboardInterrupt as interrupt:
         done = sum(records.load(name, seed) is not None for name, seed in wanted)
         raise Interrupted(
@@ -86,6 +97,8 @@ def run_missing(records: CellRecords, wanted: Mapping[tuple[str, int], Runner]) 
 def report(console: Console, settings: SweepSettings | ArmsSettings, cells: Sequence[Cell], base: str) -> None:
     """Prints the table and writes it into the output folder."""
     rows = compare_cells(cells, base)
-    write_json(settings.output / TABLE_FILE, {"base": base, "rows": [asdict(row) for row in rows]})
+    content = {"base": base, "rows": [asdict(row) for row in rows]}
+    made_with = {"settings": settings.model_dump(mode="json"), "provenance": provenance()}
+    write_json(settings.output / TABLE_FILE, content | made_with)
     print_cells(console, rows, base, round(sum(cells[0].tokens["all"])))
     console.print(f"Records and {TABLE_FILE} are in {settings.output}.")

@@ -24,9 +24,11 @@ from moe_bias.evaluation.likelihood import per_example, token_nll
 from moe_bias.features.extract import Features
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.records import provenance, write_json
-from moe_bias.rollout.greedy import Policy, base_policy, greedy_answers, layer_policy
+from moe_bias.rollout.greedy import greedy_answers
+from moe_bias.rollout.policy import Policy, base_policy, layer_policy
+from moe_bias.tasks.catalogue import make_task
 from moe_bias.tasks.conversations import Example, ask, encode, encode_prompt, end_of_turn, ends
-from moe_bias.tasks.procedural import Problem, ProceduralTask
+from moe_bias.tasks.task import Problem, Task
 from moe_bias.training.sft import Prepared, fit, prepare
 
 MAX_LENGTH = 1024
@@ -47,7 +49,7 @@ def run(settings: DemoSettings) -> None:
     """Runs the whole demonstration and prints it; saves the adapter and a record in `settings.output`."""
     started = time.perf_counter()
     console = report_console()
-    task = ProceduralTask.sized_for_small_models(settings.task, settings.task_options)
+    task = make_task(settings.task, settings.task_options, small=True)
     problems = task.problems(settings.train_problems + settings.test_problems, settings.seed)
     train, test = problems[: settings.train_problems], problems[settings.train_problems :]
     frozen = _load(settings)
@@ -58,7 +60,7 @@ def run(settings: DemoSettings) -> None:
         _examples(train, frozen.tokenizer),
         _examples(test, frozen.tokenizer),
         settings,
-        always=ends(ask(""), frozen.tokenizer),
+        always=ends(frozen.tokenizer),
         batch_size=settings.batch_size,
     )
     static = _trained(frozen, prepared, settings, LayerConfig(num_experts=1, top_k=1, entropy_gate=False))
@@ -110,7 +112,7 @@ def _measure(
     frozen: Frozen,
     prepared: Prepared,
     layers: Mapping[str, MoEBiasLayer | None],
-    task: ProceduralTask,
+    task: Task,
     test: Sequence[Problem],
     settings: DemoSettings,
 ) -> tuple[list[Arm], list[Sample]]:
@@ -125,7 +127,7 @@ def _measure(
         description="answering held-out problems",
     )
     texts = [[frozen.tokenizer.decode(answer.token_ids) for answer in column] for column in answers]
-    correct = [[task.is_correct(p, text) for p, text in zip(test, column, strict=True)] for column in texts]
+    correct = [[verdict.is_correct for verdict in task.verify(test, column)] for column in texts]
     measured = [
         Measured(
             name=name,

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
 
 from moe_bias.backbone import Head, find_head, load_model
+from moe_bias.commands.examples import encoded, length_limit, say
+from moe_bias.commands.making import made
 from moe_bias.config import ExtractSettings, UserError
-from moe_bias.features.build import Choices, Plan, extract, make_plan
+from moe_bias.features.build import Choices, make_plan
 from moe_bias.features.fingerprint import model_facts
 from moe_bias.features.manifest import Manifest, read_manifest
 from moe_bias.features.writer import in_bytes
-from moe_bias.tasks.conversations import Conversation, Corpus, encode_all, ends, read_conversations
+from moe_bias.tasks.conversations import ends, read_conversations
 from moe_bias.training.sft import parse_support
 
 
@@ -25,41 +25,14 @@ def run(settings: ExtractSettings) -> None:
 
     Raises UserError on data or settings that cannot be used; Interrupted, with what is whole.
     """
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console()
     conversations = read_conversations(settings.data, settings.split)
     model, tokenizer = load_model(settings.model_copy(update={"dtype": "auto"}))
     head = find_head(model)[1]
-    corpus = _encoded(conversations, tokenizer, _length_limit(model, settings), settings.data, console)
-    choices = _choices(settings, head, ends(conversations[0], tokenizer))
+    corpus = encoded(conversations, tokenizer, length_limit(model, settings.max_length), settings.data, console)
+    choices = _choices(settings, head, ends(tokenizer))
     plan = make_plan(corpus, settings.data, model_facts(model, head, tokenizer), choices)
-    console.print(_cost(plan, settings))
-    console.print(_summary(extract(model, head, plan, settings.output), settings.output))
-
-
-def _length_limit(model: Any, settings: ExtractSettings) -> int:
-    """Tokens that an example may have: as many as were asked for and as the model's positions allow."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return settings.max_length if context is None else min(settings.max_length, context)
-
-
-def _encoded(
-    conversations: Sequence[Conversation],
-    tokenizer: PreTrainedTokenizerBase,
-    limit: int,
-    source: str,
-    console: Console,
-) -> Corpus:
-    """The corpus; says how many rows have no room for an answer and how many answers are cut."""
-    corpus = encode_all(conversations, tokenizer, limit)
-    if corpus.left_out:
-        console.print(f"{corpus.left_out} of {len(conversations)} rows are left out: no answer fits in {limit} tokens")
-    if corpus.cut:
-        console.print(f"{corpus.cut} of {len(corpus.examples)} answers are cut: with their prompts they exceed {limit}")
-    if not corpus.examples:
-        raise UserError(
-            f"{source} has no usable row: each prompt fills the limit of {limit} tokens; raise --max-length"
-        )
-    return corpus
+    say(console, _summary(made(model, head, plan, settings.output, console), settings.output))
 
 
 def _choices(settings: ExtractSettings, head: Head, always: Sequence[int]) -> Choices:
@@ -83,15 +56,6 @@ def _support(text: str, head: Head) -> int | list[int]:
     if max(ids) >= head.vocab_size:
         raise UserError(f"the support of {text} has id {max(ids)}, outside the vocabulary of {head.vocab_size} tokens")
     return ids
-
-
-def _cost(plan: Plan, settings: ExtractSettings) -> str:
-    through = sum(len(example) for example in plan.examples)
-    kept = "" if settings.keep_top is None else f" for the {settings.keep_top:.0%} of highest entropy"
-    return (
-        f"part {settings.shard}: {plan.tokens:,} completion tokens of {len(plan.examples):,} examples, "
-        f"{through:,} tokens through the model; {len(plan.shards)} shards, about {in_bytes(plan.bytes)}{kept}"
-    )
 
 
 def _summary(manifest: Manifest, folder: Path) -> str:

@@ -1,7 +1,11 @@
-"""`moe-bias sweep`: a layer per cell of a grid, on hidden states extracted once, and the table of them."""
+"""`moe-bias sweep`: a layer per cell of a grid, on hidden states extracted once, and the table of them.
+
+A cell may ask for another support than the features were extracted on; see `prepare_stored`.
+"""
 
 from __future__ import annotations
 
+from contextlib import closing
 from functools import partial
 
 from moe_bias.commands.cells import Runner, Workshop, report, run_missing
@@ -23,9 +27,10 @@ def run(settings: SweepSettings) -> None:
     variants = {cell_name(cell): with_changes(settings, cell) for cell in grid}
     refuse_other_settings(settings.output, settings.model_dump(mode="json"))
     console = report_console()
-    workshop = Workshop(settings, console)
-    wanted: dict[tuple[str, int], Runner] = {(BASE_MODEL, 0): partial(workshop.base, settings)}
-    for name, variant in variants.items():
-        for seed in settings.seeds:
-            wanted[name, seed] = partial(workshop.cell, name, with_changes(variant, {"seed": seed}))
-    report(console, settings, run_missing(CellRecords(settings.output), wanted), base)
+    with closing(Workshop(settings, console)) as workshop:
+        wanted: dict[tuple[str, int], Runner] = {(BASE_MODEL, 0): partial(workshop.base, settings)}
+        for name, variant in variants.items():
+            for seed in settings.seeds:
+                wanted[name, seed] = partial(workshop.cell, name, with_changes(variant, {"seed": seed}))
+        cells = run_missing(CellRecords(settings.output), wanted)
+    report(console, settings, cells, base)

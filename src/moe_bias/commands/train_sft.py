@@ -1,8 +1,8 @@
 """`moe-bias train sft`: an adapter from prompts and answers, or from a feature store, by supervised learning.
 
 Started by a launcher (`torchrun --nproc-per-node 2 --no-python moe-bias train sft ...`), the processes
-train one layer on the same batches that one would; each makes or opens the features for itself, and the
-first one writes.
+train one layer on the same batches that one would; the first one extracts and writes, the others wait
+for the features.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from dataclasses import asdict
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedModel
 
 from moe_bias.adapter import save_layer
 from moe_bias.backbone import Head
-from moe_bias.commands.examples import load_material, load_stored
+from moe_bias.commands.material import opened
 from moe_bias.commands.saved import refuse_overwriting
 from moe_bias.config import Interrupted, TrainSFTSettings
 from moe_bias.evaluation.likelihood import per_example, token_nll
@@ -25,7 +24,7 @@ from moe_bias.records import provenance, write_json
 from moe_bias.training.checkpoint import Checkpoints
 from moe_bias.training.processes import Processes
 from moe_bias.training.run_folder import refuse_other_settings
-from moe_bias.training.sft import Prepared, fresh_layer, prepare, prepare_stored, train
+from moe_bias.training.sft import Prepared, fresh_layer, train
 from moe_bias.training.trainer import FitReport
 
 
@@ -39,6 +38,8 @@ def run(settings: TrainSFTSettings) -> None:
     refuse_other_settings(settings.output, settings.model_dump(mode="json"))
     try:
         _run(settings)
+    except Interrupted:
+        raise
     except KeyboardInterrupt as interrupt:
         checkpoints = Checkpoints(settings.output, settings.checkpoint_every, settings.keep_checkpoints)
         raise Interrupted(f"run the same command again to go on {checkpoints.where()}") from interrupt
@@ -47,34 +48,16 @@ def run(settings: TrainSFTSettings) -> None:
 def _run(settings: TrainSFTSettings) -> None:
     processes = Processes.join(settings.device)
     console = Console(quiet=not processes.is_first)
-    model, head, prepared = _from_store(settings, console) if settings.store else _from_data(settings, console)
-    layer = fresh_layer(settings, prepared.support, head)
-    _announce(console, layer, prepared, model.num_parameters())
-    report = train(layer, prepared.train, prepared.held_out, head, settings, processes)
-    if processes.is_first:
-        _record(console, layer, prepared, head, report, settings)
-        save_layer(layer, settings.output, model, prepared.fork_coverage)
-        console.print(f"Saved in {settings.output}.")
-    processes.wait()
-
-
-def _from_store(settings: TrainSFTSettings, console: Console) -> tuple[PreTrainedModel, Head, Prepared]:
-    stored = load_stored(settings, settings.store or (), settings.held_out, settings.seed, console)
-    return stored.model, stored.head, prepare_stored(stored.store, stored.head, stored.held_out)
-
-
-def _from_data(settings: TrainSFTSettings, console: Console) -> tuple[PreTrainedModel, Head, Prepared]:
-    material = load_material(settings, settings, settings, console)
-    prepared = prepare(
-        material.model,
-        material.head,
-        material.train,
-        material.held_out,
-        settings,
-        always=material.always,
-        batch_size=settings.batch_size,
-    )
-    return material.model, material.head, prepared
+    with opened(settings, console, processes) as material:
+        head, prepared = material.head, material.on(settings.support)
+        layer = fresh_layer(settings, prepared.support, head)
+        _announce(console, layer, prepared, material.model.num_parameters())
+        report = train(layer, prepared.train, prepared.held_out, head, settings, processes)
+        if processes.is_first:
+            _record(console, layer, prepared, head, report, settings)
+            save_layer(layer, settings.output, material.model, prepared.fork_coverage)
+            console.print(f"Saved in {settings.output}.")
+        processes.wait()
 
 
 def _announce(console: Console, layer: MoEBiasLayer, prepared: Prepared, model_parameters: int) -> None:

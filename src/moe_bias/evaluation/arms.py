@@ -6,7 +6,7 @@ The names:
     static            one expert without a gate: a plain vector of logit biases
     no-gate           without the entropy gate
     full-vocabulary   a bias on every token in place of the support
-    lora-tokens       LoRA on as many completion tokens as moe-bias is trained on
+    lora-tokens       LoRA on as many completion tokens as moe-bias is trained on, or as the settings say
     lora-time         LoRA for as many seconds as moe-bias takes, its pass over the backbone included
 
 LoRA is measured on exactly the tokens that the others are.
@@ -36,10 +36,10 @@ LAYER_ARMS: dict[str, dict[str, Any]] = {
 LORA_ARMS = ("lora-tokens", "lora-time")
 
 
-def lora_budget(name: str, main: Cell) -> Budget:
-    """What a LoRA arm may spend, given the main arm of the same seed."""
+def lora_budget(name: str, main: Cell, tokens: int | None) -> Budget:
+    """What a LoRA arm may spend, given the main arm of the same seed; `tokens` replace that arm's."""
     if name == "lora-tokens":
-        return Budget(main.train_tokens, "tokens")
+        return Budget(main.train_tokens if tokens is None else tokens, "tokens")
     return Budget(main.seconds + main.forward_seconds, "seconds")
 
 
@@ -57,7 +57,8 @@ def run_lora(
     assert torch.equal(tokens, features.token), "LoRA would be measured on other tokens"
     choices = LoRAChoices(settings.lora_rank, settings.lora_rate, settings.lora_batch_size)
     with lora_on(model, choices.rank, main.seed) as adapted:
-        report = train_lora(adapted, train, choices, lora_budget(name, main), main.seed, f"{name}, seed {main.seed}")
+        budget = lora_budget(name, main, settings.lora_tokens)
+        report = train_lora(adapted, train, choices, budget, main.seed, f"{name}, seed {main.seed}")
         nll_T = lora_token_nll(adapted, held_out, settings.batch_size)
     return Cell(
         name=name,

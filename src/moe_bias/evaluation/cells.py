@@ -24,6 +24,7 @@ from moe_bias.evaluation.statistics import Estimate, Floats, ratio_of_sums
 from moe_bias.evaluation.strata import STRATA, by_stratum, counts_by_stratum
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.records import provenance, write_json
+from moe_bias.training.base_logits import BaseLogits
 from moe_bias.training.sft import Prepared, fit, fresh_layer
 from moe_bias.training.trainer import Evaluations
 
@@ -35,7 +36,8 @@ BASE_MODEL = "base model"
 class Cell:
     """One training of a cell. By stratum and example: `nll` summed in nats, and `tokens`.
 
-    `seconds` were spent in training, `forward_seconds` in the pass that made its features.
+    `seconds` were spent in training, `forward_seconds` in making its features: the pass of the backbone,
+    and the base logits where they are kept.
     """
 
     name: str
@@ -92,24 +94,34 @@ class CellRecords:
         return self.folder / f"{re.sub(r'[^A-Za-z0-9.=_-]+', '_', name)}-seed{seed}.json"
 
 
-def run_cell(name: str, settings: RunSettings, prepared: Prepared, head: Head) -> Cell:
-    """Trains a layer with the settings' seed and measures it; with patience the best one, on the same tokens."""
+def run_cell(name: str, settings: RunSettings, prepared: Prepared, head: Head, logits: BaseLogits) -> Cell:
+    """Trains a layer with the settings' seed and measures it; with patience the best one, on the same tokens.
+
+    `logits` are those of the training features.
+    """
     watched = Evaluations(prepared.held_out, settings.evaluate_every, settings.patience) if settings.patience else None
     layer = fresh_layer(settings, prepared.support, head)
     started = time.perf_counter()
-    report = fit(layer, prepared.train, head, settings, f"{name}, seed {settings.seed}", watched)
+    report = fit(layer, prepared.train, head, settings, f"{name}, seed {settings.seed}", watched, logits)
     seconds = time.perf_counter() - started
     trained = min(report.steps * settings.batch_tokens, settings.epochs * len(prepared.train))
-    return _measured(name, settings.seed, layer, trained, seconds, prepared, head)
+    made = prepared.seconds + logits.seconds
+    return _measured(name, settings.seed, layer, trained, (seconds, made), prepared, head)
 
 
 def base_cell(prepared: Prepared, head: Head) -> Cell:
     """The frozen model on the same tokens."""
-    return _measured(BASE_MODEL, 0, None, 0, 0.0, prepared, head)
+    return _measured(BASE_MODEL, 0, None, 0, (0.0, 0.0), prepared, head)
 
 
 def _measured(
-    name: str, seed: int, layer: MoEBiasLayer | None, trained: int, seconds: float, prepared: Prepared, head: Head
+    name: str,
+    seed: int,
+    layer: MoEBiasLayer | None,
+    trained: int,
+    seconds: tuple[float, float],
+    prepared: Prepared,
+    head: Head,
 ) -> Cell:
     nll = by_stratum(token_nll(layer, prepared.held_out, head), prepared.held_out)
     return Cell(
@@ -117,8 +129,8 @@ def _measured(
         seed=seed,
         parameters=0 if layer is None else layer.config.num_parameters(layer.hidden_size, layer.vocab_size),
         train_tokens=trained,
-        seconds=seconds,
-        forward_seconds=0.0 if layer is None else prepared.seconds,
+        seconds=seconds[0],
+        forward_seconds=seconds[1],
         nll=as_lists(nll),
         tokens=as_lists(counts_by_stratum(prepared.held_out)),
     )

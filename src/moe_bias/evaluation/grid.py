@@ -11,9 +11,9 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from moe_bias.config import RunSettings, UserError, describe_error
+from moe_bias.config import RunSettings, Settings, UserError, describe_error
 
-Run = TypeVar("Run", bound=RunSettings)
+Changed = TypeVar("Changed", bound=Settings)
 _PER_SEED = "seed"
 
 
@@ -52,10 +52,10 @@ def find_cell(text: str, cells: list[dict[str, str]]) -> str:
     return cell_name(found[0])
 
 
-def with_changes(settings: Run, changes: Mapping[str, object]) -> Run:
+def with_changes(settings: Changed, changes: Mapping[str, object]) -> Changed:
     """The settings with some of them changed, checked. Raises UserError on values that cannot be."""
     try:
-        return type(settings)(**{**settings.model_dump(), **changes})
+        return type(settings)(**{**settings.model_dump(exclude_unset=True), **changes})
     except ValidationError as error:
         raise UserError(f"in the grid, {describe_error(error)}") from error
 

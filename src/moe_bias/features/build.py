@@ -7,7 +7,7 @@ in the order of the corpus. Hidden states are rounded to the stored type first a
 from the rounded ones: what training multiplies anew then belongs to the same distribution.
 
 What depends on the base distribution as a whole is chosen before the first shard on a calibration
-sample, examples evenly spaced over the whole corpus, the same for every part of it:
+sample, examples evenly spaced over the whole corpus without those held out, the same for every part of it:
 
 - a support 'auto:M': the ids that must be in, then the corpus's completion tokens by frequency, then
   by fork mass on the sample (`support_for`);
@@ -35,21 +35,20 @@ from moe_bias.features.extract import (
     base_entropies,
     batches_by_length,
     completion_hidden,
+    evenly_spaced,
     measure_fork_mass,
     place_in_example,
     support_for,
     token_scalars,
 )
 from moe_bias.features.fingerprint import ModelFacts, corpus_hash
-from moe_bias.features.manifest import Manifest, Recipe, support_hash
+from moe_bias.features.manifest import Manifest, Recipe, ids_hash
 from moe_bias.features.writer import StoreFolder
 from moe_bias.progress import Meter, meter
 from moe_bias.support import VocabularySplit, fork_threshold, split_vocabulary
 from moe_bias.tasks.conversations import Corpus, Example
 
 SHARD_TOKENS = 32768
-CALIBRATION_TOKENS = 4096
-"""Completion tokens of the calibration sample, about."""
 ESTIMATE_BATCHES = 3
 """After as many batches the time expected is said."""
 SMALL_BYTES = 60
@@ -60,7 +59,8 @@ SMALL_BYTES = 60
 class Choices:
     """How a store is to be made. `part` i of n; `keep_top` is a share in (0, 1], None keeps all tokens.
 
-    `support` is a number of ids to choose, `always` among them, or the ids themselves.
+    `support` is a number of ids to choose, `always` among them, or the ids themselves. Rows of the
+    source that are `held_out` are extracted like the others, but have no say in what is chosen.
     """
 
     support: int | list[int]
@@ -70,13 +70,20 @@ class Choices:
     keep_top: float | None = None
     shard_tokens: int = SHARD_TOKENS
     batch_size: int = 16
+    held_out: Sequence[int] = ()
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether anything is to be chosen."""
+        return isinstance(self.support, int) or self.keep_top is not None
 
 
 @dataclass(frozen=True)
 class Plan:
     """What a run will do: the examples of its part with their rows, cut into shards.
 
-    `sample` are the examples to calibrate on, `targets` (T,) the completion tokens, of all parts.
+    `sample` are the examples to calibrate on, `targets` (T,) the completion tokens, of all parts without
+    what is held out.
     """
 
     recipe: Recipe
@@ -109,15 +116,21 @@ def make_plan(corpus: Corpus, source: str, facts: ModelFacts, choices: Choices) 
     examples = corpus.examples[number - 1 :: parts]
     if not examples:
         raise UserError(f"part {number} of {parts} of {source} is empty: it has {len(corpus.examples)} examples in all")
+    asked = _without(corpus, choices.held_out)
     return Plan(
         _recipe(corpus, source, facts, choices),
         choices,
         corpus.rows[number - 1 :: parts],
         examples,
         _cut(examples, choices.shard_tokens),
-        calibration_sample(corpus.examples),
-        torch.cat([torch.tensor(example.completion_ids) for example in corpus.examples]),
+        [asked[index] for index in evenly_spaced([len(example.completion_ids) for example in asked])],
+        torch.cat([torch.tensor(example.completion_ids) for example in asked]),
     )
+
+
+def _without(corpus: Corpus, held_out: Sequence[int]) -> list[Example]:
+    excluded = set(held_out)
+    return [example for row, example in zip(corpus.rows, corpus.examples, strict=True) if row not in excluded]
 
 
 def _recipe(corpus: Corpus, source: str, facts: ModelFacts, choices: Choices) -> Recipe:
@@ -129,18 +142,12 @@ def _recipe(corpus: Corpus, source: str, facts: ModelFacts, choices: Choices) ->
         examples=len(corpus.examples),
         part=choices.part,
         hidden_dtype=str(choices.hidden_dtype).removeprefix("torch."),
-        support=f"auto:{support}" if isinstance(support, int) else support_hash(support),
+        support=f"auto:{support}" if isinstance(support, int) else ids_hash(support),
+        held_out=ids_hash(choices.held_out) if choices.calibrates and choices.held_out else None,
         keep_top=choices.keep_top,
         shard_tokens=choices.shard_tokens,
         batch_size=choices.batch_size,
     )
-
-
-def calibration_sample(examples: Sequence[Example], tokens: int = CALIBRATION_TOKENS) -> list[Example]:
-    """Examples evenly spaced over the corpus, of about `tokens` completion tokens together."""
-    total = sum(len(example.completion_ids) for example in examples)
-    count = min(max(-(-tokens * len(examples) // max(total, 1)), 1), len(examples))
-    return [examples[index * len(examples) // count] for index in range(count)]
 
 
 def extract(model: nn.Module, head: Head, plan: Plan, folder: Path) -> Manifest:
@@ -201,7 +208,7 @@ def _new_manifest(model: nn.Module, head: Head, plan: Plan) -> Manifest:
     """Calibrates, where anything is to be chosen."""
     support, share = plan.choices.support, plan.choices.keep_top
     threshold = None
-    if isinstance(support, int) or share is not None:
+    if plan.choices.calibrates:
         hidden_TD = _sample_hidden(model, plan)
         if share is not None:
             threshold = float(f"{fork_threshold(base_entropies(head, hidden_TD), share):.4g}")
@@ -212,8 +219,13 @@ def _new_manifest(model: nn.Module, head: Head, plan: Plan) -> Manifest:
         support=None if support == list(range(head.vocab_size)) else support,
         threshold=threshold,
         num_shards=len(plan.shards),
-        versions={name: version(name) for name in ("moe-bias", "torch", "transformers")},
+        versions=versions(),
     )
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that decide what the model computes."""
+    return {name: version(name) for name in ("moe-bias", "torch", "transformers")}
 
 
 def _sample_hidden(model: nn.Module, plan: Plan) -> Tensor:

@@ -10,7 +10,7 @@ Shapes: T tokens, C a chunk of them, D hidden, V vocabulary, M support.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,8 @@ from moe_bias.support import (
 )
 from moe_bias.tasks.conversations import Example
 
+CALIBRATION_TOKENS = 4096
+"""Completion tokens of a calibration sample, about."""
 LOGIT_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
 """Full-vocabulary logits that are held at once, by kind of device: memory grows with neither V nor length."""
 
@@ -59,6 +61,10 @@ class Features:
     def __len__(self) -> int:
         return len(self.token)
 
+    def contents(self) -> Iterator[Tensor]:
+        """The hidden states."""
+        yield self.hidden
+
     def at(self, index: Tensor | slice) -> Features:
         """The given tokens; a slice copies nothing."""
         return Features(
@@ -73,6 +79,22 @@ class Features:
             self.column[index],
             self.support,
         )
+
+
+def joined(parts: Sequence[Features]) -> Features:
+    """The tokens of all parts, one after the other, examples numbered on; the parts have one support."""
+    if len(parts) == 1:
+        return parts[0]
+    starts = [0]
+    for part in parts:
+        starts.append(starts[-1] + int(part.example.max()) + 1)
+    numbered = [replace(part, example=part.example + start) for part, start in zip(parts, starts, strict=False)]
+    rest = RestScalars(
+        torch.cat([part.rest.log_sum_exp for part in parts]), torch.cat([part.rest.mean_logit for part in parts])
+    )
+    names = ("hidden", "token", "example", "position", "logit", "entropy", "log_partition", "column")
+    columns = {name: torch.cat([getattr(part, name) for part in numbered]) for name in names}
+    return Features(**columns, rest=rest, support=parts[0].support)
 
 
 @dataclass(frozen=True)
@@ -203,6 +225,13 @@ def base_entropies(head: Head, hidden_TD: Tensor) -> Tensor:
     """Base entropy (T,) in nats of each hidden state, on the CPU."""
     chunks = hidden_TD.split(chunk_rows(head))
     return torch.cat([entropy_from_logits(head.logits(chunk.to(head.device, head.dtype))).cpu() for chunk in chunks])
+
+
+def evenly_spaced(lengths: Sequence[int], tokens: int = CALIBRATION_TOKENS) -> list[int]:
+    """A calibration sample: indices evenly spaced over examples of these lengths, of about `tokens` together."""
+    total = sum(lengths)
+    count = min(max(-(-tokens * len(lengths) // max(total, 1)), 1), len(lengths))
+    return [index * len(lengths) // count for index in range(count)]
 
 
 def support_for(forks: ForkMass, targets: Tensor, size: int, always: Sequence[int]) -> list[int]:

@@ -2,13 +2,15 @@
 
 A store is a folder of `shard-00000.safetensors`, ... and one `manifest.json`. While it is being made
 the manifest is called `unfinished.json` and lists the shards that are whole; renaming it is the last
-step, so a folder with a `manifest.json` is complete. No time of day is in it: a run that was killed
-and continued ends with the same bytes as one that was not.
+step, so a folder with a `manifest.json` is complete. No time is in it: a run that was killed
+and continued ends with the same bytes as one that was not. What making it took is in `seconds.json`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +21,7 @@ from moe_bias.features.fingerprint import ModelFacts
 
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.json"
+SECONDS = "seconds.json"
 TEMPERATURE = 1.0
 """Logits in a store are of the base distribution itself."""
 INFORMATIVE = frozenset({"name", "revision", "source"})
@@ -33,8 +36,9 @@ class Recipe(_Part):
     """All that decides the bytes of a store, known before the model runs.
 
     `part` i of n holds every n-th example from the i-th; `corpus` hashes the examples of all parts.
-    `support` is how it was asked for: 'auto:M', or the hash of given ids. A shard is closed once it
-    has `shard_tokens` completion tokens, before any are dropped; `batch_size` examples went through
+    `support` is how it was asked for: 'auto:M', or the hash of given ids. `held_out` is the hash of the
+    rows that had no say in what was chosen; None where all had, or nothing was chosen. A shard is closed
+    once it has `shard_tokens` completion tokens, before any are dropped; `batch_size` examples went through
     the backbone together, which decides how sums are rounded.
     """
 
@@ -46,6 +50,7 @@ class Recipe(_Part):
     hidden_dtype: Literal["float32", "bfloat16", "float16"]
     temperature: float = TEMPERATURE
     support: str
+    held_out: str | None = None
     keep_top: float | None
     shard_tokens: int
     batch_size: int
@@ -96,9 +101,21 @@ class Manifest(_Part):
         return list(range(self.recipe.model.vocab_size)) if self.support is None else self.support
 
 
-def support_hash(support: list[int]) -> str:
-    """SHA-256 of the ids in their order."""
-    return hashlib.sha256(str(support).encode()).hexdigest()
+def ids_hash(ids: Sequence[int]) -> str:
+    """SHA-256 of token ids, or numbers of rows, in their order."""
+    return hashlib.sha256(str(list(ids)).encode()).hexdigest()
+
+
+def recipe_hash(recipe: Recipe, versions: Mapping[str, str]) -> str:
+    """SHA-256 of all in a recipe that must fit, and of the versions that it is followed with."""
+    content = [_fitting(recipe), dict(versions)]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def seconds_spent(folder: Path) -> float:
+    """Seconds that making the store took, a run that was killed up to its last whole shard; 0 where unknown."""
+    path = folder / SECONDS
+    return float(json.loads(path.read_bytes())["seconds"]) if path.is_file() else 0.0
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -112,7 +129,7 @@ def read_manifest(folder: Path) -> Manifest:
         begun = load_manifest(folder / UNFINISHED)
         raise UserError(
             f"the feature store in {str(folder)!r} is unfinished, {len(begun.shards)} of {begun.num_shards} shards "
-            "are whole; run the same moe-bias extract again to continue"
+            "are whole; run the command that began it again to continue"
         )
     raise UserError(f"{str(folder)!r} holds no feature store: it has no {MANIFEST}")
 
@@ -135,9 +152,9 @@ def first_difference(
 
     Fields named in `apart_from`, and informative ones, may differ.
     """
-    left, right = _flat(ours.model_dump()), _flat(theirs.model_dump())
+    left, right = _fitting(ours), _fitting(theirs)
     for name, value in left.items():
-        if name.rpartition(".")[2] not in apart_from | INFORMATIVE and right[name] != value:
+        if name.rpartition(".")[2] not in apart_from and right[name] != value:
             return name, shown(value), shown(right[name])
     return None
 
@@ -146,6 +163,12 @@ def shown(value: object) -> str:
     """A value as an error names it: hashes and lists cut short."""
     text = str(value) if isinstance(value, float) else repr(value)
     return text if len(text) <= 24 else f"{text[:12]}..."
+
+
+def _fitting(model: BaseModel) -> dict[str, Any]:
+    """Every field by its dotted name, without the informative ones."""
+    flat = _flat(model.model_dump())
+    return {name: value for name, value in flat.items() if name.rpartition(".")[2] not in INFORMATIVE}
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,18 +1,22 @@
-"""What training needs of features, wherever they are kept.
+"""What training needs of features, wherever they are kept, and views that show them otherwise.
 
-Shapes: T tokens, M support.
+Shapes: T tokens, V vocabulary, M support.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from moe_bias.features.extract import Features
-from moe_bias.support import RestScalars
+from moe_bias.backbone import Head
+from moe_bias.features.extract import Features, chunk_rows, concatenated, support_columns, token_scalars
+from moe_bias.progress import meter
+from moe_bias.support import RestScalars, split_vocabulary
 
 
 class FeatureSource(Protocol):
@@ -31,6 +35,9 @@ class FeatureSource(Protocol):
 
     def at(self, index: Tensor | slice) -> Features:
         """The given tokens, in the given order."""
+
+    def contents(self) -> Iterator[Tensor]:
+        """Tensors that tell these hidden states from others: themselves, or their checksums."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,51 @@ class Subset:
     def at(self, index: Tensor | slice) -> Features:
         """The given tokens, by their numbers in the view. Raises IndexError on a number outside it."""
         return self.source.at(self.index[index])
+
+    def contents(self) -> Iterator[Tensor]:
+        """The numbers, and the source's."""
+        return chain([self.index], self.source.contents())
+
+
+@dataclass(frozen=True)
+class OnSupport:
+    """A source on another support (M,): `rest` (T,) and `column` (T,) are its own, all else the source's."""
+
+    source: FeatureSource
+    support: Tensor
+    rest: RestScalars
+    column: Tensor
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @property
+    def token(self) -> Tensor:
+        """Realised token ids (T,) int64."""
+        return self.source.token
+
+    def at(self, index: Tensor | slice) -> Features:
+        """The given tokens, by their numbers in the source."""
+        rest = RestScalars(self.rest.log_sum_exp[index], self.rest.mean_logit[index])
+        return replace(self.source.at(index), rest=rest, column=self.column[index], support=self.support)
+
+    def contents(self) -> Iterator[Tensor]:
+        """The source's."""
+        return self.source.contents()
+
+
+def on_support(source: FeatureSource, head: Head, support: Sequence[int], description: str) -> OnSupport:
+    """The source on another support; its hidden states go through the output embedding, a chunk at a time."""
+    split = split_vocabulary(torch.tensor(support, device=head.device), head.vocab_size)
+    size, parts = chunk_rows(head), []
+    with meter(description, len(source), "tokens") as bar:
+        for start in range(0, len(source), size):
+            batch = source.at(slice(start, start + size))
+            parts.append(token_scalars(head, batch.hidden.to(head.device), batch.token.to(head.device), split))
+            bar.advance(len(batch))
+    support_M = torch.tensor(support)
+    column_T = support_columns(support_M, head.vocab_size)[source.token]
+    return OnSupport(source, support_M, concatenated(parts).base.rest, column_T)
 
 
 def on_device(batch: Features, device: torch.device) -> Features:

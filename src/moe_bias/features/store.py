@@ -14,7 +14,7 @@ Shapes: T tokens, D hidden, M support.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -27,7 +27,7 @@ from torch import Tensor
 from moe_bias.config import UserError
 from moe_bias.features.extract import Features, support_columns
 from moe_bias.features.fingerprint import ModelFacts
-from moe_bias.features.manifest import Manifest, Shard, first_difference, read_manifest, shown
+from moe_bias.features.manifest import Manifest, Shard, first_difference, read_manifest, seconds_spent, shown
 from moe_bias.support import RestScalars
 
 HIDDEN = "hidden"
@@ -45,7 +45,7 @@ SMALL_COLUMNS = (
 _OF_A_PART = frozenset({"part", "shard_tokens", "batch_size"})
 """Fields of a recipe in which parts of one corpus may differ."""
 _HASH_BYTES = 2**24
-REPAIR = "delete it and run the same moe-bias extract again, which makes missing shards anew"
+REPAIR = "delete it and run the same command that made the store again, which makes missing shards anew"
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,11 @@ class FeatureStore:
         """Tokens that `--keep-top` left out."""
         return sum(manifest.dropped for manifest in self.manifests)
 
+    @property
+    def seconds(self) -> float:
+        """What making the store took; 0 where that is not known."""
+        return sum(seconds_spent(folder) for folder in self.folders)
+
     @cached_property
     def support(self) -> Tensor:
         """Token ids (M,) int64."""
@@ -173,6 +178,11 @@ class FeatureStore:
             column=self._column_of_token[small["token"]],
             support=self.support,
         )
+
+    def contents(self) -> Iterator[Tensor]:
+        """The checksums of the shards."""
+        for shard in self._shards:
+            yield torch.tensor(list(bytes.fromhex(shard.entry.sha256)), dtype=torch.uint8)
 
     def check(
         self, facts: ModelFacts, *, support: Sequence[int] | None = None, temperature: float | None = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,7 +18,17 @@ from safetensors.torch import save
 from torch import Tensor
 
 from moe_bias.config import UserError
-from moe_bias.features.manifest import MANIFEST, UNFINISHED, Manifest, Recipe, Shard, first_difference, load_manifest
+from moe_bias.features.manifest import (
+    MANIFEST,
+    SECONDS,
+    UNFINISHED,
+    Manifest,
+    Recipe,
+    Shard,
+    first_difference,
+    load_manifest,
+    seconds_spent,
+)
 from moe_bias.records import write_json, write_whole
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
@@ -30,6 +41,8 @@ class StoreFolder:
         """Use `begun`, which looks at what is there."""
         self.folder = folder
         self.manifest = manifest
+        self._started = time.perf_counter()
+        self._spent_before = seconds_spent(folder)
 
     @classmethod
     def begun(cls, folder: Path, recipe: Recipe) -> StoreFolder:
@@ -46,7 +59,7 @@ class StoreFolder:
         wrong = first_difference(manifest.recipe, recipe)
         if wrong is not None:
             raise UserError(
-                f"--output {str(folder)!r} holds another feature store: its {wrong[0]} is {wrong[1]}, here it is "
+                f"{str(folder)!r} holds another feature store: its {wrong[0]} is {wrong[1]}, here it is "
                 f"{wrong[2]}; name another folder or remove it"
             )
         whole = [shard for shard in manifest.shards if _has_size(folder / shard.file, shard.bytes)]
@@ -75,8 +88,9 @@ class StoreFolder:
         free, needed = shutil.disk_usage(parent).free, expected - there
         if needed > free:
             raise UserError(
-                f"--output {str(self.folder)!r} needs {in_bytes(needed)} and its disk has {in_bytes(free)} free; make "
-                "room, name another disk, keep fewer tokens with --keep-top or half the bytes with --dtype bfloat16"
+                f"{str(self.folder)!r} needs {in_bytes(needed)} and its disk has {in_bytes(free)} free; make room, "
+                "name another disk, or let moe-bias extract keep fewer tokens with --keep-top or half the bytes with "
+                "--dtype bfloat16"
             )
 
     def begin(self, manifest: Manifest) -> None:
@@ -126,6 +140,8 @@ class StoreFolder:
     def _list(self, manifest: Manifest) -> None:
         write_json(self.folder / UNFINISHED, manifest.model_dump(mode="json"))
         self.manifest = manifest
+        spent = self._spent_before + time.perf_counter() - self._started
+        write_json(self.folder / SECONDS, {"seconds": spent})
 
     def _reopen(self) -> None:
         """A complete store that lost a shard is an unfinished one again."""
@@ -157,13 +173,13 @@ def _has_size(path: Path, size: int) -> bool:
 
 def _refuse_other_files(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output {str(folder)!r} is a file; name a folder")
+        raise UserError(f"{str(folder)!r} is a file; name a folder")
     if folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
-        raise UserError(f"--output {str(folder)!r} holds other files; name a new folder or an empty one")
+        raise UserError(f"{str(folder)!r} holds other files; name a new folder or an empty one")
 
 
 def _remove_halves(folder: Path) -> None:
     """Removes what killed processes had begun to write."""
-    for pattern in (".shard-*", f".{UNFINISHED}.*"):
+    for pattern in (".shard-*", f".{UNFINISHED}.*", f".{SECONDS}.*"):
         for path in folder.glob(pattern):
             path.unlink()

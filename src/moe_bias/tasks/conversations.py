@@ -76,11 +76,19 @@ def read_conversations(source: str, split: str) -> list[Conversation]:
     Raises UserError on a file that is missing, empty or not JSON Lines, on a row without known
     columns, and on an empty completion, naming the row.
     """
+    rows = read_rows(source, split)
+    return [_conversation(row, f"row {number} of {source}") for number, row in enumerate(rows, 1)]
+
+
+def read_rows(source: str, split: str) -> Sequence[Any]:
+    """The rows of a JSON Lines file or of a Hub data set's split, whatever stands in them.
+
+    Raises UserError on a source that is missing or empty, and on a file that is not JSON Lines.
+    """
     rows = _file_rows(Path(source)) if Path(source).is_file() else _hub_rows(source, split)
-    conversations = [_conversation(row, f"row {number} of {source}") for number, row in enumerate(rows, 1)]
-    if not conversations:
+    if not len(rows):
         raise UserError(f"{source} has no rows")
-    return conversations
+    return rows
 
 
 def prompt_text(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -137,9 +145,10 @@ def end_of_turn(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) 
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
-def ends(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ends of an answer and of a text, ascending: what every chosen support must hold."""
-    found = {*end_of_turn(conversation, tokenizer), tokenizer.eos_token_id}
+def ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ends of an answer in a chat and of a text, ascending: what every chosen support must hold."""
+    of_answer = end_of_turn(ask(""), tokenizer) if tokenizer.chat_template else []
+    found = {*of_answer, tokenizer.eos_token_id}
     return sorted(token for token in found if token is not None)
 
 

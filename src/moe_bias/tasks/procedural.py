@@ -1,5 +1,8 @@
 """Problems made on the spot by reasoning-gym, with worked answers and its own scorers.
 
+An answer is correct where the scorer gives full marks, else wrong: its partial marks, often given
+for the form alone, are no reward.
+
 A worked answer leads to the result in steps and ends with "The answer is X."; `extract_answer`
 reads that form, and is generous to models that answer in their own words.
 """
@@ -8,28 +11,20 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
 from moe_bias.config import UserError
+from moe_bias.tasks.answers import CLAUSE_END, stated_answer
+from moe_bias.tasks.task import Entry, Problem, too_few
+from moe_bias.tasks.verdict import Verdict, failed, judged
 
-Entry = Mapping[str, Any]
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
-_STATED = re.compile(r"answer(?: is|:)", re.IGNORECASE)
-_CLAUSE_END = re.compile(r"[,;.]\s")
 _AROUND_ANSWERS = " :.*\"'`"
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A question, its gold answer, and a worked answer to learn from."""
-
-    question: str
-    gold: str
-    worked: str
-    entry: Entry = field(repr=False, compare=False)
+_UNREADABLE = (ValueError, TypeError, ArithmeticError, LookupError, RecursionError)
+"""What scorers raise on answers that are not of the form they expect, such as words for a list of factors."""
 
 
 SMALL_OPTIONS: dict[str, dict[str, Any]] = {
@@ -44,6 +39,19 @@ SMALL_OPTIONS: dict[str, dict[str, Any]] = {
     "number_filtering": {"max_numbers": 5, "max_decimals": 0},
 }
 """Options that bring a task into the reach of a model of 135M parameters, where it has any."""
+
+RUN_ANSWERS = {
+    "binary_matrix",
+    "countdown",
+    "intermediate_integration",
+    "n_queens",
+    "polynomial_multiplication",
+    "puzzle24",
+    "simple_integration",
+    "spiral_matrix",
+    "string_insertion",
+}
+"""Tasks whose scorers evaluate the answer as Python: a completion could run any code, or never end."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +77,12 @@ class ProceduralTask:
                 seen.setdefault(entry["question"], self._problem(entry))
                 if len(seen) == count:
                     return list(seen.values())
-        raise UserError(f"task {self.name} gives only {len(seen)} different problems, {count} were asked for")
+        raise too_few(self.name, len(seen), count)
 
-    def is_correct(self, problem: Problem, completion: str) -> bool:
-        """Whether reasoning-gym's scorer gives full marks to the answer in the completion."""
-        answer = extract_answer(completion, problem.gold)
-        score = self._dataset(1, 0).score_answer(answer=answer, entry=dict(problem.entry))
-        return bool(score >= 1.0)
+    def verify(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Verdict]:
+        """Verdicts by reasoning-gym's scorer on the answers that `extract_answer` finds."""
+        score = self._dataset(1, 0).score_answer
+        return [_verdict(problem, text, score) for problem, text in zip(problems, completions, strict=True)]
 
     def _problem(self, entry: Entry) -> Problem:
         worked = WORKED.get(self.name, _bare)(entry)
@@ -89,6 +96,8 @@ class ProceduralTask:
         if self.name not in DATASETS:
             near = get_close_matches(self.name, DATASETS, n=3, cutoff=0.0)
             raise UserError(f"reasoning-gym has no task {self.name!r}; near names are {', '.join(near)}")
+        if self.name in RUN_ANSWERS:
+            raise UserError(f"task {self.name!r} is refused: its scorer runs the model's answers as code; take another")
         try:
             return reasoning_gym.create_dataset(self.name, size=size, seed=seed, **self.options)
         except (ValueError, TypeError, AssertionError) as error:
@@ -97,18 +106,28 @@ class ProceduralTask:
             ) from error
 
 
+def _verdict(problem: Problem, completion: str, score: Callable[..., float]) -> Verdict:
+    answer = extract_answer(completion, problem.gold)
+    if answer is None:
+        return failed("unparseable")
+    try:
+        return judged(score(answer=answer, entry=dict(problem.entry)) >= 1.0, answer)
+    except _UNREADABLE:
+        return failed("unparseable", answer)
+
+
 def extract_answer(completion: str, gold: str) -> str | None:
     """What a completion gives as its answer, or None where there is nothing to read.
 
     Read is the line after its last "answer is"; without one, all of it. Of the numbers of a clause
     the last counts, as in "the answer is 3 * 6 = 18"; the gold answer only says whether it is a number.
     """
-    *_, last = _STATED.split(completion)
-    stated = last != completion
+    stated = stated_answer(completion)
+    last = completion if stated is None else stated
     lines = [line.strip(_AROUND_ANSWERS) for line in last.splitlines() if line.strip(_AROUND_ANSWERS)]
     if not _NUMBER.fullmatch(gold):
-        return lines[0 if stated else -1] if lines else None
-    text = _CLAUSE_END.split(lines[0])[0] if stated and lines else last
+        return lines[-1 if stated is None else 0] if lines else None
+    text = CLAUSE_END.split(lines[0])[0] if stated is not None and lines else last
     numbers = _NUMBER.findall(text)
     return str(numbers[-1]).replace(",", "") if numbers else None
 

@@ -8,6 +8,7 @@ Shapes: T tokens, D hidden, M support.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -22,14 +23,15 @@ CHUNK_TOKENS = 2048
 
 
 class BaseLogits:
-    """u_S of a source's tokens, float32 on the head's device; `nbytes` is what is kept of them."""
+    """u_S of a source's tokens, float32 on the head's device; `nbytes` are kept of them, which took `seconds`."""
 
     def __init__(self, source: FeatureSource, head: Head, budget: int) -> None:
         """Keeps them where T x M floats fit into `budget` bytes."""
         self._columns = head.columns(source.support)
-        needed = 4 * len(source) * len(source.support)
+        needed, started = 4 * len(source) * len(source.support), time.perf_counter()
         self._kept_TM = self._all_of(source, head) if needed <= budget else None
         self.nbytes = 0 if self._kept_TM is None else needed
+        self.seconds = time.perf_counter() - started
 
     def of(self, index: Tensor, batch: Features) -> Callable[[slice], Tensor]:
         """The logits (T, M) of any rows of a batch that holds the source's tokens `index`.

@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -25,14 +26,23 @@ _BESIDE = ".unfinished-"
 
 
 @dataclass(frozen=True)
-class Position:
-    """Where a run stands: steps taken, the last held-out NLL, the best, its step, and evaluations since then."""
+class Standing:
+    """Where a run stands: steps taken, and what its kind of training adds, as JSON values."""
 
     step: int = 0
+
+
+@dataclass(frozen=True)
+class Position(Standing):
+    """Where a supervised run stands: the last held-out NLL, the best, its step, and evaluations since then."""
+
     last_nll: float | None = None
     best_nll: float | None = None
     best_step: int = 0
     worse: int = 0
+
+
+Where = TypeVar("Where", bound=Standing)
 
 
 class Checkpoints:
@@ -48,7 +58,7 @@ class Checkpoints:
         found = _in_order(self.folder)
         return found[-1] if found else None
 
-    def save(self, tensors: Mapping[str, Tensor], position: Position) -> None:
+    def save(self, tensors: Mapping[str, Tensor], position: Standing) -> None:
         """Writes one. Raises UserError where it cannot be written; the ones before it stay."""
         path = self.folder / f"step-{position.step:08d}{_SUFFIX}"
         try:
@@ -62,7 +72,7 @@ class Checkpoints:
         for old in _in_order(self.folder)[: -self._keep]:
             old.unlink()
 
-    def load(self) -> tuple[dict[str, Tensor], Position] | None:
+    def load(self, kind: type[Where]) -> tuple[dict[str, Tensor], Where] | None:
         """Tensors (on the CPU) and position of the newest one, or None. Raises UserError on a damaged file."""
         path = self.latest()
         if path is None:
@@ -70,7 +80,7 @@ class Checkpoints:
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                return tensors, Position(**json.loads(file.metadata()["position"]))
+                return tensors, kind(**json.loads(file.metadata()["position"]))
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"checkpoint {str(path)!r} is damaged; remove it to go on from the one before") from error
 
@@ -84,7 +94,7 @@ def _in_order(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"step-*{_SUFFIX}"))
 
 
-def _write_whole(path: Path, tensors: Mapping[str, Tensor], position: Position) -> None:
+def _write_whole(path: Path, tensors: Mapping[str, Tensor], position: Standing) -> None:
     """Writes the file beside its place, to the disk itself, and then moves it there."""
     for left in path.parent.glob(f"{_BESIDE}*"):
         left.unlink()

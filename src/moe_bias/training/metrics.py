@@ -13,15 +13,30 @@ The keys:
     held_out_nll        in nats per token, where this step was followed by an evaluation
 
 With several processes all of them are of the whole batch.
+
+Reinforcement learning has in place of `nll` and `held_out_nll`:
+
+    reward              mean shaped reward of the step's samples, all those sampled
+    correct, wrong, unparseable, timed_out, bad_gold, cut
+                        shares of the samples; `cut` reached the token limit
+    tokens_per_answer   end token included; `samples` how many there were
+    entropy             of the sampling policy at its temperature, in nats, over `tokens`, those of the kept groups
+    threshold           tau in nats; `selected` tokens have an entropy from it up
+    kl                  exact mean KL to the base over the selected tokens, in nats, after the step
+    clipped             share of the selected tokens whose gradient the clip took away, mean over minibatches
+    sampler_gap         largest |log-probability in training - in sampling| in the first minibatch
+    updates             optimiser steps
+    *seconds            of the step, and within it of sampling, of judging and of updating
+    held_out_accuracy   of greedy answers, where this step was followed by an evaluation
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -31,6 +46,7 @@ from moe_bias.training.optimisation import GradientNorms
 from moe_bias.training.processes import Processes
 
 FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
 Metrics = dict[str, float]
 
 
@@ -77,10 +93,7 @@ class MetricsLog:
     def __init__(self, run: Path, after: int) -> None:
         """Goes on after step `after`: what a killed run wrote of later steps is dropped."""
         run.mkdir(parents=True, exist_ok=True)
-        path = run / FILE
-        kept = _lines_up_to(path, after) if after else []
-        path.write_text("".join(kept), encoding="utf-8")
-        self._file = path.open("a", encoding="utf-8")
+        self._file = _continued(run / FILE, after)
         self._board = _tensorboard(run, after)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -96,6 +109,36 @@ class MetricsLog:
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+class SampleLog:
+    """Samples of every so many steps in a run's folder, a line of JSON each; one of each is shown."""
+
+    def __init__(self, run: Path, every: int, after: int) -> None:
+        """Goes on after step `after`, as `MetricsLog` does."""
+        run.mkdir(parents=True, exist_ok=True)
+        self._every = every
+        self._file = _continued(run / SAMPLES_FILE, after)
+
+    def write(self, step: int, samples: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+        """Adds a step's samples where it is one of those; returns the one to show."""
+        if step % self._every or not samples:
+            return None
+        for sample in samples:
+            self._file.write(json.dumps({"step": step, **sample}) + "\n")
+        self._file.flush()
+        return samples[0]
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def _continued(path: Path, after: int) -> TextIO:
+    """The file, open to go on after step `after`: what a killed run wrote of later steps is dropped."""
+    kept = _lines_up_to(path, after) if after else []
+    path.write_text("".join(kept), encoding="utf-8")
+    return path.open("a", encoding="utf-8")
 
 
 def _lines_up_to(path: Path, step: int) -> list[str]:

@@ -124,14 +124,28 @@ def chunks(tokens: int, experts_EM: Tensor) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, max(tokens, 1), rows)]
 
 
+def adapted_logits(
+    layer: MoEBiasLayer, shares_TE: Tensor, logits_TM: Tensor, transform: HeadTransform, temperature: float = 1.0
+) -> Tensor:
+    """`u + d` (T, M) of each token's shares of the experts; `logits_TM` are final base logits over the temperature."""
+    if transform.cap is not None:
+        return logits_TM + support_move(layer, shares_TE, logits_TM, transform, temperature)
+    shares_TE = (layer.strength / temperature) * shares_TE
+    return torch.addmm(logits_TM, shares_TE, layer.experts.to(shares_TE.dtype))
+
+
+def support_move(
+    layer: MoEBiasLayer, shares_TE: Tensor, logits_TM: Tensor, transform: HeadTransform, temperature: float = 1.0
+) -> Tensor:
+    """`d = s b / T` (T, M), as much of it as a soft-cap lets the final logits move."""
+    bias_TM = (layer.strength * shares_TE) @ layer.experts.to(shares_TE.dtype)
+    return transform.reachable(temperature * logits_TM, bias_TM) / temperature
+
+
 def _log_prob_of(
     layer: MoEBiasLayer, shares_TE: Tensor, batch: Features, logits_TM: Tensor, transform: HeadTransform
 ) -> Tensor:
-    shares_TE, experts_EM = _scaled(layer, shares_TE)
-    if transform.cap is None:
-        adapted_TM = torch.addmm(logits_TM, shares_TE, experts_EM)
-    else:
-        adapted_TM = logits_TM + transform.reachable(logits_TM, shares_TE @ experts_EM)
+    adapted_TM = adapted_logits(layer, shares_TE, logits_TM, transform)
     return log_prob_from_adapted(batch.logit, batch.column, adapted_TM, batch.rest)
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,10 @@ from moe_bias.config import UserError
 
 if TYPE_CHECKING:
     from accelerate import PartialState
+
+
+PATIENCE = timedelta(days=7)
+"""How long a process waits for another: the first one may run a model over a whole corpus meanwhile."""
 
 
 class Processes:
@@ -37,7 +42,8 @@ class Processes:
             return ALONE
         from accelerate import PartialState
 
-        joined = cls(PartialState(cpu=device == "cpu" or not torch.accelerator.is_available()))
+        on_cpu = device == "cpu" or not torch.accelerator.is_available()
+        joined = cls(PartialState(cpu=on_cpu, timeout=PATIENCE))
         if joined.count != started:
             raise UserError(f"{started} processes were started, but accelerate joins {joined.count}; use torchrun")
         return joined
@@ -74,6 +80,16 @@ class Processes:
         summed = self.total(torch.cat([gradient.flatten() for gradient in gradients]))
         for gradient, part in zip(gradients, summed.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
+
+    def of_first(self, text: str) -> str:
+        """The first process's text, in all of them."""
+        if self._state is None:
+            return text
+        from accelerate.utils import broadcast_object_list
+
+        said = [text]
+        broadcast_object_list(said)
+        return said[0]
 
     def wait(self) -> None:
         """Returns when all processes have come here."""

@@ -1,17 +1,19 @@
 """The folder of a run: what the run is, so that only the same one goes on in it.
 
-`run.json` holds the settings and a digest of the tokens. It is written before the first checkpoint,
-and looked at before anything else happens in a folder that has checkpoints.
+`run.json` holds the settings and digests of the tokens and of their hidden states. It is written before
+the first checkpoint, and looked at before anything else happens in a folder that has checkpoints.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moe_bias.config import UserError
@@ -19,7 +21,9 @@ from moe_bias.features.source import FeatureSource
 from moe_bias.records import write_json
 
 FILE = "run.json"
-_FREE = frozenset({"output", "checkpoint_every", "keep_checkpoints", "grid", "base", "seeds"})
+_FREE = frozenset(
+    {"output", "checkpoint_every", "keep_checkpoints", "features", "keep_features", "grid", "base", "seeds"}
+)
 """Settings that do not change what a run, or a cell of a sweep, ends with."""
 
 
@@ -55,18 +59,21 @@ def begin(folder: Path, settings: Mapping[str, Any], data: Mapping[str, Any]) ->
     write_json(folder / FILE, {"settings": settings, "data": data})
 
 
+def digests(train: FeatureSource, held_out: FeatureSource) -> dict[str, str]:
+    """By name, what tells a run's features from others."""
+    return {
+        "training tokens": digest([train.support, train.token]),
+        "held-out tokens": digest([held_out.support, held_out.token]),
+        "hidden states": digest(chain(train.contents(), held_out.contents())),
+    }
+
+
 def digest(parts: Iterable[Tensor]) -> str:
     """SHA-256 of the tensors' bytes, in order."""
     found = hashlib.sha256()
     for part in parts:
-        found.update(part.cpu().numpy().tobytes())
+        found.update(part.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
-
-
-def identity(source: FeatureSource) -> Iterator[Tensor]:
-    """What tells a source from another: its support, then its token ids."""
-    yield source.support
-    yield source.token
 
 
 def _read(folder: Path) -> dict[str, Any] | None:

@@ -1,6 +1,7 @@
 """Supervised training on hidden states: after one pass the backbone is not needed again.
 
-`prepare` makes features and chooses the support, `prepare_stored` takes both from a feature store.
+`prepare_stored` takes features from a feature store, on its support or on another; `prepare` makes them in
+memory.
 `fit` trains a layer on them in memory, `train` does so in a folder, with checkpoints. The loop itself
 is in `trainer`.
 """
@@ -14,10 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moe_bias.backbone import Head
 from moe_bias.config import (
+    OWN_SUPPORT,
     LayerConfig,
     TrainingSettings,
     TrainSFTSettings,
@@ -25,26 +27,26 @@ from moe_bias.config import (
     check_support,
 )
 from moe_bias.features.extract import (
+    CALIBRATION_TOKENS,
     Features,
-    HiddenTokens,
+    evenly_spaced,
     fork_coverage,
     measure_fork_mass,
     run_backbone,
     support_for,
     with_scalars,
 )
-from moe_bias.features.source import FeatureSource, Subset
+from moe_bias.features.source import FeatureSource, Subset, on_support
 from moe_bias.features.store import FeatureStore
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.tasks.conversations import Example
-from moe_bias.training.checkpoint import Checkpoints
+from moe_bias.training.base_logits import BaseLogits
+from moe_bias.training.checkpoint import Checkpoints, Position
 from moe_bias.training.metrics import MetricsLog
 from moe_bias.training.processes import ALONE, Processes
-from moe_bias.training.run_folder import begin, digest, identity
+from moe_bias.training.run_folder import begin, digests
 from moe_bias.training.trainer import Evaluations, FitReport, Trainer, Watch
 
-CALIBRATION_TOKENS = 4096
-"""Forks for choosing a support are looked for among this many training tokens."""
 NORMALISATION_TOKENS = 16384
 """The router's normalisation is measured on this many training tokens."""
 
@@ -53,7 +55,7 @@ NORMALISATION_TOKENS = 16384
 class Prepared:
     """Features to train on and to measure on, the layer's support and its coverage of held-out fork mass.
 
-    `seconds` is what the training features took, backbone and all.
+    `seconds` is what the training features took, backbone and all; of a store, its share by tokens.
     """
 
     train: FeatureSource
@@ -61,15 +63,6 @@ class Prepared:
     support: tuple[int, ...] | None
     fork_coverage: float
     seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Extracted:
-    """Hidden states of both parts, and the seconds that the backbone took for the training part."""
-
-    train: HiddenTokens
-    held_out: HiddenTokens
-    seconds: float
 
 
 def prepare(
@@ -86,53 +79,65 @@ def prepare(
 
     `always` are token ids that the support must hold. Raises UserError on a support that cannot be.
     """
-    parse_support(settings.support, head.vocab_size)
-    extracted = extract(model, train, held_out, batch_size)
-    return with_support(head, extracted, settings.support, always)
-
-
-def extract(model: nn.Module, train: Sequence[Example], held_out: Sequence[Example], batch_size: int) -> Extracted:
-    """Runs the backbone once over both parts."""
+    ids = parse_support(settings.support, head.vocab_size)
     started = time.perf_counter()
-    train_tokens = run_backbone(model, train, batch_size, "training hidden states")
-    seconds = time.perf_counter() - started
-    return Extracted(train_tokens, run_backbone(model, held_out, batch_size, "held-out hidden states"), seconds)
-
-
-def with_support(head: Head, extracted: Extracted, support: str, always: Sequence[int]) -> Prepared:
-    """Features on a support, chosen on the training part where `support` is 'auto:M'."""
-    started, train, held_out = time.perf_counter(), extracted.train, extracted.held_out
-    ids = parse_support(support, head.vocab_size)
+    tokens = run_backbone(model, train, batch_size, "training hidden states")
     if isinstance(ids, int):
-        forks = measure_fork_mass(head, train.hidden[:CALIBRATION_TOKENS])
-        ids = support_for(forks, train.token, ids, always)
-    features = with_scalars(head, train, ids, "training base distribution")
-    seconds = extracted.seconds + time.perf_counter() - started
-    return Prepared(
-        features,
-        with_scalars(head, held_out, ids, "held-out base distribution"),
-        None if len(ids) == head.vocab_size else tuple(ids),
-        fork_coverage(measure_fork_mass(head, held_out.hidden[:CALIBRATION_TOKENS]), ids),
-        seconds,
-    )
+        forks = measure_fork_mass(head, tokens.hidden[:CALIBRATION_TOKENS])
+        ids = support_for(forks, tokens.token, ids, always)
+    features = with_scalars(head, tokens, ids, "training base distribution")
+    seconds = time.perf_counter() - started
+    held = run_backbone(model, held_out, batch_size, "held-out hidden states")
+    return _prepared(head, features, with_scalars(head, held, ids, "held-out base distribution"), seconds)
 
 
-def prepare_stored(store: FeatureStore, head: Head, held_out: Sequence[int]) -> Prepared:
-    """A store's tokens on its own support: a view to train on, and the examples `held_out` read into memory.
+def prepare_stored(
+    store: FeatureStore, head: Head, held_out: Sequence[int], support: str = OWN_SUPPORT, always: Sequence[int] = ()
+) -> Prepared:
+    """A store's tokens: a view to train on, and the examples `held_out` (their rows) read into memory.
 
-    Tokens are in the order of their examples, however the store is cut into parts. Coverage is of the
-    held-out tokens that the store kept.
+    Tokens are in the order of their examples, however the store is cut into parts. A `support` other
+    than the store's own is chosen on the training part, `always` in it; R, A and columns are then
+    computed anew. Coverage is of the held-out tokens that the store kept. Raises UserError on a
+    support that cannot be.
     """
     order = store.example.argsort(stable=True)
     is_held_out = torch.isin(store.example[order], torch.tensor(held_out))
-    held = store.at(order[is_held_out])
+    train: FeatureSource = Subset(store, order[~is_held_out])
+    held: FeatureSource = Subset(store, order[is_held_out])
+    started = time.perf_counter()
+    own = ids = store.manifest.support_ids()
+    if support != OWN_SUPPORT:
+        ids = _chosen(train, store.example[order[~is_held_out]], head, support, always)
+    if ids != own:
+        train = on_support(train, head, ids, "training base distribution")
+    seconds = store.seconds * len(train) / len(store) + time.perf_counter() - started
+    if ids != own:
+        held = on_support(held, head, ids, "held-out base distribution")
+    features = held.at(slice(None))
     # Numbered anew: the numbers of the source's rows have gaps, which would count as examples without tokens.
-    held = replace(held, example=held.example.unique(return_inverse=True)[1])
+    features = replace(features, example=features.example.unique(return_inverse=True)[1])
+    return _prepared(head, train, features, seconds)
+
+
+def _chosen(source: FeatureSource, example_T: Tensor, head: Head, support: str, always: Sequence[int]) -> list[int]:
+    """The ids that `support` names; those of 'auto:M' are chosen on examples evenly spaced over the source."""
+    ids = parse_support(support, head.vocab_size)
+    if not isinstance(ids, int):
+        return ids
+    number_T, counts = example_T.unique_consecutive(return_inverse=True, return_counts=True)[1:]
+    sample_T = torch.isin(number_T, torch.tensor(evenly_spaced(counts.tolist()))).nonzero().squeeze(-1)
+    return support_for(measure_fork_mass(head, source.at(sample_T).hidden), source.token, ids, always)
+
+
+def _prepared(head: Head, train: FeatureSource, held_out: Features, seconds: float) -> Prepared:
+    ids = train.support.tolist()
     return Prepared(
-        Subset(store, order[~is_held_out]),
-        held,
-        None if store.manifest.support is None else tuple(store.manifest.support),
-        fork_coverage(measure_fork_mass(head, held.hidden[:CALIBRATION_TOKENS]), store.manifest.support_ids()),
+        train,
+        held_out,
+        None if len(ids) == head.vocab_size else tuple(ids),
+        fork_coverage(measure_fork_mass(head, held_out.hidden[:CALIBRATION_TOKENS]), ids),
+        seconds,
     )
 
 
@@ -181,14 +186,15 @@ def fit(
     settings: TrainingSettings,
     description: str,
     evaluations: Evaluations | None = None,
+    logits: BaseLogits | None = None,
 ) -> FitReport:
-    """Trains a fresh layer in place on the features, without a folder.
+    """Trains a fresh layer in place on the features, without a folder; `logits` are theirs, where there are such.
 
     Raises UserError where the loss is not finite or above its bound; the layer then holds the last
     step's weights.
     """
     start(layer, features, settings)
-    return Trainer(layer, features, head, settings, Watch(evaluations)).run(description)
+    return Trainer(layer, features, head, settings, Watch(evaluations), logits=logits).run(description)
 
 
 def train(
@@ -207,10 +213,10 @@ def train(
     """
     checkpoints = Checkpoints(settings.output, settings.checkpoint_every, settings.keep_checkpoints)
     if processes.is_first:
-        tokens = {"training tokens": digest(identity(source)), "held-out tokens": digest(identity(held_out))}
-        begin(settings.output, settings.model_dump(mode="json"), {**tokens, "processes": processes.count})
+        data = {**digests(source, held_out), "processes": processes.count}
+        begin(settings.output, settings.model_dump(mode="json"), data)
     processes.wait()
-    saved = checkpoints.load()
+    saved = checkpoints.load(Position)
     log = MetricsLog(settings.output, saved[1].step if saved else 0) if processes.is_first else None
     evaluations = Evaluations(held_out, settings.evaluate_every, settings.patience)
     start(layer, source, settings)

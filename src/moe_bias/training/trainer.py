@@ -73,7 +73,9 @@ class Trainer:
         settings: TrainingSettings,
         watch: Watch,
         processes: Processes = ALONE,
+        logits: BaseLogits | None = None,
     ) -> None:
+        """`logits` of the source, where there are such already, are used in place of new ones."""
         self._layer = layer.to(head.device)
         self._source = source
         self._transform = head.transform
@@ -83,7 +85,7 @@ class Trainer:
         self._steps_per_epoch = -(-len(source) // settings.batch_tokens)
         self._steps = settings.epochs * self._steps_per_epoch
         self._optimisation = Optimisation(layer, settings, self._steps)
-        self._logits = BaseLogits(source, head, settings.logits_budget)
+        self._logits = logits or BaseLogits(source, head, settings.logits_budget)
         if watch.evaluations is not None:
             left = settings.logits_budget - self._logits.nbytes
             self._held_out_logits = BaseLogits(watch.evaluations.source, head, left)

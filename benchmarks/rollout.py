@@ -1,0 +1,124 @@
+"""Sampling that keeps what training needs, against transformers' own `generate`: tokens per second.
+
+Arms, on the same left-padded batch of prompts x group rows, at the same temperature and token limit:
+
+    generate        do_sample=True, top_k=0, top_p=1, num_return_sequences=group, and nothing kept
+    sampler M=4096  TransformersSampler under a layer on a support of 4,096: hidden states and scalars kept
+    sampler M=V     the same on the whole vocabulary
+
+Once as answers end, and once with every row run to the limit, which compares the steps alone. Tokens
+are those sampled, end tokens with them and padding not. Target: at least 1x.
+
+    uv run python benchmarks/rollout.py [--rounds 5] [--prompts 4] [--group 8] [--max-new-tokens 96]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moe_bias.backbone import find_head, load_model
+from moe_bias.config import LayerConfig, ModelSettings
+from moe_bias.layer import MoEBiasLayer
+from moe_bias.rollout.sampler import SamplingChoices
+from moe_bias.rollout.sampling import TransformersSampler
+from moe_bias.tasks.conversations import ask, encode_prompt, end_of_turn
+from moe_bias.tasks.procedural import ProceduralTask
+from side_by_side import ratio, take_turns, write_record
+
+SUPPORTS = {"sampler M=4096": tuple(range(4096)), "sampler M=V": None}
+TASK = "products"
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--group", type=int, default=8)
+    parser.add_argument("--max-new-tokens", type=int, default=96)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--model", default="bundled")
+    parser.add_argument("--device", default="auto")
+    options = parser.parse_args()
+    model, tokenizer = load_model(ModelSettings(model=options.model, device=options.device))
+    results = [measure(model, tokenizer, ends, options) for ends in (True, False)]
+    write_record("rollout", {"options": vars(options), "results": results})
+
+
+def measure(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: bool, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Rates and their ratios to generate's, printed and returned. `ends`: whether answers end by themselves."""
+    rates = take_turns(build_arms(model, tokenizer, ends, options), options.rounds)
+    ratios = {name: ratio(rates, name, "generate") for name in rates}
+    print("answers end by themselves" if ends else "every row to the limit")
+    for name, value in ratios.items():
+        print(f"  {name:<15} {value}  {sum(rates[name]) / len(rates[name]):8.1f} tokens/s")
+    return {"ends": ends, "rates": rates, "ratio_to_generate": {name: vars(value) for name, value in ratios.items()}}
+
+
+def build_arms(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: bool, options: argparse.Namespace
+) -> dict[str, Callable[[], int]]:
+    """Every arm on the same prompts; each returns the tokens it sampled."""
+    problems = ProceduralTask.sized_for_small_models(TASK, {}).problems(options.prompts, 0)
+    prompts = [encode_prompt(ask(problem.question), tokenizer) for problem in problems]
+    stops = end_of_turn(ask(""), tokenizer)
+    head = find_head(model)[1]
+    choices = SamplingChoices(
+        temperature=options.temperature,
+        max_new_tokens=options.max_new_tokens,
+        group=options.group,
+        batch_size=options.prompts,
+        stop_ids=stops if ends else [],
+    )
+    seed = iter(range(10**9))
+
+    def sampling(support: tuple[int, ...] | None) -> Callable[[], int]:
+        layer = random_layer(head.hidden_size, head.vocab_size, support).to(head.device)
+        sampler = TransformersSampler(model, head)
+        return lambda: len(sampler.sample(prompts, layer, choices, next(seed)).log_prob)
+
+    arms: dict[str, Callable[[], int]] = {"generate": lambda: generate(model, prompts, stops, ends, options)}
+    return arms | {name: sampling(support) for name, support in SUPPORTS.items()}
+
+
+def random_layer(hidden_size: int, vocab_size: int, support: tuple[int, ...] | None) -> MoEBiasLayer:
+    """Its biases are random, so that no shortcut applies, and so small that answers are as long as the model's."""
+    torch.manual_seed(0)
+    layer = MoEBiasLayer(LayerConfig(support=support), hidden_size, vocab_size)
+    torch.nn.init.normal_(layer.experts, std=0.01)
+    return layer
+
+
+@torch.inference_mode()
+def generate(
+    model: PreTrainedModel, prompts: list[list[int]], stops: list[int], ends: bool, options: argparse.Namespace
+) -> int:
+    """Samples by transformers; returns their tokens, each answer's up to its first end token."""
+    length = max(len(prompt) for prompt in prompts)
+    output = model.generate(
+        input_ids=torch.tensor([[0] * (length - len(p)) + p for p in prompts], device=model.device),
+        attention_mask=torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=model.device),
+        do_sample=True,
+        temperature=options.temperature,
+        top_k=0,
+        top_p=1.0,
+        num_return_sequences=options.group,
+        max_new_tokens=options.max_new_tokens,
+        min_new_tokens=0 if ends else options.max_new_tokens,
+        eos_token_id=stops,
+        pad_token_id=stops[0],
+    )
+    ended_NL = torch.isin(output[:, length:], torch.tensor(stops, device=output.device))
+    before_NL = ended_NL.cumsum(-1) - ended_NL.long()
+    return int((before_NL == 0).sum())
+
+
+if __name__ == "__main__":
+    main()

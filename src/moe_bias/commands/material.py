@@ -1,0 +1,160 @@
+"""What a supervised command works on: the frozen model and hidden states that were extracted, before or just now.
+
+Given `--store` the states are there. Given `--data` they are extracted into a store first, which is
+kept: in `--features`, or in the user's cache under a name that follows from all that decides its
+content. The next run of the same model, data and limits finds it there; an extraction that was cut
+short goes on. The support of such a store is chosen on the training examples alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from moe_bias.backbone import Head, cache_folder, find_head, load_model
+from moe_bias.commands.examples import encoded, length_limit, say, split
+from moe_bias.commands.making import made
+from moe_bias.config import OWN_SUPPORT, Interrupted, SupervisedSettings, UserError
+from moe_bias.features.build import Choices, Plan, make_plan, versions
+from moe_bias.features.fingerprint import corpus_hash, model_facts
+from moe_bias.features.manifest import TEMPERATURE, recipe_hash
+from moe_bias.features.store import FeatureStore
+from moe_bias.features.writer import in_bytes
+from moe_bias.tasks.conversations import Corpus, Example, encode_all, ends, read_conversations
+from moe_bias.training.processes import ALONE, Processes
+from moe_bias.training.sft import Prepared, parse_support, prepare_stored
+
+NAME_LENGTH = 16
+"""Digits of the hash that names a store in the cache."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """The frozen model, its output embedding, a feature store that fits them, and the rows that are held out.
+
+    `always` are ids that a chosen support must hold, `made_on` is the support that the store was asked
+    for. `corpus` are the texts, None where there is only the store.
+    """
+
+    model: PreTrainedModel
+    head: Head
+    store: FeatureStore
+    held_out: list[int]
+    always: list[int]
+    made_on: str = OWN_SUPPORT
+    corpus: Corpus | None = None
+
+    def on(self, support: str) -> Prepared:
+        """Features on a support, as the option names it. Raises UserError on one that cannot be."""
+        wanted = OWN_SUPPORT if support == self.made_on else support
+        return prepare_stored(self.store, self.head, self.held_out, wanted, self.always)
+
+    def examples(self) -> tuple[list[Example], list[Example]]:
+        """Training and held-out examples."""
+        assert self.corpus is not None
+        train: list[Example] = []
+        held_out: list[Example] = []
+        excluded = set(self.held_out)
+        for row, example in zip(self.corpus.rows, self.corpus.examples, strict=True):
+            (held_out if row in excluded else train).append(example)
+        return train, held_out
+
+
+@contextmanager
+def opened(settings: SupervisedSettings, console: Console, processes: Processes = ALONE) -> Iterator[Material]:
+    """The material while the block runs; features that are not to be kept are removed after it.
+
+    Raises UserError on data, stores or settings that cannot be used, before the model is loaded where
+    that can be told; Interrupted where an extraction was, with what is whole.
+    """
+    if settings.store:
+        yield _stored(settings, settings.store, console)
+    else:
+        with _extracted(settings, console, processes) as material:
+            yield material
+
+
+def _stored(settings: SupervisedSettings, folders: Sequence[str], console: Console) -> Material:
+    """Says so where the store holds a part of its examples' tokens alone."""
+    store = FeatureStore.open(*folders)
+    name = f"the feature store in {', '.join(folders)}"
+    held_out = split(store.example.unique().tolist(), settings.held_out, settings.seed, name)
+    model, tokenizer = load_model(settings)
+    head = find_head(model)[1]
+    store.check(model_facts(model, head, tokenizer), temperature=TEMPERATURE)
+    if store.dropped:
+        say(
+            console,
+            f"The store left out {store.dropped:,} tokens of base entropy below {store.manifest.threshold} nats: "
+            "training and held-out figures are of the others",
+        )
+    corpus = _texts_of(store, settings, model, tokenizer) if settings.data else None
+    return Material(model, head, store, held_out, ends(tokenizer), corpus=corpus)
+
+
+def _texts_of(store: FeatureStore, settings: SupervisedSettings, model: PreTrainedModel, tokenizer: Any) -> Corpus:
+    """The examples that a store was extracted from. Raises UserError where the data gives others, or more tokens."""
+    if store.dropped:
+        raise UserError("the store left out tokens that LoRA would be trained on; extract again without --keep-top")
+    corpus = encode_all(
+        read_conversations(settings.data, settings.split), tokenizer, length_limit(model, settings.max_length)
+    )
+    if corpus_hash(corpus) != store.manifest.recipe.corpus:
+        raise UserError(f"the store in {', '.join(settings.store or ())} was not extracted from {settings.data}")
+    rows = set(store.example.unique().tolist())
+    kept = [pair for pair in zip(corpus.rows, corpus.examples, strict=True) if pair[0] in rows]
+    return Corpus([example for _, example in kept], [row for row, _ in kept], corpus.left_out)
+
+
+@contextmanager
+def _extracted(settings: SupervisedSettings, console: Console, processes: Processes) -> Iterator[Material]:
+    conversations = read_conversations(settings.data, settings.split)
+    model, tokenizer = load_model(settings)
+    head = find_head(model)[1]
+    support = parse_support(settings.support, head.vocab_size)
+    limit = length_limit(model, settings.max_length)
+    corpus = encoded(conversations, tokenizer, limit, settings.data, console)
+    held_out = split(corpus.rows, settings.held_out, settings.seed, settings.data)
+    always = ends(tokenizer)
+    choices = Choices(support, always, head.dtype, batch_size=settings.batch_size, held_out=held_out)
+    plan = make_plan(corpus, settings.data, model_facts(model, head, tokenizer), choices)
+    with _folder(settings, plan, processes) as folder:
+        if processes.is_first:
+            _make(model, head, plan, folder, settings, console)
+        processes.wait()
+        yield Material(model, head, FeatureStore.open(folder), held_out, always, settings.support, corpus)
+
+
+@contextmanager
+def _folder(settings: SupervisedSettings, plan: Plan, processes: Processes) -> Iterator[Path]:
+    """Where the features of this plan are; in all processes the same folder, which the first one removes."""
+    if settings.keep_features:
+        name = recipe_hash(plan.recipe, versions())[:NAME_LENGTH]
+        yield settings.features or cache_folder() / "features" / name
+    elif processes.is_first:
+        with TemporaryDirectory(prefix="moe-bias-") as folder:
+            yield Path(processes.of_first(folder))
+    else:
+        yield Path(processes.of_first(""))
+
+
+def _make(
+    model: PreTrainedModel, head: Head, plan: Plan, folder: Path, settings: SupervisedSettings, console: Console
+) -> None:
+    try:
+        manifest = made(model, head, plan, folder, console)
+    except Interrupted as interrupt:
+        if settings.keep_features:
+            raise
+        raise KeyboardInterrupt from interrupt  # what is whole is about to be removed
+    if settings.keep_features:
+        say(
+            console, f"{in_bytes(manifest.bytes)} of hidden states stay there for later runs; the folder can be deleted"
+        )

@@ -1,0 +1,203 @@
+"""What commands of reinforcement learning share: model and problems, the layer to begin with, judging, measuring."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moe_bias.backbone import Head, find_head, load_model
+from moe_bias.commands.saved import read_saved
+from moe_bias.config import (
+    LayerConfig,
+    ModelSettings,
+    PolicySettings,
+    RewardSettings,
+    StartSettings,
+    TaskSettings,
+    UserError,
+)
+from moe_bias.features.extract import fork_coverage, measure_fork_mass
+from moe_bias.layer import MoEBiasLayer
+from moe_bias.rollout.greedy import greedy_answers
+from moe_bias.rollout.policy import Policy, base_policy, layer_policy
+from moe_bias.rollout.sampler import Rollouts, SamplingChoices
+from moe_bias.rollout.sampling import TransformersSampler
+from moe_bias.support import choose_support
+from moe_bias.tasks.catalogue import make_task
+from moe_bias.tasks.conversations import ask, encode_prompt, end_of_turn, ends
+from moe_bias.tasks.mathematics import data_task
+from moe_bias.tasks.rewards import RewardRules, Rewards
+from moe_bias.tasks.task import Problem, Task
+from moe_bias.tasks.verdict import Verdict
+from moe_bias.training.collect import Curriculum, Judge, Judged
+from moe_bias.training.sft import parse_support
+
+CALIBRATION_PROMPTS = 64
+CALIBRATION_GROUP = 4
+"""The support of a fresh layer is chosen on so many of the frozen model's own samples."""
+
+
+@dataclass(frozen=True)
+class Ground:
+    """The frozen model with its tokenizer and output embedding, the task, and both parts of its problems."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    head: Head
+    task: Task
+    train: Curriculum
+    test: Curriculum
+    stop_ids: list[int]
+
+
+def task_of(settings: TaskSettings) -> Task:
+    """The task that the settings name. Raises UserError where there is none."""
+    if settings.problems:
+        return data_task(settings.problems, settings.split)
+    return make_task(settings.task, settings.task_options, settings.easy)
+
+
+def prepare_ground(model_settings: ModelSettings, settings: TaskSettings, seed: int) -> Ground:
+    """Draws the problems, then loads the model. Raises UserError where there are too few, or none can be had."""
+    task = task_of(settings)
+    problems = task.problems(settings.train_problems + settings.test_problems, seed)
+    model, tokenizer = load_model(model_settings)
+    prompts = [encode_prompt(ask(problem.question), tokenizer) for problem in problems]
+    cut = settings.train_problems
+    return Ground(
+        model,
+        tokenizer,
+        find_head(model)[1],
+        task,
+        Curriculum(problems[:cut], prompts[:cut]),
+        Curriculum(problems[cut:], prompts[cut:]),
+        end_of_turn(ask(""), tokenizer),
+    )
+
+
+def sampling_choices(settings: PolicySettings, ground: Ground) -> SamplingChoices:
+    """How a step samples."""
+    return SamplingChoices(
+        temperature=settings.temperature,
+        max_new_tokens=settings.max_new_tokens,
+        group=settings.group,
+        batch_size=settings.batch_size,
+        stop_ids=ground.stop_ids,
+        top_p=settings.top_p,
+        first_token_only=settings.first_token_only,
+    )
+
+
+def sampler_of(settings: PolicySettings, ground: Ground) -> TransformersSampler:
+    """The sampler on the frozen model."""
+    return TransformersSampler(ground.model, ground.head, int(settings.sample_budget))
+
+
+def rewards_of(settings: RewardSettings) -> Rewards:
+    """Shaped rewards by the settings. Raises UserError where form or function cannot be used."""
+    return Rewards(
+        RewardRules(
+            settings.verdict_weight,
+            settings.form,
+            settings.form_weight,
+            settings.reward,
+            settings.reward_weight,
+            settings.overlong_cache,
+        )
+    )
+
+
+def judge_of(ground: Ground, rewards: Rewards, limit: int) -> Judge:
+    """Decodes samples, has the task verify them, and rewards them."""
+
+    def judge(problems: Sequence[Problem], rollouts: Rollouts) -> list[Judged]:
+        texts = [ground.tokenizer.decode(answer.token_ids) for answer in rollouts.answers]
+        verdicts = ground.task.verify(problems, texts)
+        lengths = [len(answer.token_ids) + answer.finished for answer in rollouts.answers]
+        shaped = rewards.shaped(problems, texts, verdicts, lengths, limit)
+        rows = zip(problems, texts, lengths, rollouts.answers, verdicts, shaped, strict=True)
+        return [Judged(p, text, n, answer.finished, verdict, r) for p, text, n, answer, verdict, r in rows]
+
+    return judge
+
+
+def policy_of(layer: MoEBiasLayer | None, head: Head) -> Policy:
+    """The policy of a layer, or of the frozen model for None."""
+    return base_policy if layer is None else layer_policy(layer, head.transform)
+
+
+def greedy_verdicts(
+    ground: Ground, curriculum: Curriculum, policies: Sequence[Policy], settings: PolicySettings, description: str
+) -> list[list[Verdict]]:
+    """Verdicts on greedy answers, by policy, then by problem."""
+    later = [base_policy] * len(policies) if settings.first_token_only else None
+    answers = greedy_answers(
+        ground.model,
+        ground.head,
+        curriculum.prompts,
+        policies,
+        stop_ids=ground.stop_ids,
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=settings.batch_size,
+        later_policies=later,
+        description=description,
+    )
+    texts = [[ground.tokenizer.decode(answer.token_ids) for answer in column] for column in answers]
+    return [ground.task.verify(curriculum.problems, column) for column in texts]
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """The layer that training starts from, and the share of held-out fork mass that its support holds."""
+
+    layer: MoEBiasLayer
+    fork_coverage: float | None
+
+
+def saved_layer(name: str, head: Head) -> Beginning:
+    """The layer of an adapter folder or Hub id. Raises UserError where it does not fit the model."""
+    config, tensors = read_saved(name)
+    found = (config.hidden_size, config.vocab_size)
+    if found != (head.hidden_size, head.vocab_size):
+        raise UserError(
+            f"the adapter in {name!r} is of another model: its hidden states and vocabulary are {found[0]} and "
+            f"{found[1]} wide, here they are {head.hidden_size} and {head.vocab_size}"
+        )
+    layer = MoEBiasLayer(config.layer_config(), head.hidden_size, head.vocab_size)
+    layer.load_state_dict(tensors)
+    return Beginning(layer.to(head.device), config.fork_coverage)
+
+
+@torch.no_grad()
+def fresh_policy_layer(ground: Ground, settings: PolicySettings, start: StartSettings) -> Beginning:
+    """A layer that changes nothing yet, its support and normalisation from the frozen model's own samples.
+
+    The support is chosen on half of the samples' problems, and its coverage measured on the other half.
+    """
+    head = ground.head
+    support = parse_support(start.support, head.vocab_size)
+    config = LayerConfig(num_experts=1, top_k=1, entropy_gate=False, support=(0,))
+    still = MoEBiasLayer(config, head.hidden_size, head.vocab_size).to(head.device)
+    prompts = ground.train.prompts[:CALIBRATION_PROMPTS]
+    choices = SamplingChoices(
+        settings.temperature, settings.max_new_tokens, CALIBRATION_GROUP, settings.batch_size, ground.stop_ids
+    )
+    rollouts = sampler_of(settings, ground).sample(prompts, still, choices, start.seed, "samples of the frozen model")
+    features = rollouts.features
+    first_half_T = features.example < len(rollouts.answers) // 2
+    if isinstance(support, int):
+        mass_V = measure_fork_mass(head, features.hidden[first_half_T]).mass
+        support = choose_support(mass_V, support, ends(ground.tokenizer))
+    covered = fork_coverage(measure_fork_mass(head, features.hidden[~first_half_T]), support)
+    torch.manual_seed(start.seed)
+    whole = len(support) == head.vocab_size
+    layer = MoEBiasLayer(start.layer_config(None if whole else support), head.hidden_size, head.vocab_size)
+    layer = layer.to(head.device)
+    layer.calibrate(features.hidden.to(head.device), start.normalisation)
+    if layer.entropy_gate is not None:
+        layer.entropy_gate.weight.fill_(start.gate_alpha)
+        layer.entropy_gate.bias.fill_(start.gate_beta)
+    return Beginning(layer, covered)

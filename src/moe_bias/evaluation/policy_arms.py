@@ -1,0 +1,145 @@
+"""Arms of the comparison by reinforcement learning: what each is, what it was measured to do, and the table.
+
+The names:
+
+    base                    the frozen model
+    first-token             one bias vector, on the first token of an answer alone (arXiv 2509.06608)
+    static                  one expert without a gate: a plain vector of logit biases
+    no-gate                 MoE-Bias without the entropy gate
+    moe-bias                MoE-Bias on the share rho of highest entropy
+    moe-bias-all-tokens     the same on all tokens (DAPO, arXiv 2503.14476)
+    lora                    LoRA on all linear layers by TRL's GRPOTrainer, all tokens
+    lora-high-entropy       the same on the share rho of highest entropy (RLVR-High-Entropy, arXiv 2506.01939)
+
+All arms have the same problems, samples per step, steps and seeds, and the same worked answers to
+learn the form of an answer from; the frozen model has none. An arm's accuracy is averaged over its
+seeds for each held-out problem, then resampled by problem, paired with another arm's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_bias.config import UserError
+from moe_bias.evaluation.statistics import Estimate, Floats, mean
+from moe_bias.records import provenance, write_json
+
+BASE, STATIC, MAIN, LORA = "base", "static", "moe-bias", "lora"
+_VECTOR: dict[str, Any] = {"num_experts": 1, "top_k": 1, "entropy_gate": False}
+LAYER_ARMS: dict[str, dict[str, Any]] = {
+    "first-token": {**_VECTOR, "first_token_only": True, "rho": 1.0},
+    STATIC: _VECTOR,
+    "no-gate": {"entropy_gate": False},
+    MAIN: {},
+    "moe-bias-all-tokens": {"rho": 1.0},
+}
+LORA_ARMS = (LORA, "lora-high-entropy")
+ARMS = (BASE, *LAYER_ARMS, *LORA_ARMS)
+AGAINST = (BASE, STATIC, LORA)
+"""The arms that every other one is tested against, where they were run."""
+
+
+@dataclass(frozen=True)
+class PolicyArm:
+    """One training of an arm. `right` holds, by set of problems, 1 for each that was answered right.
+
+    The sets are `held out`, where there is one `shifted`, and each of them also `... before`, after the
+    supervised phase and before the first step. `curve` has held-out accuracy by step. `peak_bytes` is
+    the most memory the process has held (on a GPU: that was allocated), the frozen model included.
+    """
+
+    name: str
+    seed: int
+    parameters: int
+    sampled_tokens: int
+    seconds: float
+    warm_seconds: float
+    updating_seconds: float
+    peak_bytes: int
+    right: dict[str, list[float]]
+    curve: list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class PolicyRow:
+    """An arm over its seeds: accuracy by set of problems, and by other arm the paired change of the held-out one."""
+
+    name: str
+    seeds: int
+    parameters: int
+    sampled_tokens: int
+    seconds: float
+    updating_share: float
+    peak_bytes: int
+    accuracy: dict[str, Estimate]
+    change: dict[str, Estimate]
+
+
+class PolicyRecords:
+    """The records of finished arms in a folder, a JSON file each."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "arms"
+
+    def load(self, name: str, seed: int) -> PolicyArm | None:
+        """The arm's record, or None. Raises UserError on a damaged one."""
+        path = self._path(name, seed)
+        if not path.is_file():
+            return None
+        try:
+            return PolicyArm(**json.loads(path.read_text(encoding="utf-8"))["arm"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"record {str(path)!r} is damaged; remove it to run the arm again") from error
+
+    def save(self, arm: PolicyArm, settings: Mapping[str, Any]) -> None:
+        """Keeps an arm with its settings and what it was made with."""
+        write_json(
+            self._path(arm.name, arm.seed), {"arm": asdict(arm), "settings": settings, "provenance": provenance()}
+        )
+
+    def _path(self, name: str, seed: int) -> Path:
+        return self.folder / f"{name}-seed{seed}.json"
+
+
+def compare_policies(arms: Sequence[PolicyArm]) -> list[PolicyRow]:
+    """A row per name, in order of appearance. Raises UserError where arms were measured on other problems."""
+    sizes = {name: len(values) for name, values in arms[0].right.items()}
+    for arm in arms:
+        if {name: len(values) for name, values in arm.right.items()} != sizes:
+            raise UserError(f"the records of {arm.name!r} and {arms[0].name!r} are of different held-out problems")
+    groups: dict[str, list[PolicyArm]] = {}
+    for arm in arms:
+        groups.setdefault(arm.name, []).append(arm)
+    held_out = {name: _mean_right(group)["held out"] for name, group in groups.items()}
+    return [_row(group, held_out) for group in groups.values()]
+
+
+def _row(group: Sequence[PolicyArm], held_out: Mapping[str, Floats]) -> PolicyRow:
+    first = group[0]
+    seconds = float(np.mean([arm.seconds for arm in group]))
+    return PolicyRow(
+        name=first.name,
+        seeds=len(group),
+        parameters=first.parameters,
+        sampled_tokens=round(float(np.mean([arm.sampled_tokens for arm in group]))),
+        seconds=seconds,
+        updating_share=float(np.mean([arm.updating_seconds for arm in group])) / seconds if seconds else 0.0,
+        peak_bytes=max(arm.peak_bytes for arm in group),
+        accuracy={name: mean(values) for name, values in _mean_right(group).items()},
+        change={
+            other: mean(held_out[first.name] - held_out[other])
+            for other in AGAINST
+            if other in held_out and other != first.name
+        },
+    )
+
+
+def _mean_right(group: Sequence[PolicyArm]) -> dict[str, Floats]:
+    """By set of problems and problem, the mean over seeds."""
+    return {name: np.mean([arm.right[name] for arm in group], axis=0) for name in group[0].right}

@@ -1,0 +1,41 @@
+"""Policies: what turns the frozen model's logits into those that tokens are chosen from.
+
+Shapes: B rows, D hidden, V vocabulary, M support.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from moe_bias.backbone import HeadTransform
+from moe_bias.layer import MoEBiasLayer, entropy_from_logits
+
+Policy = Callable[[Tensor, Tensor], Tensor]
+"""From hidden states (B, D) and final base logits (B, V), which it leaves alone, to the policy's logits (B, V)."""
+
+
+def base_policy(hidden_BD: Tensor, logits_BV: Tensor) -> Tensor:
+    """The frozen model as it is."""
+    return logits_BV
+
+
+def layer_policy(layer: MoEBiasLayer, transform: HeadTransform) -> Policy:
+    """The frozen model under a MoE-Bias layer."""
+
+    def policy(hidden_BD: Tensor, logits_BV: Tensor) -> Tensor:
+        return adapted_logits(layer, transform, hidden_BD, entropy_from_logits(logits_BV), logits_BV)
+
+    return policy
+
+
+def adapted_logits(
+    layer: MoEBiasLayer, transform: HeadTransform, hidden_BD: Tensor, entropy_B: Tensor, logits_BV: Tensor
+) -> Tensor:
+    """Final logits (B, V) under the layer, from the base's final logits and their entropy in nats."""
+    move_BM = layer.strength * layer(hidden_BD, entropy_B).bias
+    if layer.support is None:
+        return logits_BV + transform.reachable(logits_BV, move_BM)
+    logits_BM = logits_BV.index_select(-1, layer.support)
+    return logits_BV.index_copy(-1, layer.support, logits_BM + transform.reachable(logits_BM, move_BM))

@@ -1,0 +1,87 @@
+"""What a sampler for reinforcement learning promises: samples, and all that training needs of them.
+
+A sampler answers each prompt several times under a layer, at a temperature T, and keeps of every
+sampled token what it computed on the way: the hidden state, the scalars of the frozen model (see
+`support`; those of u = z / T), and the log-probability under the policy that sampled it. Training
+then needs no pass of the frozen model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from moe_bias.config import UserError
+from moe_bias.features.extract import Features
+from moe_bias.layer import MoEBiasLayer
+from moe_bias.rollout.decoding import Answer
+
+
+@dataclass(frozen=True)
+class SamplingChoices:
+    """How to sample: `group` samples a prompt, `batch_size` prompts at once, `stop_ids` end an answer.
+
+    `first_token_only`: the layer acts on the first token of an answer and the frozen model alone on
+    the others. Raises UserError on values that cannot be, and on those that would falsify what is kept.
+    """
+
+    temperature: float
+    max_new_tokens: int
+    group: int
+    batch_size: int
+    stop_ids: Sequence[int]
+    top_p: float = 1.0
+    first_token_only: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise UserError(
+                f"temperature = {self.temperature} cannot be sampled at; use greedy answers, or a value above 0"
+            )
+        if self.top_p != 1.0:
+            raise UserError(
+                f"top_p = {self.top_p} samples from a cut distribution, for which the stored log-probabilities and "
+                "scalars would be wrong; use 1"
+            )
+        for name in ("max_new_tokens", "group", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} = {getattr(self, name)} samples nothing; use 1 or more")
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """N = prompts x group samples; sample i answers prompt i // group. T sampled tokens in all.
+
+    Tokens stand sample after sample, end tokens included. `features` are those of every sampled
+    token, on the CPU: `logit` (u_y), `log_partition` and `rest` are of u = z / T, at the temperature,
+    `entropy` is the base entropy at temperature 1 that the gate reads, `example` is the sample's
+    number. `log_prob` (T,) float32 is the token's under the policy that sampled it, `policy_entropy`
+    (T,) float32 that policy's entropy in nats, both at the temperature. `biased` (T,) bool tells where
+    the layer acted: training must not move the other tokens. `answers` are the N samples' token ids.
+    """
+
+    features: Features
+    log_prob: Tensor
+    policy_entropy: Tensor
+    biased: Tensor
+    answers: list[Answer]
+    group: int
+    temperature: float
+
+
+class Sampler(Protocol):
+    """Samples from the frozen model under a layer."""
+
+    def sample(
+        self,
+        prompts: Sequence[list[int]],
+        layer: MoEBiasLayer,
+        choices: SamplingChoices,
+        seed: int,
+        description: str = "samples",
+    ) -> Rollouts:
+        """`choices.group` answers to each prompt. The same arguments give the same samples."""
+        ...

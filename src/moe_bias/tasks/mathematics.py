@@ -1,0 +1,143 @@
+r"""Mathematical problems with gold answers, from JSON Lines files or the Hub, graded by math-verify.
+
+Read as they are: MATH and MATH-500 (`problem`, `answer` or a `\boxed{}` in `solution`), GSM8K
+(`question`, an `answer` that ends with "#### 72"), AIME and AMC (whole numbers), and DAPO-Math-17k
+(`prompt` as a message, the gold answer in `reward_model.ground_truth`). Other columns are named by
+their paths.
+
+What counts as equal is math-verify's decision, over sympy: 1/2 is 0.5, x = 3 is 3, a percentage is
+its number with or without the sign. tests/test_mathematics.py holds a hundred cases of it.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from moe_bias.config import UserError
+from moe_bias.tasks.answers import last_boxed
+from moe_bias.tasks.conversations import read_rows
+from moe_bias.tasks.grader import Grader
+from moe_bias.tasks.task import Problem, too_few
+from moe_bias.tasks.verdict import Verdict
+
+QUESTION_COLUMNS = ("problem", "question", "prompt")
+GOLD_COLUMNS = ("answer", "ground_truth", "reward_model.ground_truth", "final_answer", "solution")
+WORKED_COLUMNS = ("solution", "answer")
+INSTRUCTION = "Reason step by step, and put your final answer within \\boxed{}."
+_CALCULATOR = re.compile(r"<<[^<>]*>>")
+"""GSM8K's marks of a calculator's use."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns hold the question, the gold answer and a worked one; "" looks for the usual names."""
+
+    question: str = ""
+    gold: str = ""
+    worked: str = ""
+
+
+@dataclass(frozen=True)
+class MathematicsTask:
+    """A data set's problems, without repeated questions, in its order."""
+
+    name: str
+    all_problems: Sequence[Problem] = field(repr=False)
+    grader: Grader = field(repr=False, compare=False, default_factory=Grader)
+
+    def problems(self, count: int, seed: int) -> list[Problem]:
+        """`count` problems drawn by the seed. Raises UserError where there are fewer."""
+        if count > len(self.all_problems):
+            raise too_few(self.name, len(self.all_problems), count)
+        return random.Random(seed).sample(self.all_problems, count)
+
+    def verify(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Verdict]:
+        """Verdicts by math-verify, at most the grader's limit for each."""
+        return self.grader.grade([(p.gold, text) for p, text in zip(problems, completions, strict=True)])
+
+
+def data_task(
+    source: str,
+    split: str = "test",
+    columns: Columns | None = None,
+    instruction: str = INSTRUCTION,
+    grader: Grader | None = None,
+) -> MathematicsTask:
+    """The problems of a JSON Lines file, or of a Hub data set's split.
+
+    `instruction` follows every question, except one that comes as a message and so says what it wants.
+    Raises UserError on a source that cannot be read and on a row without question or gold answer.
+    """
+    rows = enumerate(read_rows(source, split), 1)
+    chosen = columns or Columns()
+    problems = [read_problem(row, f"row {number} of {source}", chosen, instruction) for number, row in rows]
+    different = {problem.question: problem for problem in reversed(problems)}
+    return MathematicsTask(source, tuple(reversed(different.values())), grader or Grader())
+
+
+def read_problem(row: Any, where: str, columns: Columns, instruction: str) -> Problem:
+    """One row as a problem; `where` names it in errors."""
+    if not isinstance(row, Mapping):
+        raise UserError(f"{where} is not an object with columns but {row!r}")
+    question = _question(_wanted(row, columns.question, QUESTION_COLUMNS, where), where, instruction)
+    gold = _text(_wanted(row, columns.gold, GOLD_COLUMNS, where), where)
+    worked = _column(row, (columns.worked,) if columns.worked else WORKED_COLUMNS)
+    return Problem(question, gold_answer(gold), _worked(worked), row)
+
+
+def gold_answer(text: str) -> str:
+    r"""The answer within what a data set gives as one: after GSM8K's "####", in the last `\boxed{}`, or all of it."""
+    _, mark, after = text.rpartition("####")
+    if mark:
+        return after.strip().replace(",", "")
+    boxed = last_boxed(text)
+    return (text if boxed is None else boxed).strip().rstrip(".,")  # a sentence's end, which LaTeX cannot read
+
+
+def _wanted(row: Mapping[str, Any], chosen: str, usual: Sequence[str], where: str) -> Any:
+    names = (chosen,) if chosen else usual
+    value = _column(row, names)
+    if value is None:
+        raise UserError(f"{where} has columns {sorted(row)}; needed is {' or '.join(names)}")
+    return value
+
+
+def _column(row: Mapping[str, Any], names: Iterable[str]) -> Any:
+    """The value at the first path that the row has, or None; `a.b` is column b within column a."""
+    for name in names:
+        value: Any = row
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if value is not None:
+            return value
+    return None
+
+
+def _question(value: Any, where: str, instruction: str) -> str:
+    if isinstance(value, str):
+        return f"{value}\n\n{instruction}" if instruction else value
+    if isinstance(value, Sequence) and len(value) == 1 and value[0].get("role") == "user":
+        return str(value[0]["content"])
+    raise UserError(f"{where} has a question that is neither text nor one message of the user: {value!r}")
+
+
+def _text(value: Any, where: str) -> str:
+    if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, str | int | float):
+        return str(value)
+    raise UserError(f"{where} has a gold answer that is neither text nor a number: {value!r}")
+
+
+def _worked(value: Any) -> str:
+    """A solution, in the form that `INSTRUCTION` asks for where it is GSM8K's; "" for a bare answer."""
+    if not isinstance(value, str):
+        return ""
+    steps, mark, _ = value.rpartition("####")
+    if mark:
+        return f"{_CALCULATOR.sub('', steps).strip()}\nThe answer is \\boxed{{{gold_answer(value)}}}."
+    return value if last_boxed(value) is not None else ""

@@ -1,0 +1,141 @@
+"""TRL's GRPOTrainer on a model with LoRA, with DAPO's settings, and the model as it was afterwards.
+
+The objective is DAPO's over all tokens, or over those of high entropy (RLVR-High-Entropy):
+
+    loss_type="dapo", epsilon 0.2, epsilon_high 0.28, beta 0, advantages scaled by the group's standard
+    deviation, truncated completions kept, top_entropy_quantile 1.0 or 0.2
+
+How TRL's loss then differs from ours: see `policy_objective`. TRL takes its entropy threshold over each
+micro-batch, not over the step. All samples of a step's prompts make one optimiser step, so that TRL
+takes its own log-probabilities, detached, for those of the sampler. AdamW without weight decay,
+gradients clipped to norm 1, a rate that falls linearly to 0.
+
+TRL's config turns bfloat16 on unless told otherwise; here the update is in the model's own type. It
+also leaves changes on the model (a forward of its own, no KV cache, tags), which are taken back.
+TRL counts its users on the Hub unless HF_HUB_DISABLE_TELEMETRY=1 is set.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PrinterCallback
+
+from moe_bias.config import UserError
+from moe_bias.training.policy_objective import EPS_HIGH, EPS_LOW
+
+Prompt = str | list[dict[str, str]]
+"""Text to be continued, or the turns of a chat, to which the tokenizer's template is applied."""
+
+
+@dataclass(frozen=True)
+class GRPOChoices:
+    """How long and how large: `steps` of `prompts` x `group` samples of at most `max_new_tokens` tokens.
+
+    `entropy_share` is rho, 1.0 for all tokens; `micro_batch` samples are in one forward and backward pass.
+    """
+
+    steps: int
+    prompts: int
+    group: int
+    max_new_tokens: int
+    temperature: float = 1.0
+    entropy_share: float = 1.0
+    rate: float = 1e-4
+    micro_batch: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.group < 2:
+            raise UserError(f"a group of {self.group} samples has no advantages: take 2 or more")
+        if self.samples % self.micro_batch:
+            raise UserError(
+                f"{self.prompts} prompts x {self.group} samples do not divide into micro-batches of {self.micro_batch}"
+            )
+        if not 0 < self.entropy_share <= 1:
+            raise UserError(f"share = {self.entropy_share} of the tokens: it must be above 0 and at most 1")
+
+    @property
+    def samples(self) -> int:
+        """Samples in one step."""
+        return self.prompts * self.group
+
+
+@contextmanager
+def grpo_trainer(
+    adapted: Any, tokenizer: Any, prompts: Sequence[Prompt], reward: Callable[..., Any], choices: GRPOChoices
+) -> Iterator[Any]:
+    """TRL's trainer of this model, without output of its own; afterwards no file and no change is left of it."""
+    if find_spec("trl") is None:
+        raise UserError("LoRA is trained by RL with TRL, which is not installed: pip install trl, version 1.16")
+    if len(prompts) < choices.prompts:
+        raise UserError(f"{len(prompts)} prompts are too few for steps of {choices.prompts} prompts")
+    import trl
+
+    with tempfile.TemporaryDirectory() as folder, _as_found(adapted):
+        trainer = trl.GRPOTrainer(
+            adapted,
+            reward_funcs=reward,
+            args=trl.GRPOConfig(folder, **_arguments(adapted, choices)),
+            train_dataset=Dataset.from_dict({"prompt": list(prompts)}),
+            processing_class=copy.deepcopy(tokenizer),
+        )
+        trainer.remove_callback(PrinterCallback)
+        yield trainer
+
+
+def _arguments(adapted: Any, choices: GRPOChoices) -> dict[str, Any]:
+    parameter = next(adapted.parameters())
+    return {
+        "loss_type": "dapo",
+        "epsilon": EPS_LOW,
+        "epsilon_high": EPS_HIGH,
+        "beta": 0.0,
+        "mask_truncated_completions": False,
+        "top_entropy_quantile": choices.entropy_share,
+        "temperature": choices.temperature,
+        "max_completion_length": choices.max_new_tokens,
+        "num_generations": choices.group,
+        "per_device_train_batch_size": choices.micro_batch,
+        "gradient_accumulation_steps": choices.samples // choices.micro_batch,
+        "max_steps": choices.steps,
+        "learning_rate": choices.rate,
+        "seed": choices.seed,
+        "bf16": parameter.dtype == torch.bfloat16,
+        "use_cpu": parameter.device.type == "cpu",
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+    }
+
+
+@contextmanager
+def _as_found(adapted: Any) -> Iterator[None]:
+    """Takes back what TRL does to a model beside training it."""
+    model, modes = adapted.get_base_model(), [(module, module.training) for module in adapted.modules()]
+    text_config = model.config.get_text_config()
+    before = {name: model.__dict__.get(name) for name in ("forward", "model_tags")}
+    use_cache, pad_token_id = getattr(text_config, "use_cache", None), text_config.pad_token_id
+    generation_config = copy.deepcopy(model.generation_config)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                model.__dict__.pop(name, None)
+            else:
+                setattr(model, name, value)
+        text_config.use_cache, text_config.pad_token_id = use_cache, pad_token_id
+        model.generation_config = generation_config
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,310 @@
+"""Reinforcement learning with verifiable rewards: sample, verify, update many times without the backbone.
+
+The objective is that of `policy_objective`: GRPO with DAPO's clipping, over the high-entropy tokens of
+a step's samples (arXiv 2506.01939, 2503.14476). Departures from both papers:
+
+- the policy that samples is the policy that is trained, to the bit of its weights: hidden states,
+  rest scalars and log-probabilities are those of the sampling, so nothing is computed again and no
+  reference model exists;
+- the threshold is taken over all tokens of a step's kept groups, once, and not in every minibatch;
+- a step's problems are drawn by seed and step, not in the order of epochs over the data;
+- KL is exact and to the base. `kl_bound` is a hard bound on its mean over the step's tokens: an update
+  that exceeds it is halved until it does not, or undone.
+
+A step is: collect, then `epochs` passes over the selected tokens in minibatches, then a line of
+metrics, an evaluation and a checkpoint where they are due. All draws follow from seed and step, so
+that a run which was killed does the interrupted step again, with the same samples.
+
+Shapes: T tokens, M support.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol, get_args
+
+import torch
+from torch import Tensor
+
+from moe_bias.backbone import Head
+from moe_bias.config import PolicySettings, UserError
+from moe_bias.features.extract import Features
+from moe_bias.features.source import on_device
+from moe_bias.layer import MoEBiasLayer
+from moe_bias.progress import Meter, meter
+from moe_bias.tasks.verdict import Outcome
+from moe_bias.training.checkpoint import Checkpoints, Standing
+from moe_bias.training.collect import Collected, Collector
+from moe_bias.training.interrupt import deferred_interrupt
+from moe_bias.training.metrics import Metrics, SampleLog, router_use
+from moe_bias.training.optimisation import Optimisation
+from moe_bias.training.policy_gradients import policy_gradients, policy_stats
+from moe_bias.training.policy_objective import PolicyLoss, PolicyTerms, Sampled
+from moe_bias.training.processes import ALONE
+
+HALVINGS = 8
+"""How often an update that exceeds `kl_bound` is halved before it is undone."""
+_LAYER = "layer."
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+
+Evaluate = Callable[[MoEBiasLayer], float]
+"""Greedy accuracy on the held-out problems."""
+
+
+@dataclass(frozen=True)
+class PolicyPosition(Standing):
+    """Where a run stands: steps in a row without a group to learn from, and the last and the best accuracy."""
+
+    equal: int = 0
+    accuracy: float | None = None
+    best_accuracy: float | None = None
+    best_step: int = 0
+    sampled_tokens: int = 0
+    update_seconds: float = 0.0
+    seconds: float = 0.0
+
+
+class Log(Protocol):
+    """Takes the metrics of each step."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Adds the line of a step."""
+
+
+@dataclass(frozen=True)
+class Watching:
+    """What goes on beside the steps, and how often."""
+
+    evaluate: Evaluate
+    evaluate_every: int
+    checkpoints: Checkpoints | None = None
+    log: Log | None = None
+    samples: SampleLog | None = None
+
+
+class PolicyTrainer:
+    """One run of reinforcement learning. The layer is trained in place."""
+
+    def __init__(
+        self, layer: MoEBiasLayer, head: Head, collector: Collector, settings: PolicySettings, watching: Watching
+    ) -> None:
+        self._layer = layer.to(head.device)
+        self._collector = collector
+        self._settings = settings
+        self._watching = watching
+        self._optimisation = Optimisation(layer, settings, settings.steps)
+        self._update = Update(layer, head, settings, self._optimisation)
+        self._position = PolicyPosition()
+
+    def resume(self, tensors: Mapping[str, Tensor], position: PolicyPosition) -> None:
+        """Takes up what a checkpoint holds."""
+        own = {name.removeprefix(_LAYER): t for name, t in tensors.items() if name.startswith(_LAYER)}
+        self._layer.load_state_dict(own)
+        self._optimisation.load_tensors(dict(tensors))
+        self._position = position
+
+    def run(self) -> PolicyPosition:
+        """Trains to the end.
+
+        Raises UserError where rewards have been equal for too many steps or a loss is not finite;
+        KeyboardInterrupt on Ctrl-C between two steps, after a checkpoint where there are any.
+        """
+        with meter("reinforcement learning", self._settings.steps, "steps") as bar, deferred_interrupt() as pressed:
+            bar.advance(self._position.step)
+            if self._position.step == 0:
+                self._evaluate({}, bar)
+            while self._position.step < self._settings.steps:
+                if pressed():
+                    self._save()
+                    raise KeyboardInterrupt
+                self._advance(bar)
+        return self._position
+
+    def _advance(self, bar: Meter) -> None:
+        """A step and what follows it, in the order that a resumed run relies on: evaluation, log, checkpoint."""
+        step, started = self._position.step, time.perf_counter()
+        collected = self._collector.collect(self._layer, step)
+        updating = time.perf_counter()
+        update = self._learn(collected, step)
+        ended = time.perf_counter()
+        metrics = _metrics(collected, self._settings) | update
+        metrics |= {"seconds": ended - started, "updating_seconds": ended - updating}
+        self._position = replace(
+            self._position,
+            step=step + 1,
+            equal=0 if collected.batch is not None else self._position.equal + 1,
+            sampled_tokens=self._position.sampled_tokens + sum(one.tokens for one in collected.judged),
+            update_seconds=self._position.update_seconds + ended - updating,
+            seconds=self._position.seconds + ended - started,
+        )
+        self._say(bar, metrics)
+        self._show(collected, bar)
+        self._evaluate(metrics, bar)
+        if self._watching.checkpoints is not None and self._position.step % self._watching.checkpoints.every == 0:
+            self._save()
+        bar.advance(1)
+        self._refuse_equal(collected)
+
+    def _learn(self, collected: Collected, step: int) -> Metrics:
+        if collected.batch is None:
+            return {}
+        assert collected.sampled is not None
+        return self._update.learn(collected.batch, collected.sampled, step)
+
+    def _evaluate(self, metrics: Metrics, bar: Meter) -> None:
+        """Measures where it is due, and writes the step's line."""
+        step = self._position.step
+        if step % self._watching.evaluate_every == 0 or step == self._settings.steps:
+            accuracy = self._watching.evaluate(self._layer)
+            metrics = metrics | {"held_out_accuracy": accuracy}
+            self._position = replace(self._position, accuracy=accuracy)
+            if self._position.best_accuracy is None or accuracy > self._position.best_accuracy:
+                self._position = replace(self._position, best_accuracy=accuracy, best_step=step)
+            bar.say(f"step {step}: {accuracy:.1%} of the held-out problems right")
+        if self._watching.log is not None:
+            self._watching.log.write(step, metrics)
+
+    def _say(self, bar: Meter, metrics: Metrics) -> None:
+        kl = f", KL {metrics['kl']:.3f}" if "kl" in metrics else ", nothing to learn from"
+        bar.say(
+            f"step {self._position.step}: reward {metrics['reward']:.3f}, {metrics['correct']:.0%} right, "
+            f"{metrics['tokens_per_answer']:.0f} tokens, entropy {metrics['entropy']:.2f}{kl}"
+        )
+
+    def _show(self, collected: Collected, bar: Meter) -> None:
+        """Keeps the samples where that is due, and shows the first."""
+        if self._watching.samples is None:
+            return
+        shown = self._watching.samples.write(self._position.step, [one.as_line() for one in collected.judged])
+        if shown is not None:
+            bar.say(f"  {shown['question']!r} -> {shown['completion']!r}: {shown['outcome']}, {shown['reward']:g}")
+
+    def _refuse_equal(self, collected: Collected) -> None:
+        if self._position.equal < self._settings.equal_steps:
+            return
+        right = collected.outcomes["correct"] / max(len(collected.judged), 1)
+        cut = sum(not one.finished for one in collected.judged) / max(len(collected.judged), 1)
+        raise UserError(
+            f"in {self._position.equal} steps in a row no problem had samples of different rewards, so there is "
+            f"nothing to learn from: {right:.0%} of the last samples are right, {cut:.0%} reached the token limit; "
+            "start from an adapter trained on worked answers (--adapter), take easier or harder problems, or raise "
+            "--group or --max-new-tokens"
+        )
+
+    def _save(self) -> None:
+        if self._watching.checkpoints is not None:
+            tensors = {_LAYER + name: tensor for name, tensor in self._layer.state_dict().items()}
+            self._watching.checkpoints.save(tensors | self._optimisation.tensors(), self._position)
+
+
+class Update:
+    """What a step does with its selected tokens: minibatches, epochs, the bound on KL."""
+
+    def __init__(self, layer: MoEBiasLayer, head: Head, settings: PolicySettings, optimisation: Optimisation) -> None:
+        self._layer = layer
+        self._head = head
+        self._settings = settings
+        self._optimisation = optimisation
+        self._terms = PolicyTerms(
+            settings.temperature, settings.eps_low, settings.eps_high, settings.kl_weight, settings.entropy_weight
+        )
+        support_M = layer.support if layer.support is not None else torch.arange(layer.vocab_size)
+        self._columns = head.columns(support_M.to(head.device))
+
+    def learn(self, batch: Features, sampled: Sampled, step: int) -> Metrics:
+        """Updates the layer; `batch` and `sampled` hold the selected tokens of step `step`.
+
+        Raises UserError before an optimiser step whose loss or gradient is not finite.
+        """
+        device = self._head.device
+        batch, sampled = on_device(batch, device), Sampled(sampled.log_prob.to(device), sampled.advantage.to(device))
+        logits_TM = self._columns(batch.hidden) / self._settings.temperature
+        before = self._kl(batch, logits_TM)
+        first: PolicyLoss | None = None
+        losses = []
+        for index in self._minibatches(len(batch), step):
+            loss = self._step(batch.at(index), sampled.at(index), logits_TM[index], step)
+            first = first or loss
+            if first is loss:
+                gap = float((loss.log_prob - sampled.log_prob[index]).abs().max())
+            losses.append(loss)
+            self._hold_kl(batch, logits_TM, before)
+        assert first is not None
+        return self._metrics(first, losses, gap, self._kl(batch, logits_TM))
+
+    def _minibatches(self, tokens: int, step: int) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(self._settings.seed * 1_000_003 + step)
+        orders = [torch.randperm(tokens, generator=generator) for _ in range(self._settings.epochs)]
+        return [index for order in orders for index in order.split(self._settings.batch_tokens)]
+
+    def _step(self, batch: Features, sampled: Sampled, logits_TM: Tensor, step: int) -> PolicyLoss:
+        self._optimisation.zero_grad()
+        loss = policy_gradients(
+            self._layer, batch, sampled, lambda rows: logits_TM[rows], self._head.transform, self._terms
+        )
+        norm = self._optimisation.norms().total
+        if not (torch.isfinite(loss.total) and norm < float("inf")):
+            raise UserError(
+                f"the loss of step {step + 1} became {float(loss.total)} with a gradient of norm {norm}; lower "
+                f"--expert-rate ({self._settings.expert_rate:g}) or --router-rate ({self._settings.router_rate:g})"
+            )
+        self._kept = {name: tensor.clone() for name, tensor in self._layer.state_dict().items()}
+        self._optimisation.step(step)
+        return loss
+
+    def _kl(self, batch: Features, logits_TM: Tensor) -> float:
+        """Exact mean KL to the base over the tokens, in nats."""
+        stats = policy_stats(
+            self._layer, batch, lambda rows: logits_TM[rows], self._head.transform, self._settings.temperature
+        )
+        return float(stats.kl.double().mean())
+
+    @torch.no_grad()
+    def _hold_kl(self, batch: Features, logits_TM: Tensor, before: float) -> None:
+        """Halves the last update until KL is within the bound, or not above what the step began with; or undoes it."""
+        bound = self._settings.kl_bound
+        if bound is None:
+            return
+        state = self._layer.state_dict()
+        for _ in range(HALVINGS):
+            if self._kl(batch, logits_TM) <= max(bound, before):
+                return
+            for name, tensor in state.items():
+                tensor.copy_((tensor + self._kept[name]) / 2)
+        self._layer.load_state_dict(self._kept)
+
+    def _metrics(self, first: PolicyLoss, losses: list[PolicyLoss], gap: float, kl: float) -> Metrics:
+        entropy, used = router_use(first.routing, ALONE)
+        return {
+            "loss": float(first.total),
+            "load_balance": float(first.load_balance),
+            "clipped": sum(float(loss.clipped) for loss in losses) / len(losses),
+            "kl": kl,
+            "sampler_gap": gap,
+            "router_entropy": entropy,
+            "used_experts": used,
+            "updates": float(len(losses)),
+        }
+
+
+def _metrics(collected: Collected, settings: PolicySettings) -> Metrics:
+    """What the samples of a step were like."""
+    samples, outcomes = len(collected.judged), collected.outcomes
+    shares = {name.replace(" ", "_"): outcomes[name] / samples for name in OUTCOMES}
+    selected = 0 if collected.batch is None else len(collected.batch)
+    taught = {"threshold": collected.threshold} if selected else {}
+    return {
+        "reward": sum(collected.rewards) / samples,
+        **shares,
+        "cut": sum(not one.finished for one in collected.judged) / samples,
+        "tokens_per_answer": sum(one.tokens for one in collected.judged) / samples,
+        "samples": float(samples),
+        "entropy": collected.entropy,
+        "tokens": float(collected.tokens),
+        "selected": float(selected),
+        **taught,
+        "sampling_seconds": collected.sampling_seconds,
+        "judging_seconds": collected.judging_seconds,
+    }

@@ -1,0 +1,192 @@
+"""The loop of reinforcement learning on a tiny random model, its rewards made up."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from conftest import VOCABULARY, tiny_model
+from moe_bias.backbone import find_head
+from moe_bias.config import LayerConfig, PolicySettings, UserError
+from moe_bias.layer import MoEBiasLayer
+from moe_bias.rollout.sampler import SamplingChoices
+from moe_bias.rollout.sampling import TransformersSampler
+from moe_bias.tasks.task import Problem
+from moe_bias.tasks.verdict import judged
+from moe_bias.training.checkpoint import Checkpoints
+from moe_bias.training.collect import Collector, Curriculum, Judged
+from moe_bias.training.metrics import MetricsLog, SampleLog
+from moe_bias.training.rl import PolicyPosition, PolicyTrainer, Watching
+
+WANTED = set(range(3, 40))
+SUPPORT = tuple(range(0, VOCABULARY, 2))
+PROMPTS = [[5, 7, 9 + number] for number in range(10)]
+PROBLEMS = [Problem(f"question {number}", "gold", "", {}) for number in range(10)]
+
+
+def settings_of(**changes) -> PolicySettings:
+    usual = {"steps": 4, "prompts": 4, "group": 4, "max_new_tokens": 5, "epochs": 2, "batch_tokens": 8, "rho": 0.5}
+    return PolicySettings(**{**usual, "num_experts": 4, "expert_rate": 3.0, **changes})
+
+
+def share_of_wanted(tokens) -> float:
+    return sum(token in WANTED for token in tokens) / max(len(tokens), 1)
+
+
+class Setting:
+    """A trainer with all that belongs to it, and what was judged."""
+
+    def __init__(self, settings, reward=share_of_wanted, folder=None, keep=2, layer=None):
+        model = tiny_model()
+        head = find_head(model)[1]
+        torch.manual_seed(0)
+        config = settings.layer_config(SUPPORT)
+        self.layer = layer or MoEBiasLayer(config, head.hidden_size, head.vocab_size)
+        self.rounds = []
+        self.accuracies = 0
+
+        def judge(problems, rollouts):
+            self.rounds.append([problem.question for problem in problems])
+            rewards = [reward(answer.token_ids) for answer in rollouts.answers]
+            return [
+                Judged(problem, str(answer.token_ids), len(answer.token_ids), answer.finished, judged(r > 0.5, None), r)
+                for problem, answer, r in zip(problems, rollouts.answers, rewards, strict=True)
+            ]
+
+        def evaluate(layer):
+            self.accuracies += 1
+            return 0.25
+
+        choices = SamplingChoices(settings.temperature, settings.max_new_tokens, settings.group, 8, [2])
+        sampler = TransformersSampler(model, head)
+        collector = Collector(sampler, Curriculum(PROBLEMS, PROMPTS), judge, settings, choices)
+        self.checkpoints = None if folder is None else Checkpoints(folder, 1, keep)
+        self.lines = []
+        self.trainer = PolicyTrainer(
+            self.layer, head, collector, settings, Watching(evaluate, 2, self.checkpoints, self, None)
+        )
+
+    def write(self, step, metrics):
+        self.lines.append({"step": step, **metrics})
+
+
+def test_reward_rises_and_metrics_say_what_happened():
+    setting = Setting(settings_of(steps=9))
+    setting.trainer.run()
+    rewards = [line["reward"] for line in setting.lines if "reward" in line]
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.15
+    line = setting.lines[1]
+    assert line["samples"] >= 16
+    assert 0.5 <= line["selected"] / line["tokens"] < 0.75
+    assert line["kl"] > 0
+    assert line["updates"] == 2 * -(-line["selected"] // 8)
+    assert setting.accuracies == 6  # before the first step, after every second, and after the last
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_trainer_finds_the_sampler_s_log_probabilities(temperature):
+    setting = Setting(settings_of(temperature=temperature, steps=3))
+    setting.trainer.run()
+    assert max(line["sampler_gap"] for line in setting.lines if "sampler_gap" in line) < 1e-5
+
+
+def test_frozen_model_and_first_step_are_untouched_by_what_is_not_selected():
+    setting = Setting(settings_of(steps=1, rho=1.0))
+    setting.trainer.run()
+    assert setting.lines[-1]["selected"] == setting.lines[-1]["tokens"]
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(tmp_path):
+    whole = Setting(settings_of())
+    whole.trainer.run()
+    first = Setting(settings_of(), folder=tmp_path)
+    stop_after(first, 2)
+    second = Setting(settings_of(), folder=tmp_path)
+    saved = second.checkpoints.load(PolicyPosition)
+    assert saved[1].step == 2
+    second.trainer.resume(*saved)
+    second.trainer.run()
+    assert all(torch.equal(a, b) for a, b in zip(whole.layer.parameters(), second.layer.parameters(), strict=True))
+    ours = [line for line in whole.lines if line["step"] > 2]
+    timeless = [{k: v for k, v in line.items() if "seconds" not in k} for line in ours]
+    assert timeless == [{k: v for k, v in line.items() if "seconds" not in k} for line in second.lines]
+
+
+def stop_after(setting, steps):
+    """Breaks off in the middle of the step after, as a kill would."""
+    before = setting.trainer._update.learn
+
+    def learn(batch, sampled, step):
+        if step == steps:
+            raise RuntimeError("killed")
+        return before(batch, sampled, step)
+
+    setting.trainer._update.learn = learn
+    with pytest.raises(RuntimeError, match="killed"):
+        setting.trainer.run()
+
+
+def test_no_update_exceeds_the_bound_on_kl():
+    free, bound = Setting(settings_of(steps=6)), Setting(settings_of(steps=6, kl_bound=0.02))
+    free.trainer.run()
+    bound.trainer.run()
+    assert max(line.get("kl", 0) for line in free.lines) > 0.05
+    # Of another step's tokens the same layer has another KL; then no update raises it.
+    assert max(line.get("kl", 0) for line in bound.lines) < 0.04
+    assert any(parameter.abs().sum() > 0 for parameter in [bound.layer.experts])
+
+
+def test_equal_rewards_stop_the_run_with_the_success_rate():
+    setting = Setting(settings_of(steps=9, equal_steps=3), reward=lambda tokens: 0.0)
+    with pytest.raises(UserError, match=r"in 3 steps in a row .* 0% of the last samples are right"):
+        setting.trainer.run()
+    assert torch.equal(setting.layer.experts, torch.zeros_like(setting.layer.experts))
+
+
+def test_groups_of_equal_rewards_are_replaced_by_other_problems():
+    setting = Setting(settings_of(steps=1, resamples=1), reward=lambda tokens: 1.0)
+    setting.trainer.run()
+    first, second = setting.rounds
+    assert len(first) == len(second) == 16  # 4 problems, 4 samples each
+    assert not set(first) & set(second)
+
+
+def test_a_step_s_problems_follow_from_seed_and_step():
+    one, other, third = Setting(settings_of()), Setting(settings_of()), Setting(settings_of(seed=1))
+    for setting in (one, other, third):
+        setting.trainer.run()
+    assert one.rounds == other.rounds != third.rounds
+
+
+def test_first_token_arm_learns_from_first_tokens_alone():
+    setting = Setting(settings_of(steps=2, rho=1.0))
+    collector = setting.trainer._collector
+    object.__setattr__(collector, "choices", replace(collector.choices, first_token_only=True))
+    setting.trainer.run()
+    assert all(line["selected"] <= 16 for line in setting.lines if "selected" in line)
+
+
+@pytest.mark.parametrize("changes", [{"temperature": 0}, {"top_p": 0.9}, {"rho": 0}, {"group": 1}, {"epochs": 0}])
+def test_settings_that_cannot_be_are_refused(changes):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        settings_of(**changes)
+
+
+def test_logs_go_on_where_the_checkpoint_is(tmp_path):
+    for log in (MetricsLog(tmp_path, 0), SampleLog(tmp_path, 1, 0)):
+        for step in (1, 2, 3):
+            log.write(step, {"a": 1.0} if isinstance(log, MetricsLog) else [{"question": "\u2028"}])
+        log.close()
+    for log in (MetricsLog(tmp_path, 2), SampleLog(tmp_path, 1, 2)):
+        log.close()
+    for name in ("metrics", "samples"):
+        text = (tmp_path / f"{name}.jsonl").read_text()
+        assert re.findall(r'"step": (\d)', text) == ["1", "2"]
+
+
+def test_a_static_layer_is_trained_too():
+    config = LayerConfig(num_experts=1, top_k=1, entropy_gate=False, support=SUPPORT)
+    layer = MoEBiasLayer(config, 16, VOCABULARY)
+    Setting(settings_of(), layer=layer).trainer.run()
+    assert layer.experts.abs().sum() > 0

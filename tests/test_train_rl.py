@@ -1,0 +1,152 @@
+"""`moe-bias train rl` and `moe-bias compare` as commands on a tiny model: killed, started again, refused."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+
+from moe_bias.adapter import read_adapter
+from moe_bias.cli import main
+from test_cli import save_adapter
+from test_sweep import folder as prepared_folder
+from training_processes import ADAPTER, start_command
+
+folder = prepared_folder
+REWARD = """
+def first_letters(prompt, completion, gold):
+    return sum("1" in word for word in completion.split()) / max(len(completion.split()), 1)
+
+def raises(prompt, completion, gold):
+    if len(completion) % 2:
+        raise KeyError(completion)
+    return 1.0
+
+def too_much(prompt, completion, gold):
+    return 7
+"""
+COMMON = (
+    "--model model --problems problems.jsonl --train-problems 12 --test-problems 4 --support auto:40 --device cpu"
+    " --prompts 3 --group 4 --max-new-tokens 5 --batch-tokens 16 --num-experts 3"
+)
+REWARDED = "--verdict-weight 0 --reward rewards:first_letters --reward-weight 1"
+
+
+@pytest.fixture
+def ground(folder):
+    rows = [{"problem": f"w{5 + n} w6", "answer": str(n), "solution": f"w9 \\boxed{{{n}}}"} for n in range(20)]
+    (folder / "problems.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (folder / "rewards.py").write_text(REWARD)
+    return folder
+
+
+def words_to(output, *more, reward=REWARDED, steps=6):
+    return ["train", "rl", *COMMON.split(), *reward.split(), "--steps", str(steps), "--output", str(output), *more]
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(ground):
+    whole, cut, errors = ground / "whole", ground / "cut", ground / "errors"
+    process = start_command(words_to(whole), errors)
+    process.join(120)
+    assert process.exitcode == 0, errors.read_text()
+    process = start_command(words_to(cut), errors)
+    end = time.monotonic() + 60
+    while not list(cut.glob("checkpoints/step-*2.*")) and process.is_alive() and time.monotonic() < end:
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join(60)
+    assert not (cut / ADAPTER).exists()
+    (cut / "metrics.jsonl").unlink()  # the run goes on without it
+    process = start_command(words_to(cut), errors)
+    process.join(120)
+    assert process.exitcode == 0, errors.read_text()
+    assert (cut / ADAPTER).read_bytes() == (whole / ADAPTER).read_bytes()
+    steps = [json.loads(line)["step"] for line in (cut / "metrics.jsonl").read_text().splitlines()]
+    assert steps[-1] == 6
+    assert steps[0] >= 3
+
+
+def test_record_samples_and_adapter(ground, capsys):
+    assert main(words_to(ground / "out", "--show-every", "2", steps=2)) == 0
+    record = json.loads((ground / "out" / "record.json").read_text())
+    assert set(record["accuracy"]) == {"base", "start", "trained"}
+    assert record["position"]["step"] == 2
+    assert record["position"]["sampled_tokens"] > 0
+    samples = [json.loads(line) for line in (ground / "out" / "samples.jsonl").read_text().splitlines()]
+    assert {sample["step"] for sample in samples} == {2}
+    assert len(samples) % 12 == 0
+    config, tensors = read_adapter(ground / "out")
+    assert len(config.support) == 40
+    assert any("experts" in name and tensor.abs().sum() > 0 for name, tensor in tensors.items())
+    assert "held-out accuracy, trained" in capsys.readouterr().out
+    assert main(words_to(ground / "out", steps=2)) == 2
+    assert "holds an adapter already" in capsys.readouterr().err
+
+
+def test_a_run_starts_from_an_adapter_and_keeps_its_support(ground, capsys):
+    adapter = save_adapter(ground / "adapter", "model")
+    assert main(words_to(ground / "out", "--adapter", adapter, steps=1)) == 0
+    assert read_adapter(ground / "out")[0].support == read_adapter(adapter)[0].support
+    capsys.readouterr()
+    config = json.loads((ground / "adapter" / "adapter_config.json").read_text())
+    (ground / "adapter" / "adapter_config.json").write_text(json.dumps({**config, "hidden_size": 8}))
+    assert main(words_to(ground / "other", "--adapter", adapter)) == 2
+    assert "'adapter'" in (said := capsys.readouterr().err) or "adapter" in said
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--temperature", "0"], "greedy answers are all alike and teach nothing"),
+        (["--top-p", "0.9"], "of another distribution; give 1"),
+        (["--reward", "rewards:nothing"], "rewards has no function nothing"),
+        (["--reward", "rewards:too_much"], "too_much gave 7, which is not a number from 0 to 1"),
+        (["--form", "(", "--form-weight", "1"], "is not a regular expression"),
+        (["--train-problems", "99"], "only 20 different problems, 103 were asked for"),
+        (["--problems", "empty.jsonl"], "empty.jsonl"),
+    ],
+)
+def test_bad_input_is_one_sentence_before_any_sampling(ground, capsys, more, sentence):
+    (ground / "empty.jsonl").write_text("")
+    assert main(words_to(ground / "out", *more)) == 2
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert "samples" not in said.replace("first sample", "")
+
+
+def test_a_reward_that_raises_is_counted_and_shown(ground, capsys):
+    reward = "--verdict-weight 0 --reward rewards:raises --reward-weight 1"
+    code = main(words_to(ground / "out", reward=reward, steps=1))
+    said = capsys.readouterr()
+    assert code == 0 or "failed on a first sample" in said.err
+    assert "rewards:raises failed on" in said.out + said.err
+    assert "KeyError" in said.out + said.err
+
+
+def test_equal_rewards_stop_with_the_success_rate(ground, capsys):
+    assert main(words_to(ground / "out", "--equal-steps", "2", reward="--verdict-weight 1")) == 2
+    assert "in 2 steps in a row no problem had samples of different rewards" in capsys.readouterr().err
+
+
+def test_compare_runs_arms_once_and_prints_them(ground, capsys):
+    words = [
+        "compare",
+        *COMMON.split(),
+        *REWARDED.split(),
+        *["--steps", "2", "--seeds", "0", "--warm-problems", "6", "--output", "out"],
+    ]
+    words += ["--warm-epochs", "2", "--arms", "base,first-token,static,moe-bias"]
+    assert main(words) == 0
+    first = capsys.readouterr().out
+    assert all(name in first for name in ("first-token", "static", "to base", "held out before"))
+    records = sorted(path.name for path in (ground / "out" / "arms").iterdir())
+    assert records == ["base-seed0.json", "first-token-seed0.json", "moe-bias-seed0.json", "static-seed0.json"]
+    times = [path.stat().st_mtime_ns for path in (ground / "out" / "arms").iterdir()]
+    assert main(words) == 0
+    assert times == [path.stat().st_mtime_ns for path in (ground / "out" / "arms").iterdir()]
+    rows = json.loads((ground / "out" / "table.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["base", "first-token", "static", "moe-bias"]
+    assert rows[1]["parameters"] < rows[3]["parameters"]
+    assert main([*words[:-1], "base,stat"]) == 2
+    assert "--arms has 'stat', which is none of base, first-token" in capsys.readouterr().err
