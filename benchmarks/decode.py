@@ -11,18 +11,13 @@ adds per token is E x (M + D) multiply-adds and a pass over V for the entropy.
 from __future__ import annotations
 
 import argparse
-import gc
-import json
-import re
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 
+from memory import peak_in_own_process, print_peak
 from moe_bias import MoEBiasConfig
 from moe_bias.backbone import load_model
 from moe_bias.config import ModelSettings
@@ -48,7 +43,7 @@ def main() -> None:
     parser.add_argument("--memory-of", choices=list(CONFIGS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory_of:
-        _print_peak(options)
+        _generate_alone(options)
         return
     models = {name: adapted_model(name, options.model) for name in CONFIGS}
     results = [measure(models, batch, options) for batch in options.batches]
@@ -100,26 +95,14 @@ def measure(models: dict[str, Any], batch: int, options: argparse.Namespace) -> 
 
 
 def _peak_of(name: str, batch: int, options: argparse.Namespace) -> float:
-    words = ["--memory-of", name, "--batches", str(batch), "--new-tokens", str(options.new_tokens)]
-    done = subprocess.run(
-        [sys.executable, __file__, *words, "--model", options.model], capture_output=True, text=True, check=True
-    )
-    return float(json.loads(done.stdout.splitlines()[-1]))
+    words = {"memory-of": name, "batches": batch, "new-tokens": options.new_tokens, "model": options.model}
+    return peak_in_own_process(__file__, words).whole
 
 
-def _print_peak(options: argparse.Namespace) -> None:
+def _generate_alone(options: argparse.Namespace) -> None:
     """Peak memory of generation: what loading the model took at its height is not counted."""
     model = adapted_model(options.memory_of, options.model)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        generate(model, options.batches[0], options.new_tokens)
-        print(torch.cuda.max_memory_allocated() / 2**20)
-    else:
-        gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew from what is resident now
-        generate(model, options.batches[0], options.new_tokens)
-        status = Path("/proc/self/status").read_text()
-        print(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**10)
+    print_peak(lambda: generate(model, options.batches[0], options.new_tokens))
 
 
 if __name__ == "__main__":

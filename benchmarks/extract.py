@@ -9,7 +9,7 @@ Arms, each over the same examples in the same batches, completion tokens through
 Target: extract at 0.9 of matmul or more; matmul is its limit. Tokens are those of prompts and
 completions together. Memory is the peak above the loaded model, in a process of its own, also for
 examples four times as long and a quarter as many in a batch: logits are held for a chunk of tokens,
-whatever the length. Without an accelerator it is read from Linux's /proc.
+whatever the length.
 
     uv run python benchmarks/extract.py [--rounds 7] [--examples 32] [--length 192] [--batch-size 16]
 """
@@ -17,22 +17,20 @@ whatever the length. Without an accelerator it is read from Linux's /proc.
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 
+from memory import peak_in_own_process, print_peak
 from moe_bias.backbone import find_head, load_model
 from moe_bias.config import ModelSettings
 from moe_bias.features.build import Choices, extract, make_plan
 from moe_bias.features.extract import batches_by_length, chunk_rows, completion_hidden
 from moe_bias.features.fingerprint import model_facts
 from moe_bias.tasks.conversations import Corpus, Example
-from side_by_side import ratio, take_turns, write_record
+from side_by_side import ratio, take_turns, wait, write_record
 
 SUPPORT = 4096
 ARMS = ("backbone", "matmul", "extract")
@@ -50,7 +48,7 @@ def main() -> None:
     parser.add_argument("--memory-of", choices=ARMS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory_of:
-        _print_peak(options)
+        print_peak(build_arms(options)[options.memory_of])
         return
     rates = take_turns(build_arms(options), options.rounds)
     ratios = {name: ratio(rates, name, "matmul") for name in ARMS}
@@ -95,15 +93,16 @@ def build_arms(options: argparse.Namespace) -> dict[str, Callable[[], int]]:
             yield torch.cat(list(completion_hidden(model, [examples[index] for index in batch])))
 
     def backbone() -> int:
-        for hidden_TD in hidden_of_batches():
-            _wait(hidden_TD)
+        for _ in hidden_of_batches():
+            wait()
         return tokens
 
     @torch.inference_mode()
     def matmul() -> int:
         for hidden_TD in hidden_of_batches():
             for hidden_CD in hidden_TD.split(chunk_rows(head)):
-                _wait(head.module(hidden_CD))
+                head.module(hidden_CD)
+                wait()
         return tokens
 
     def whole() -> int:
@@ -112,12 +111,6 @@ def build_arms(options: argparse.Namespace) -> dict[str, Callable[[], int]]:
         return tokens
 
     return {"backbone": backbone, "matmul": matmul, "extract": whole}
-
-
-def _wait(result: torch.Tensor) -> None:
-    """An accelerator returns before it is done."""
-    if result.is_cuda:
-        torch.cuda.synchronize()
 
 
 def _peak_of(name: str, options: argparse.Namespace, times: int) -> float:
@@ -130,29 +123,7 @@ def _peak_of(name: str, options: argparse.Namespace, times: int) -> float:
         "model": options.model,
         "device": options.device,
     }
-    given = [f"--{option}={value}" for option, value in words.items()]
-    done = subprocess.run([sys.executable, __file__, *given], stdout=subprocess.PIPE, text=True, check=True)
-    return float(json.loads(done.stdout.splitlines()[-1]))
-
-
-def _print_peak(options: argparse.Namespace) -> None:
-    """What one run of the arm takes at most above the loaded model, in MiB."""
-    arm = build_arms(options)[options.memory_of]
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        arm()
-        print((torch.cuda.max_memory_allocated() - before) / 2**20)
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # the kernel's word for: forget the peak
-        before = _of_process("VmRSS")
-        arm()
-        print((_of_process("VmHWM") - before) / 2**10)
-
-
-def _of_process(name: str) -> int:
-    """KiB, as Linux counts them."""
-    return int(Path("/proc/self/status").read_text().partition(f"{name}:")[2].split()[0])
+    return peak_in_own_process(__file__, words).above
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.stats import bootstrap
 
 from moe_bias.records import provenance, write_json
@@ -45,6 +46,12 @@ def take_turns(arms: Mapping[str, Callable[[], int]], rounds: int) -> dict[str, 
             if turn > 0:
                 rates[name].append(units / (time.perf_counter() - start))
     return rates
+
+
+def wait() -> None:
+    """An accelerator returns before it is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def ratio(rates: Mapping[str, list[float]], arm: str, against: str) -> Ratio:

@@ -1,4 +1,4 @@
-"""Writes docs/commands.md from the command's own help, and the tables in README and docs from the records.
+"""Writes docs/commands.md from the command's own help, and tables and figures in README and docs from the records.
 
     python docs/generate.py [--check]
 
@@ -22,9 +22,11 @@ from pathlib import Path
 
 os.environ["COLUMNS"] = "100"  # argparse wraps at the terminal's width; the page must not depend on it
 os.environ["NO_COLOR"] = "1"
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
 from tables import filled
 
+import draw_growth
 from moe_bias.cli import COMMANDS, GROUPS, PROGRAM, build_parser
 
 ROOT = Path(__file__).parent.parent
@@ -98,8 +100,9 @@ def undefended_dependencies() -> Iterator[str]:
 
 
 def pages() -> Iterator[tuple[Path, str]]:
-    """Every generated page, and README and docs with their tables made anew, as path and text."""
+    """Every generated page and figure, and README and docs with their tables made anew, as path and text."""
     yield PAGE, page()
+    yield draw_growth.FIGURE, draw_growth.svg(draw_growth.newest())
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         if path != PAGE:
             yield path, filled(path.read_text(encoding="utf-8"))
@@ -111,6 +114,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 where something is stale")
     if not parser.parse_args().check:
         for path, text in pages():
+            path.parent.mkdir(exist_ok=True)
             path.write_text(text, encoding="utf-8")
         return 0
     stale = [*stale_commands(), *undefended_dependencies()]

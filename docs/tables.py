@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 RECORDS = Path(__file__).parent.parent / "records"
@@ -46,6 +47,33 @@ def train_step() -> str:
     record = _latest("train_step")
     rows = [[_STEP_ARMS[arm], _times(ratio)] for arm, ratio in record["ratio_to_lora"].items()]
     return _table(["one optimiser step, tokens/s over LoRA's", "ratio"], rows) + _where(record)
+
+
+def update() -> str:
+    """Rate of an update over LoRA's, over its limit's time, and peak memory."""
+    record = _latest("update")
+    headings = ["an update", "tokens/s", "over LoRA's rate", "target", "time over its limit's", "peak memory"]
+    names = list(_UPDATE_ARMS)
+    rows = [_update_row(record, name) for name in names if name in record["rates"] or name in record["peak_mib"]]
+    return _table(headings, rows) + _where(record) + _update_note(record)
+
+
+def growth() -> str:
+    """Seconds per epoch over tokens and support, as the figure shows them."""
+    record = _latest("growth")
+    tokens = sorted({cell["tokens"] for cell in record["cells"]})
+    lines: dict[tuple[int, str], dict[int, float | None]] = {}
+    for cell in record["cells"]:
+        lines.setdefault((cell["support"], cell["arm"]), {})[cell["tokens"]] = cell["seconds"]
+    rows = [
+        [f"{support:,}{' kept' if arm == 'kept' else ''}", *(_seconds(line[count]) for count in tokens)]
+        for (support, arm), line in lines.items()
+    ]
+    budget = record["budget_bytes"] / 2**30
+    return (
+        _table(["seconds per epoch, by support", *(f"{count:,} tokens" for count in tokens)], rows)
+        + f"\nOne epoch each; logits kept up to {budget:g} GiB; {record['hidden_states']}; {_machine(record)}.\n"
+    )
 
 
 def decode() -> str:
@@ -96,6 +124,52 @@ _STEP_ARMS = {
 }
 
 
+_UPDATE_ARMS = {
+    "lora": "LoRA",
+    "head-autograd": "whole vocabulary, plain autograd",
+    "support-autograd": "support of {support:,}, plain autograd",
+    "full": "whole vocabulary, ours",
+    "support": "support of {support:,}, ours",
+    "kept": "the same, base logits kept",
+    "kept-top20": "the same, on the 20% of highest entropy",
+    "matmul-full": "(the bare product with the output embedding)",
+    "matmul": "(the bare product with the support's columns)",
+    "pass": "(one read of the kept logits)",
+    "forward": "(one forward of the model)",
+}
+
+
+def _update_row(record: dict[str, Any], name: str) -> list[str]:
+    rates, over, limit = (record[key].get(name) for key in ("rates", "ratio_to_lora", "time_over_limit"))
+    target, peak = record["targets"]["ratio_to_lora"].get(name), record["peak_mib"].get(name)
+    return [
+        _UPDATE_ARMS[name].format(support=record["options"]["support"]),
+        f"{median(rates):,.0f}" if rates else "",
+        _times(over) if over else "",
+        f"{target}x" if target else "",
+        _times(limit) if limit else "",
+        f"{peak['whole']:,.0f} MiB" if peak else "",
+    ]
+
+
+def _update_note(record: dict[str, Any]) -> str:
+    options, sizes = record["options"], record["sizes"]
+    model = "SmolLM2-135M-Instruct" if options["model"] == "bundled" else f"`{options['model']}`"
+    if options["shape"] is not None:
+        model = f"a random model of {record['parameters']:,} parameters"
+    return (
+        f"On {model} (hidden size {sizes['hidden']:,}, vocabulary {sizes['vocabulary']:,}), "
+        f"{options['tokens']:,} tokens, batches of {sizes['batch']}; "
+        f"LoRA in its fastest form tried, {record['lora']['form']}.\n"
+        f"Time over the limit's is to be at most {record['targets']['time_over_limit']:g}x. Peak memory is that of a "
+        "process of its own, with all that the arm holds.\n"
+    )
+
+
+def _seconds(value: float | None) -> str:
+    return "not kept" if value is None else f"{value:.3g}"
+
+
 def _interval(estimate: dict[str, float], form: str) -> str:
     value, low, high = (format(estimate[key], form) for key in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
@@ -107,11 +181,13 @@ def _times(ratio: dict[str, float]) -> str:
 
 
 def _where(record: dict[str, Any]) -> str:
+    return f"\nMedian over rounds and its 95% interval; {_machine(record)}.\n"
+
+
+def _machine(record: dict[str, Any]) -> str:
     machine = record["provenance"]["machine"]
     hardware = machine["accelerator"] or f"{machine['processor']}, {machine['threads']} threads"
-    return (
-        f"\nMedian over rounds and its 95% interval; {hardware}; torch {record['provenance']['versions']['torch']}.\n"
-    )
+    return f"{hardware}; torch {record['provenance']['versions']['torch']}"
 
 
 def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -132,6 +208,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "decode": decode,
     "demo-output": demo_output,
     "demo-tasks": demo_tasks,
+    "growth": growth,
     "sweep-products": sweep_products,
     "train-step": train_step,
+    "update": update,
 }
