@@ -38,6 +38,7 @@ def test_train_sft_on_a_file_of_ones_own(tmp_path, capsys):
     data.write_text("\n".join(json.dumps(row) for row in rows))
     output = tmp_path / "adapter"
     words = ["train", "sft", "--data", str(data), "--output", str(output), "--support", "auto:512", "--epochs", "4"]
+    words += ["--features", str(tmp_path / "features")]
     assert main([*words, "--held-out", "0.2"]) == 0
     printed = capsys.readouterr().out
     assert "trainable parameters" in printed
