@@ -31,7 +31,7 @@ sweep() {
 # LoRA on both texts takes hours on two cores: it is run on GSM8K, on 100,000 tokens and for as long as moe-bias takes.
 arms() {
   # shellcheck disable=SC2086
-  uv run moe-bias arms ${features[$text]} ${lora[$text]} --held-out 0.1 --epochs 4 --logits-budget 4GiB --seeds 0 \
+  uv run moe-bias arms ${features[$text]} ${lora[$text]} --held-out 0.1 --epochs 4 --expert-rate 2e-2 --gate-alpha 0 --logits-budget 4GiB --seeds 0 \
     --lora-tokens 100000 --output "runs/out/defaults/$text-arms"
   cp "runs/out/defaults/$text-arms/table.json" "records/defaults/$text-arms.json"
 }
@@ -41,7 +41,8 @@ for text in ${texts[*]}; do
   sweep rates "expert_rate=2e-2,5e-2,1e-1 router_rate=1e-3,3e-3,1e-2" "expert_rate=5e-2 router_rate=3e-3"
   sweep gate "gate_alpha=0,1 gate_beta=-1,0,2" "gate_alpha=1 gate_beta=0"
   sweep normalisation "normalisation=standardise,rms,none" "normalisation=standardise"
-  sweep support "support=auto:1024,auto:2048,auto:4096" "support=auto:4096"
+  sweep together "expert_rate=2e-2 gate_alpha=0,1 top_k=2,4 epochs=4,8" "gate_alpha=0 top_k=2 epochs=4"
   arms
   sweep epochs "epochs=2,4,8,16 expert_dropout=0,0.2" "epochs=4 expert_dropout=0"
+  sweep support "support=own,auto:1024,auto:2048" "support=own"
 done
