@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -40,6 +41,16 @@ def sweep_products() -> str:
     table = _read(RECORDS / "sweeps" / "products.json")
     headings = ["cell", "parameters", "all tokens", "change", "high entropy", "low entropy", "spread over seeds"]
     return _table(headings, (_sweep_row(row) for row in table["rows"]))
+
+
+def defaults(stem: str) -> str:
+    """A sweep on one of the two texts behind the defaults, or the arms on it."""
+    record = _read(RECORDS / "defaults" / f"{stem}.json")
+    headings = ["cell", "parameters", "all tokens", f"change against `{record['base']}`", "high entropy"]
+    arms = stem.endswith("-arms")
+    rows = (_cell_row(row, arms) for row in record["rows"])
+    last = ["tokens trained on", "seconds"] if arms else ["seeds", "spread over seeds"]
+    return _table([*headings, "low entropy", *last], rows) + f"\n{_machine(record)}.\n"
 
 
 def train_step() -> str:
@@ -114,6 +125,15 @@ def _sweep_row(row: dict[str, Any]) -> list[str]:
         f"{nll['low']['value']:.3f}",
         f"{row['spread']:.3f}",
     ]
+
+
+def _cell_row(row: dict[str, Any], arms: bool) -> list[str]:
+    nll, change = row["nll"], row["change"]
+    values = [_interval(nll[stratum], ".3f") for stratum in ("all", "high", "low")]
+    changed = "" if change is None else _interval(change["all"], "+.3f")
+    spread = f"{row['spread']:.3f}" if row["seeds"] > 1 else ""
+    last = [f"{row['train_tokens']:,}", f"{row['seconds']:,.0f}"] if arms else [str(row["seeds"]), spread]
+    return [f"`{row['name']}`", f"{row['parameters']:,}", values[0], changed, *values[1:], *last]
 
 
 _STEP_ARMS = {
@@ -205,6 +225,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    **{f"defaults-{path.stem}": partial(defaults, path.stem) for path in RECORDS.glob("defaults/*.json")},
     "decode": decode,
     "demo-output": demo_output,
     "demo-tasks": demo_tasks,
