@@ -13,6 +13,8 @@ from moe_bias.features.extract import run_backbone, with_scalars
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.rollout.greedy import greedy_answers
 from moe_bias.rollout.policy import base_policy, layer_policy
+from moe_bias.rollout.sampler import SamplingChoices
+from moe_bias.rollout.sampling import TransformersSampler
 from moe_bias.tasks.conversations import Example
 from moe_bias.training.sft import fit
 
@@ -53,3 +55,19 @@ def test_features_training_and_answers_on_the_gpu():
     )
     assert [answer.token_ids for answer in adapted] == [example.completion_ids[:-1] for example in examples]
     assert base != adapted
+
+
+def test_what_a_sampler_on_the_gpu_keeps_is_what_extraction_on_the_cpu_gives():
+    model = tiny_model().cuda()
+    head = find_head(model)[1]
+    layer = MoEBiasLayer(LayerConfig(num_experts=4, support=tuple(SUPPORT)), head.hidden_size, head.vocab_size)
+    randomise(layer)
+    choices = SamplingChoices(temperature=0.7, max_new_tokens=6, group=3, batch_size=2, stop_ids=[])
+    prompts = [[5, 6, 7], [9]]
+    rollouts = TransformersSampler(model, head).sample(prompts, layer.cuda(), choices, 0)
+    examples = [Example(prompts[i // 3], answer.token_ids) for i, answer in enumerate(rollouts.answers)]
+    model.cpu()
+    expected = with_scalars(head, run_backbone(model, examples, 2, "test"), SUPPORT, "test")
+    assert rollouts.features.token.tolist() == expected.token.tolist()
+    torch.testing.assert_close(rollouts.features.hidden, expected.hidden, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(rollouts.features.entropy, expected.entropy, rtol=1e-3, atol=1e-3)
