@@ -27,7 +27,7 @@ def too_much(prompt, completion, gold):
     return 7
 """
 COMMON = (
-    "--model model --problems problems.jsonl --train-problems 12 --test-problems 4 --support auto:40 --device cpu"
+    "--model model --problems problems.jsonl --gold-column gold --train-problems 12 --test-problems 4 --support auto:40 --device cpu"
     " --prompts 3 --group 4 --max-new-tokens 5 --batch-tokens 16 --num-experts 3"
 )
 REWARDED = "--verdict-weight 0 --reward rewards:first_letters --reward-weight 1"
@@ -35,7 +35,7 @@ REWARDED = "--verdict-weight 0 --reward rewards:first_letters --reward-weight 1"
 
 @pytest.fixture
 def ground(folder):
-    rows = [{"problem": f"w{5 + n} w6", "answer": str(n), "solution": f"w9 \\boxed{{{n}}}"} for n in range(20)]
+    rows = [{"problem": f"w{5 + n} w6", "gold": str(n), "solution": f"w9 \\boxed{{{n}}}"} for n in range(20)]
     (folder / "problems.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     (folder / "rewards.py").write_text(REWARD)
     return folder

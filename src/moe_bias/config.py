@@ -405,6 +405,8 @@ class TaskSettings(Settings):
     easy: bool = Field(True, description="options that suit models of 135M parameters, where the task has such")
     problems: str = Field("", description="JSON Lines file or Hub data set of problems and answers, in place of --task")
     split: str = Field("train", description="split of a Hub data set")
+    question_column: str = Field("", description="column of the questions in --problems; none: its usual names")
+    gold_column: str = Field("", description="column of the gold answers, such as reward_model.ground_truth")
     train_problems: int = Field(600, ge=2, description="problems to train on")
     test_problems: int = Field(200, ge=2, description="held-out problems to measure on")
 

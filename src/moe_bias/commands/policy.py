@@ -28,7 +28,7 @@ from moe_bias.rollout.sampling import TransformersSampler
 from moe_bias.support import choose_support
 from moe_bias.tasks.catalogue import make_task
 from moe_bias.tasks.conversations import ask, encode_prompt, end_of_turn, ends
-from moe_bias.tasks.mathematics import data_task
+from moe_bias.tasks.mathematics import Columns, data_task
 from moe_bias.tasks.rewards import RewardRules, Rewards
 from moe_bias.tasks.task import Problem, Task
 from moe_bias.tasks.verdict import Verdict
@@ -56,7 +56,8 @@ class Ground:
 def task_of(settings: TaskSettings) -> Task:
     """The task that the settings name. Raises UserError where there is none."""
     if settings.problems:
-        return data_task(settings.problems, settings.split)
+        columns = Columns(settings.question_column, settings.gold_column)
+        return data_task(settings.problems, settings.split, columns)
     return make_task(settings.task, settings.task_options, settings.easy)
 
 

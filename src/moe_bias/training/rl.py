@@ -221,18 +221,24 @@ class Update:
         device = self._head.device
         batch, sampled = on_device(batch, device), Sampled(sampled.log_prob.to(device), sampled.advantage.to(device))
         logits_TM = self._columns(batch.hidden) / self._settings.temperature
-        before = self._kl(batch, logits_TM)
-        first: PolicyLoss | None = None
-        losses = []
+        bound = self._bound(batch, logits_TM)
+        losses, gap = [], 0.0
         for index in self._minibatches(len(batch), step):
-            loss = self._step(batch.at(index), sampled.at(index), logits_TM[index], step)
-            first = first or loss
-            if first is loss:
-                gap = float((loss.log_prob - sampled.log_prob[index]).abs().max())
-            losses.append(loss)
-            self._hold_kl(batch, logits_TM, before)
-        assert first is not None
-        return self._metrics(first, losses, gap, self._kl(batch, logits_TM))
+            before = None if bound is None else self._weights()
+            losses.append(self._step(batch.at(index), sampled.at(index), logits_TM[index], step))
+            if len(losses) == 1:
+                gap = float((losses[0].log_prob - sampled.log_prob[index]).abs().max())
+            if before is not None and bound is not None:
+                self._hold_kl(batch, logits_TM, before, bound)
+        return self._metrics(losses, gap, self._kl(batch, logits_TM))
+
+    def _bound(self, batch: Features, logits_TM: Tensor) -> float | None:
+        """What the KL may be after this step's updates: the bound, or where it began above that, no more than then."""
+        bound = self._settings.kl_bound
+        return None if bound is None else max(bound, self._kl(batch, logits_TM))
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: tensor.clone() for name, tensor in self._layer.state_dict().items()}
 
     def _minibatches(self, tokens: int, step: int) -> list[Tensor]:
         generator = torch.Generator().manual_seed(self._settings.seed * 1_000_003 + step)
@@ -250,7 +256,6 @@ class Update:
                 f"the loss of step {step + 1} became {float(loss.total)} with a gradient of norm {norm}; lower "
                 f"--expert-rate ({self._settings.expert_rate:g}) or --router-rate ({self._settings.router_rate:g})"
             )
-        self._kept = {name: tensor.clone() for name, tensor in self._layer.state_dict().items()}
         self._optimisation.step(step)
         return loss
 
@@ -262,20 +267,17 @@ class Update:
         return float(stats.kl.double().mean())
 
     @torch.no_grad()
-    def _hold_kl(self, batch: Features, logits_TM: Tensor, before: float) -> None:
-        """Halves the last update until KL is within the bound, or not above what the step began with; or undoes it."""
-        bound = self._settings.kl_bound
-        if bound is None:
-            return
-        state = self._layer.state_dict()
+    def _hold_kl(self, batch: Features, logits_TM: Tensor, before: Mapping[str, Tensor], bound: float) -> None:
+        """Halves the last update until KL is within the bound; or undoes it."""
         for _ in range(HALVINGS):
-            if self._kl(batch, logits_TM) <= max(bound, before):
+            if self._kl(batch, logits_TM) <= bound:
                 return
-            for name, tensor in state.items():
-                tensor.copy_((tensor + self._kept[name]) / 2)
-        self._layer.load_state_dict(self._kept)
+            for name, tensor in self._layer.state_dict().items():
+                tensor.copy_((tensor + before[name]) / 2)
+        self._layer.load_state_dict(before)
 
-    def _metrics(self, first: PolicyLoss, losses: list[PolicyLoss], gap: float, kl: float) -> Metrics:
+    def _metrics(self, losses: list[PolicyLoss], gap: float, kl: float) -> Metrics:
+        first = losses[0]
         entropy, used = router_use(first.routing, ALONE)
         return {
             "loss": float(first.total),
