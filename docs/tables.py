@@ -53,6 +53,26 @@ def defaults(stem: str) -> str:
     return _table([*headings, "low entropy", *last], rows) + f"\n{_machine(record)}.\n"
 
 
+def sft() -> str:
+    """Held-out NLL before and after a run of `train sft`."""
+    record = _read(RECORDS / "sft" / "gsm8k.json")
+    rows = [
+        [name.replace("_nll", ""), _interval(record[name], ".4f")] for name in ("base_nll", "adapted_nll", "change")
+    ]
+    steps = record["training"]
+    return (
+        _table(["held out", "NLL in nats per token"], rows)
+        + f"\nThe layer of step {steps['layer_step']:,} of {steps['steps']:,}; {_machine(record)}.\n"
+    )
+
+
+def extraction() -> str:
+    """Speed of extraction over backbone and one product with the output embedding."""
+    record = _latest("extract")
+    rows = [[name, _times(ratio)] for name, ratio in record["ratio_to_matmul"].items()]
+    return _table(["tokens/s over those of backbone and one matmul", "ratio"], rows) + _where(record)
+
+
 def train_step() -> str:
     """Speed of an optimiser step over LoRA's."""
     record = _latest("train_step")
@@ -229,7 +249,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "decode": decode,
     "demo-output": demo_output,
     "demo-tasks": demo_tasks,
+    "extract": extraction,
     "growth": growth,
+    "sft-gsm8k": sft,
     "sweep-products": sweep_products,
     "train-step": train_step,
     "update": update,

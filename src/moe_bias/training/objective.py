@@ -29,7 +29,7 @@ from moe_bias.support import log_prob_and_gradient, log_prob_from_adapted
 from moe_bias.training.base_logits import BaseLogits
 from moe_bias.training.processes import ALONE, Processes
 
-CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
+CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**26}
 """Entries of a tokens x support tensor that are worked on at once, by kind of device."""
 
 
