@@ -27,8 +27,8 @@ def too_much(prompt, completion, gold):
     return 7
 """
 COMMON = (
-    "--model model --problems problems.jsonl --gold-column gold --train-problems 12 --test-problems 4 --support auto:40 --device cpu"
-    " --prompts 3 --group 4 --max-new-tokens 5 --batch-tokens 16 --num-experts 3"
+    "--model model --problems problems.jsonl --gold-column gold --train-problems 12 --test-problems 4"
+    " --support auto:40 --device cpu --prompts 3 --group 4 --max-new-tokens 5 --batch-tokens 16 --num-experts 3"
 )
 REWARDED = "--verdict-weight 0 --reward rewards:first_letters --reward-weight 1"
 
