@@ -73,6 +73,20 @@ def extraction() -> str:
     return _table(["tokens/s over those of backbone and one matmul", "ratio"], rows) + _where(record)
 
 
+def rl_update() -> str:
+    """A step of reinforcement learning: updating against TRL's, its share of the step, sampler against trainer."""
+    record = _latest("rl_update")
+    over, gap = record["ratio_to_trl"], record["gap"]
+    rows = [
+        ["sampled tokens updated on per second, over TRL's GRPO with LoRA, all tokens", _times(over["all"])],
+        ["the same, on the 20% of highest entropy", _times(over["top20"])],
+        ["share of a step that updating takes, 4 passes, at most", f"{max(record['share_of_step']):.2%}"],
+        ["largest difference of a log-probability in training from that in sampling", f"{max(gap['ours']):.1e}"],
+        ["the same for TRL's GRPO", f"{gap['trl']:.1e}"],
+    ]
+    return _table(["a step of reinforcement learning", ""], rows) + _where(record)
+
+
 def train_step() -> str:
     """Speed of an optimiser step over LoRA's."""
     record = _latest("train_step")
@@ -251,6 +265,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo-tasks": demo_tasks,
     "extract": extraction,
     "growth": growth,
+    "rl-update": rl_update,
     "sft-gsm8k": sft,
     "sweep-products": sweep_products,
     "train-step": train_step,
