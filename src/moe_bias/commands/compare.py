@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from moe_bias.backbone import find_head
 from moe_bias.commands.demo_report import report_console
 from moe_bias.commands.policy import (
     Ground,
@@ -212,7 +211,7 @@ class Stage:
                 choices = LoRAChoices(settings.lora_rank, settings.lora_warm_rate, settings.lora_batch_size)
                 train_lora(adapted, examples, choices, budget, settings.seed, "learning the form")
             warm_seconds = time.perf_counter() - started
-            on_lora = replace(self, ground=replace(ground, model=adapted, head=find_head(adapted)[1]))
+            on_lora = replace(self, ground=replace(ground, model=adapted))  # LoRA leaves the output embedding alone
             right = on_lora._before(None, settings)
             grpo = GRPOChoices(
                 settings.steps,
