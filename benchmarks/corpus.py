@@ -10,6 +10,7 @@ Shapes: T tokens, D hidden, V vocabulary, M support.
 from __future__ import annotations
 
 import argparse
+import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -105,9 +106,13 @@ def random_ids(vocabulary: int, tokens: int) -> Tensor:
 
 
 def corpus_of(model: nn.Module, distinct: int) -> Corpus:
-    """Runs the backbone over `distinct` random tokens."""
+    """Runs the backbone over `distinct` random tokens.
+
+    The head is a copy: the model's own may share memory with the file that all its weights are mapped from.
+    """
     head = find_head(model)[1]
     rows = random_ids(head.vocab_size, distinct).split(LENGTH)
     # A sequence's first token needs one before it, so that every token of the corpus has a hidden state.
     examples = [Example([0], row.tolist()) for row in rows]
-    return Corpus(head, run_backbone(model, examples, 8, "hidden states"))
+    hidden = run_backbone(model, examples, 8, "hidden states")
+    return Corpus(Head(copy.deepcopy(head.module), head.transform), hidden)

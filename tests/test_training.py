@@ -90,6 +90,19 @@ def test_gradients_are_those_of_autograd_through_the_full_softmax(hidden_type):
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_chunks_are_even_and_hold_every_token(monkeypatch):
+    # 10 rows fit: 21 tokens need three chunks, of 7 each, not 10, 10 and 1.
+    monkeypatch.setitem(objective.CHUNK_ELEMENTS, "cpu", 10 * 58)
+    experts_EM = torch.zeros(4, 58)
+    assert objective.chunks(21, experts_EM) == [slice(0, 7), slice(7, 14), slice(14, 21)]
+    assert objective.chunks(10, experts_EM) == [slice(0, 10)]
+    assert len(objective.chunks(0, experts_EM)) == 1
+    for tokens in range(1, 60):
+        held = [token for rows in objective.chunks(tokens, experts_EM) for token in range(tokens)[rows]]
+        assert held == list(range(tokens))
+        assert all(rows.stop - rows.start <= 10 for rows in objective.chunks(tokens, experts_EM))
+
+
 def test_gradients_are_added_to_those_there_are():
     head, layer = head_of(), layer_of()
     randomise(layer)

@@ -15,6 +15,7 @@ Shapes: T tokens, D hidden, E experts, M support.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -115,12 +116,15 @@ def mean_nll(
 
 
 def chunks(tokens: int, experts_EM: Tensor) -> list[slice]:
-    """Slices over the tokens whose tokens x support tensors are of the size that suits the device.
+    """Even slices over the tokens whose tokens x support tensors are of the size that suits the device.
 
-    At least one, so that a process without a token in a small batch takes part with zeros.
+    Even, because a short last slice reads all columns for a few tokens. At least one, so that a process
+    without a token in a small batch takes part with zeros.
     """
     size = CHUNK_ELEMENTS.get(experts_EM.device.type, CHUNK_ELEMENTS["cuda"])
-    rows = max(size // experts_EM.shape[-1], 1)
+    most = max(size // experts_EM.shape[-1], 1)
+    count = max(math.ceil(tokens / most), 1)
+    rows = max(math.ceil(tokens / count), 1)
     return [slice(start, start + rows) for start in range(0, max(tokens, 1), rows)]
 
 
