@@ -13,14 +13,12 @@ from rich.console import Console
 from moe_bias.commands.demo_report import report_console
 from moe_bias.commands.policy import (
     Ground,
+    collector_of,
     fresh_policy_layer,
     greedy_verdicts,
-    judge_of,
     policy_of,
     prepare_ground,
     rewards_of,
-    sampler_of,
-    sampling_choices,
     task_of,
 )
 from moe_bias.commands.policy_table import print_policies
@@ -39,10 +37,9 @@ from moe_bias.features.extract import Features, run_backbone, with_scalars
 from moe_bias.features.source import FeatureSource, Subset
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.records import peak_bytes, write_json
-from moe_bias.rollout.policy import base_policy
 from moe_bias.tasks.conversations import Example, ask, encode, encode_prompt
 from moe_bias.tasks.task import Task
-from moe_bias.training.collect import Collector, Curriculum
+from moe_bias.training.collect import Curriculum
 from moe_bias.training.grpo_lora import train_grpo_lora
 from moe_bias.training.grpo_trainer import GRPOChoices
 from moe_bias.training.lora import Budget, LoRAChoices, lora_on, train_lora
@@ -130,19 +127,13 @@ class Stage:
 
     def _layer(self, name: str, settings: CompareSettings) -> PolicyArm:
         started = time.perf_counter()
-        layer = fresh_policy_layer(self.ground, settings, settings).layer
+        layer = fresh_policy_layer(self.ground, settings).layer
         if settings.warm_problems:
             self._warm_layer(layer, settings)
         warm_seconds = time.perf_counter() - started
         right = self._before(layer, settings)
         curve = _Curve()
-        collector = Collector(
-            sampler_of(settings, self.ground),
-            self.ground.train,
-            judge_of(self.ground, rewards_of(settings), settings.max_new_tokens),
-            settings,
-            sampling_choices(settings, self.ground),
-        )
+        collector = collector_of(self.ground, rewards_of(settings), settings)
 
         def evaluate(layer: MoEBiasLayer) -> float:
             return float(np.mean(self._right(layer, settings, ["held out"])["held out"]))
@@ -247,7 +238,7 @@ class Stage:
         self, layer: MoEBiasLayer | None, settings: CompareSettings, sets: Sequence[str] | None = None
     ) -> dict[str, list[float]]:
         """By set of problems, which greedy answers are right."""
-        policy = base_policy if layer is None else policy_of(layer, self.ground.head)
+        policy = policy_of(layer, self.ground.head)
         found = {}
         for name in self.tests if sets is None else sets:
             task, curriculum = self.tests[name]

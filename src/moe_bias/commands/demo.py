@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moe_bias.adapter import save_layer
 from moe_bias.backbone import Head, find_head, load_model
 from moe_bias.commands.demo_report import DemoReport, Sample, announce, print_report, report_console
+from moe_bias.commands.policy import policy_of
 from moe_bias.config import DemoSettings, LayerConfig
 from moe_bias.evaluation.comparison import Arm, Measured, compare
 from moe_bias.evaluation.likelihood import per_example, token_nll
@@ -25,7 +26,6 @@ from moe_bias.features.extract import Features
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.records import provenance, write_json
 from moe_bias.rollout.greedy import greedy_answers
-from moe_bias.rollout.policy import Policy, base_policy, layer_policy
 from moe_bias.tasks.catalogue import make_task
 from moe_bias.tasks.conversations import Example, ask, encode, encode_prompt, end_of_turn, ends
 from moe_bias.tasks.task import Problem, Task
@@ -120,7 +120,7 @@ def _measure(
         frozen.model,
         frozen.head,
         [encode_prompt(ask(problem.question), frozen.tokenizer) for problem in test],
-        [_policy(layer, frozen.head) for layer in layers.values()],
+        [policy_of(layer, frozen.head) for layer in layers.values()],
         stop_ids=frozen.stop_ids,
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
@@ -145,10 +145,6 @@ def _measure(
         for problem, said, right in zip(test, zip(*texts, strict=True), zip(*correct, strict=True), strict=True)
     ]
     return compare(measured, token_counts), samples
-
-
-def _policy(layer: MoEBiasLayer | None, head: Head) -> Policy:
-    return base_policy if layer is None else layer_policy(layer, head.transform)
 
 
 @torch.no_grad()

@@ -15,7 +15,6 @@ from moe_bias.config import (
     ModelSettings,
     PolicySettings,
     RewardSettings,
-    StartSettings,
     TaskSettings,
     UserError,
 )
@@ -32,7 +31,7 @@ from moe_bias.tasks.mathematics import Columns, data_task
 from moe_bias.tasks.rewards import RewardRules, Rewards
 from moe_bias.tasks.task import Problem, Task
 from moe_bias.tasks.verdict import Verdict
-from moe_bias.training.collect import Curriculum, Judge, Judged
+from moe_bias.training.collect import Collector, Curriculum, Judge, Judged
 from moe_bias.training.sft import parse_support
 
 CALIBRATION_PROMPTS = 64
@@ -125,6 +124,12 @@ def judge_of(ground: Ground, rewards: Rewards, limit: int) -> Judge:
     return judge
 
 
+def collector_of(ground: Ground, rewards: Rewards, settings: PolicySettings) -> Collector:
+    """What collects the samples of each step."""
+    judge = judge_of(ground, rewards, settings.max_new_tokens)
+    return Collector(sampler_of(settings, ground), ground.train, judge, settings, sampling_choices(settings, ground))
+
+
 def policy_of(layer: MoEBiasLayer | None, head: Head) -> Policy:
     """The policy of a layer, or of the frozen model for None."""
     return base_policy if layer is None else layer_policy(layer, head.transform)
@@ -173,32 +178,34 @@ def saved_layer(name: str, head: Head) -> Beginning:
 
 
 @torch.no_grad()
-def fresh_policy_layer(ground: Ground, settings: PolicySettings, start: StartSettings) -> Beginning:
+def fresh_policy_layer(ground: Ground, settings: PolicySettings) -> Beginning:
     """A layer that changes nothing yet, its support and normalisation from the frozen model's own samples.
 
     The support is chosen on half of the samples' problems, and its coverage measured on the other half.
     """
     head = ground.head
-    support = parse_support(start.support, head.vocab_size)
+    support = parse_support(settings.support, head.vocab_size)
     config = LayerConfig(num_experts=1, top_k=1, entropy_gate=False, support=(0,))
     still = MoEBiasLayer(config, head.hidden_size, head.vocab_size).to(head.device)
     prompts = ground.train.prompts[:CALIBRATION_PROMPTS]
     choices = SamplingChoices(
         settings.temperature, settings.max_new_tokens, CALIBRATION_GROUP, settings.batch_size, ground.stop_ids
     )
-    rollouts = sampler_of(settings, ground).sample(prompts, still, choices, start.seed, "samples of the frozen model")
+    rollouts = sampler_of(settings, ground).sample(
+        prompts, still, choices, settings.seed, "samples of the frozen model"
+    )
     features = rollouts.features
     first_half_T = features.example < len(rollouts.answers) // 2
     if isinstance(support, int):
         mass_V = measure_fork_mass(head, features.hidden[first_half_T]).mass
         support = choose_support(mass_V, support, ends(ground.tokenizer))
     covered = fork_coverage(measure_fork_mass(head, features.hidden[~first_half_T]), support)
-    torch.manual_seed(start.seed)
+    torch.manual_seed(settings.seed)
     whole = len(support) == head.vocab_size
-    layer = MoEBiasLayer(start.layer_config(None if whole else support), head.hidden_size, head.vocab_size)
+    layer = MoEBiasLayer(settings.layer_config(None if whole else support), head.hidden_size, head.vocab_size)
     layer = layer.to(head.device)
-    layer.calibrate(features.hidden.to(head.device), start.normalisation)
+    layer.calibrate(features.hidden.to(head.device), settings.normalisation)
     if layer.entropy_gate is not None:
-        layer.entropy_gate.weight.fill_(start.gate_alpha)
-        layer.entropy_gate.bias.fill_(start.gate_beta)
+        layer.entropy_gate.weight.fill_(settings.gate_alpha)
+        layer.entropy_gate.bias.fill_(settings.gate_beta)
     return Beginning(layer, covered)

@@ -14,14 +14,12 @@ from moe_bias.adapter import save_layer
 from moe_bias.commands.policy import (
     Beginning,
     Ground,
+    collector_of,
     fresh_policy_layer,
     greedy_verdicts,
-    judge_of,
     policy_of,
     prepare_ground,
     rewards_of,
-    sampler_of,
-    sampling_choices,
     saved_layer,
 )
 from moe_bias.commands.saved import refuse_overwriting
@@ -30,7 +28,6 @@ from moe_bias.evaluation.statistics import Estimate, mean, wilson
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.records import provenance, write_json
 from moe_bias.training.checkpoint import Checkpoints
-from moe_bias.training.collect import Collector
 from moe_bias.training.metrics import FILE, MetricsLog, SampleLog
 from moe_bias.training.rl import PolicyPosition, PolicyTrainer, Watching
 from moe_bias.training.run_folder import begin, refuse_other_settings
@@ -68,13 +65,7 @@ def _run(settings: TrainRLSettings, checkpoints: Checkpoints) -> None:
         console.print(f"{settings.output / FILE} is gone: lines of the first {after} steps are lost, the run is not")
     log = MetricsLog(settings.output, after)
     samples = SampleLog(settings.output, settings.show_every, after)
-    collector = Collector(
-        sampler_of(settings, ground),
-        ground.train,
-        judge_of(ground, rewards, settings.max_new_tokens),
-        settings,
-        sampling_choices(settings, ground),
-    )
+    collector = collector_of(ground, rewards, settings)
 
     def evaluate(layer: MoEBiasLayer) -> float:
         policies = [policy_of(layer, ground.head)]
@@ -99,7 +90,7 @@ def _run(settings: TrainRLSettings, checkpoints: Checkpoints) -> None:
 def _beginning(settings: TrainRLSettings, ground: Ground) -> Beginning:
     if settings.adapter is not None:
         return saved_layer(settings.adapter, ground.head)
-    return fresh_policy_layer(ground, settings, settings)
+    return fresh_policy_layer(ground, settings)
 
 
 def _announce(console: Console, beginning: Beginning, ground: Ground) -> None:

@@ -40,7 +40,7 @@ from moe_bias.training.collect import Collected, Collector
 from moe_bias.training.interrupt import deferred_interrupt
 from moe_bias.training.metrics import Metrics, SampleLog, router_use
 from moe_bias.training.optimisation import Optimisation
-from moe_bias.training.policy_gradients import policy_gradients, policy_stats
+from moe_bias.training.policy_gradients import mean_kl_to_base, policy_gradients
 from moe_bias.training.policy_objective import PolicyLoss, PolicyTerms, Sampled
 from moe_bias.training.processes import ALONE
 
@@ -261,10 +261,9 @@ class Update:
 
     def _kl(self, batch: Features, logits_TM: Tensor) -> float:
         """Exact mean KL to the base over the tokens, in nats."""
-        stats = policy_stats(
+        return mean_kl_to_base(
             self._layer, batch, lambda rows: logits_TM[rows], self._head.transform, self._settings.temperature
         )
-        return float(stats.kl.double().mean())
 
     @torch.no_grad()
     def _hold_kl(self, batch: Features, logits_TM: Tensor, before: Mapping[str, Tensor], bound: float) -> None:
