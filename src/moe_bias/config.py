@@ -208,7 +208,7 @@ class OptimiserSettings(Settings):
     """How gradients become steps."""
 
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="AdamW, or SGD with momentum 0.9")
-    expert_rate: float = Field(5e-2, gt=0, description="learning rate of the experts")
+    expert_rate: float = Field(2e-2, gt=0, description="learning rate of the experts")
     router_rate: float = Field(3e-3, gt=0, description="learning rate of the router and the gate")
     warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps that the rates rise in")
     decay: Literal["linear", "none"] = Field("linear", description="whether the rates then fall to 0")
@@ -251,22 +251,6 @@ class DataSettings(Settings):
     held_out: float = Field(0.05, gt=0, lt=1, description="share of the examples kept out for measuring")
     max_length: int = Field(2048, ge=2, description="longer examples are cut here, or at the model's context")
     batch_size: int = Field(16, ge=1, description="examples in one forward pass")
-
-
-class DemoSettings(ModelSettings, TrainingSettings):
-    """Train an adapter on the bundled model, from nothing to a measured gain, in minutes."""
-
-    epochs: int = Field(20, ge=1, description="passes over the hidden states; the demo's are few")
-    expert_rate: float = Field(1e-1, gt=0, description="learning rate of the experts")
-    task: str = Field("products", description="'general_points', or a task of reasoning-gym")
-    task_options: dict[str, TaskOption] = Field(
-        {}, description="options of the task; given as --task-options max_terms=3"
-    )
-    output: Path = Field(Path("moe-bias-demo"), description="folder that the adapter is saved in")
-    train_problems: int = Field(600, ge=10, description="problems to train on")
-    test_problems: int = Field(200, ge=10, description="held-out problems to measure on")
-    max_new_tokens: int = Field(192, ge=1, description="token limit of an answer, the same for every arm")
-    batch_size: int = Field(50, ge=1, description="problems in one forward pass")
 
 
 _OF_EXTRACTION = ("split", "max_length", "batch_size", "features", "keep_features")
@@ -427,12 +411,12 @@ class PolicySettings(StartSettings, OptimiserSettings):
 
     optimizer: Literal["adamw", "sgd"] = Field("sgd", description="AdamW, or SGD with momentum 0.9")
     expert_rate: float = Field(1.0, gt=0, description="learning rate of the experts")
-    router_rate: float = Field(5e-2, gt=0, description="learning rate of the router and the gate")
+    router_rate: float = Field(2e-2, gt=0, description="learning rate of the router and the gate")
     warmup: float = Field(0.0, ge=0, lt=1, description="share of the steps that the rates rise in")
     decay: Literal["linear", "none"] = Field("none", description="whether the rates then fall to 0")
     steps: int = Field(40, ge=1, description="steps: sample, verify, update")
-    prompts: int = Field(12, ge=1, description="problems that a step learns from")
-    group: int = Field(8, ge=2, description="samples of each problem")
+    prompts: int = Field(48, ge=1, description="problems that a step learns from")
+    group: int = Field(4, ge=2, description="samples of each problem")
     temperature: float = Field(1.0, description="sampling temperature, above 0")
     top_p: float = Field(1.0, description="only 1: stored log-probabilities are of the whole distribution")
     max_new_tokens: int = Field(128, ge=1, description="token limit of an answer")
@@ -476,7 +460,27 @@ class TrainRLSettings(ModelSettings, TaskSettings, RewardSettings, PolicySetting
     keep_checkpoints: int = Field(2, ge=1, description="how many of the last checkpoints are kept")
 
 
-class CompareSettings(ModelSettings, TaskSettings, RewardSettings, PolicySettings):
+class WarmPolicySettings(TaskSettings, PolicySettings):
+    """Reinforcement learning after a supervised phase on worked answers."""
+
+    warm_problems: int = Field(200, ge=0, description="problems of whose worked answers each arm learns the form first")
+    warm_epochs: int = Field(20, ge=1, description="passes over their hidden states")
+    warm_expert_rate: float = Field(1e-1, gt=0, description="learning rate of the experts meanwhile")
+    warm_router_rate: float = Field(3e-3, gt=0, description="learning rate of the router and the gate meanwhile")
+
+
+class DemoSettings(ModelSettings, RewardSettings, WarmPolicySettings):
+    """Train an adapter on the bundled model, from nothing to two measured gains, in minutes."""
+
+    output: Path = Field(Path("moe-bias-demo"), description="folder that the adapter is saved in")
+    minutes: float = Field(8.0, gt=0, description="reinforcement learning ends early to keep the whole below this")
+    warm_problems: int = Field(300, ge=1, description="worked answers for the supervised phase")
+    steps: int = Field(20, ge=1, description="steps of reinforcement learning, where there is time for them")
+    max_new_tokens: int = Field(192, ge=1, description="token limit of an answer, the same for every arm")
+    resamples: int = Field(0, ge=0, description="times that a step samples more problems for those of equal rewards")
+
+
+class CompareSettings(ModelSettings, RewardSettings, WarmPolicySettings):
     """Train MoE-Bias, parts of it left out, and LoRA by reinforcement learning on one task, and compare them."""
 
     resamples: int = Field(0, ge=0, description="0 gives every arm the same number of samples")
@@ -485,10 +489,7 @@ class CompareSettings(ModelSettings, TaskSettings, RewardSettings, PolicySetting
     seeds: Seeds = Field([0, 1, 2], description="each arm is trained once with each of these seeds")
     shifted_task: str = Field("", description="task to measure on besides; none: the same one with --shifted-options")
     shifted_options: dict[str, TaskOption] = Field({}, description="options of the task that nothing is trained on")
-    warm_problems: int = Field(200, ge=0, description="problems of whose worked answers each arm learns the form first")
-    warm_epochs: int = Field(8, ge=1, description="passes over their hidden states")
-    warm_expert_rate: float = Field(5e-2, gt=0, description="learning rate of the experts meanwhile")
-    warm_router_rate: float = Field(3e-3, gt=0, description="learning rate of the router and the gate meanwhile")
+    lora_warm_epochs: int = Field(4, ge=1, description="passes of LoRA over the worked answers in its supervised phase")
     evaluate_every: int = Field(10, ge=1, description="steps between greedy evaluations on the held-out problems")
     lora_rank: int = Field(8, ge=1, description="rank r of LoRA")
     lora_rate: float = Field(1e-4, gt=0, description="learning rate of LoRA, decaying linearly")

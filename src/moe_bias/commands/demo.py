@@ -1,138 +1,112 @@
-"""The demonstration: from a frozen model to a measured gain on held-out problems, in minutes.
+"""The demonstration: from a frozen model to two measured gains on held-out problems, in minutes.
 
-One pass of the backbone over worked answers gives hidden states. Two layers are trained on them
-(`static`, one expert without a gate, and MoE-Bias) and compared with the base on problems that
-neither saw: likelihood per token, and accuracy and length of greedy answers under one token limit.
+First supervised learning: one pass of the backbone over worked answers gives hidden states, and two
+layers are trained on them (`static`, one expert without a gate, and MoE-Bias). Then MoE-Bias goes on
+by reinforcement learning, on more problems and without their worked answers, for what time is left.
+All are compared with the base on problems that none of them saw: likelihood per token, and accuracy
+and length of greedy answers under one token limit.
 """
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_bias.adapter import save_layer
-from moe_bias.backbone import Head, find_head, load_model
-from moe_bias.commands.demo_report import DemoReport, Sample, announce, print_report, report_console
-from moe_bias.commands.policy import policy_of
-from moe_bias.config import DemoSettings, LayerConfig
+from moe_bias.commands.demo_report import DemoReport, Reinforced, Sample, announce, print_report, report_console
+from moe_bias.commands.policy import Ground, collector_of, policy_of, prepare_ground, rewards_of
+from moe_bias.commands.warm_start import prepare_warm_start, warm_layer
+from moe_bias.config import DemoSettings
 from moe_bias.evaluation.comparison import Arm, Measured, compare
+from moe_bias.evaluation.grid import with_changes
 from moe_bias.evaluation.likelihood import per_example, token_nll
+from moe_bias.evaluation.policy_arms import LAYER_ARMS, STATIC
 from moe_bias.features.extract import Features
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.records import provenance, write_json
 from moe_bias.rollout.greedy import greedy_answers
-from moe_bias.tasks.catalogue import make_task
-from moe_bias.tasks.conversations import Example, ask, encode, encode_prompt, end_of_turn, ends
-from moe_bias.tasks.task import Problem, Task
-from moe_bias.training.sft import Prepared, fit, prepare
+from moe_bias.training.rl import PolicyTrainer, Watching
+from moe_bias.training.sft import Prepared
 
-MAX_LENGTH = 1024
-"""Longer worked answers are cut here, in tokens with the prompt."""
-
-
-@dataclass(frozen=True)
-class Frozen:
-    """The frozen model with its tokenizer and output embedding, and the token that ends an answer."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    head: Head
-    stop_ids: list[int]
+MEASURING_SECONDS = 60
+"""Kept free for the answers to the held-out problems, which come after the training."""
 
 
 def run(settings: DemoSettings) -> None:
-    """Runs the whole demonstration and prints it; saves the adapter and a record in `settings.output`."""
+    """Runs the whole demonstration and prints it; saves the adapter and a record in `settings.output`.
+
+    Raises UserError where the task is none, or has no worked answers.
+    """
     started = time.perf_counter()
     console = report_console()
-    task = make_task(settings.task, settings.task_options, small=True)
-    problems = task.problems(settings.train_problems + settings.test_problems, settings.seed)
-    train, test = problems[: settings.train_problems], problems[settings.train_problems :]
-    frozen = _load(settings)
-    announce(console, settings, frozen.head, frozen.model.num_parameters())
-    prepared = prepare(
-        frozen.model,
-        frozen.head,
-        _examples(train, frozen.tokenizer),
-        _examples(test, frozen.tokenizer),
-        settings,
-        always=ends(frozen.tokenizer),
-        batch_size=settings.batch_size,
-    )
-    static = _trained(frozen, prepared, settings, LayerConfig(num_experts=1, top_k=1, entropy_gate=False))
-    moe_bias = _trained(frozen, prepared, settings, settings.layer_config())
-    arms, samples = _measure(
-        frozen, prepared, {"base": None, "static": static, "moe-bias": moe_bias}, task, test, settings
-    )
-    save_layer(moe_bias, settings.output, frozen.model, prepared.fork_coverage)
+    ground = prepare_ground(settings, settings, settings.seed)
+    announce(console, settings, ground.head, ground.model.num_parameters())
+    prepared = prepare_warm_start(ground, settings)
+    plain = with_changes(settings, LAYER_ARMS[STATIC])
+    layers = {
+        "base": None,
+        "static": warm_layer(ground, prepared, plain, "training static"),
+        "moe-bias": warm_layer(ground, prepared, settings, "training MoE-Bias"),
+    }
+    trained, reinforced = _reinforced(ground, layers["moe-bias"], settings, started)
+    layers["moe-bias, then RL"] = trained
+    arms, samples = _measure(ground, prepared, layers, settings)
+    save_layer(trained, settings.output, ground.model, prepared.fork_coverage)
     report = DemoReport(
         arms,
         samples,
-        _used_share(moe_bias, prepared.held_out),
+        _used_share(trained, prepared.held_out),
         prepared.fork_coverage,
         len(prepared.train),
+        reinforced,
         time.perf_counter() - started,
     )
     write_json(
         settings.output / "record.json",
         {"settings": settings.model_dump(mode="json"), "provenance": provenance(), **asdict(report)},
     )
-    print_report(console, report, moe_bias, frozen.tokenizer, settings)
+    print_report(console, report, trained, ground.tokenizer, settings)
 
 
-def _load(settings: DemoSettings) -> Frozen:
-    model, tokenizer = load_model(settings)
-    return Frozen(model, tokenizer, find_head(model)[1], end_of_turn(ask(""), tokenizer))
-
-
-def _examples(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    encoded = [encode(ask(problem.question, problem.worked), tokenizer, MAX_LENGTH) for problem in problems]
-    return [example for example in encoded if example is not None]
-
-
-def _trained(frozen: Frozen, prepared: Prepared, settings: DemoSettings, config: LayerConfig) -> MoEBiasLayer:
-    torch.manual_seed(settings.seed)
-    config = config.model_copy(update={"support": prepared.support})
-    layer = MoEBiasLayer(config, frozen.head.hidden_size, frozen.head.vocab_size).to(frozen.head.device)
-    fit(
-        layer,
-        prepared.train,
-        frozen.head,
-        settings,
-        "training static" if config.num_experts == 1 else "training MoE-Bias",
-    )
-    return layer
+def _reinforced(
+    ground: Ground, warm: MoEBiasLayer | None, settings: DemoSettings, started: float
+) -> tuple[MoEBiasLayer, Reinforced]:
+    """The layer after reinforcement learning: `steps` of them, or as many as the time allows."""
+    assert warm is not None
+    layer = copy.deepcopy(warm)
+    deadline = started + 60 * settings.minutes - MEASURING_SECONDS
+    watching = Watching(lambda _: None, settings.steps, deadline=deadline)
+    collector = collector_of(ground, rewards_of(settings), settings)
+    position = PolicyTrainer(layer, ground.head, collector, settings, watching).run()
+    return layer, Reinforced(position.step, position.sampled_tokens, position.seconds, position.update_seconds)
 
 
 def _measure(
-    frozen: Frozen,
-    prepared: Prepared,
-    layers: Mapping[str, MoEBiasLayer | None],
-    task: Task,
-    test: Sequence[Problem],
-    settings: DemoSettings,
+    ground: Ground, prepared: Prepared, layers: Mapping[str, MoEBiasLayer | None], settings: DemoSettings
 ) -> tuple[list[Arm], list[Sample]]:
+    test = ground.test.problems
     answers = greedy_answers(
-        frozen.model,
-        frozen.head,
-        [encode_prompt(ask(problem.question), frozen.tokenizer) for problem in test],
-        [policy_of(layer, frozen.head) for layer in layers.values()],
-        stop_ids=frozen.stop_ids,
+        ground.model,
+        ground.head,
+        ground.test.prompts,
+        [policy_of(layer, ground.head) for layer in layers.values()],
+        stop_ids=ground.stop_ids,
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
         description="answering held-out problems",
     )
-    texts = [[frozen.tokenizer.decode(answer.token_ids) for answer in column] for column in answers]
-    correct = [[verdict.is_correct for verdict in task.verify(test, column)] for column in texts]
+    texts = [[ground.tokenizer.decode(answer.token_ids) for answer in column] for column in answers]
+    correct = [[verdict.is_correct for verdict in ground.task.verify(test, column)] for column in texts]
     measured = [
         Measured(
             name=name,
             parameters=0 if layer is None else layer.config.num_parameters(layer.hidden_size, layer.vocab_size),
-            nll=per_example(token_nll(layer, prepared.held_out, frozen.head), prepared.held_out),
+            nll=per_example(token_nll(layer, prepared.held_out, ground.head), prepared.held_out),
             correct=np.array(right, dtype=np.float64),
             tokens=np.array([len(answer.token_ids) for answer in column], dtype=np.float64),
             cut=np.array([not answer.finished for answer in column], dtype=np.float64),

@@ -36,6 +36,16 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Reinforced:
+    """What reinforcement learning took: steps, sampled tokens, and seconds, those of updating apart."""
+
+    steps: int
+    sampled_tokens: int
+    seconds: float
+    updating_seconds: float
+
+
+@dataclass(frozen=True)
 class DemoReport:
     """Everything the demonstration found; `expert_share` is of routed slots on held-out tokens."""
 
@@ -44,6 +54,7 @@ class DemoReport:
     expert_share: list[float]
     fork_coverage: float
     train_tokens: int
+    reinforced: Reinforced
     seconds: float
 
 
@@ -61,8 +72,8 @@ def announce(console: Console, settings: DemoSettings, head: Head, model_paramet
         f"Model {settings.model}: {model_parameters:,} parameters, frozen. Adapter: {settings.num_experts} experts, "
         f"top-{settings.top_k}, support {settings.support}: {trainable:,} trainable parameters "
         f"({trainable / model_parameters:.3%}).\n"
-        f"Task: {settings.task} from reasoning-gym, {settings.train_problems} worked answers to learn from, "
-        f"{settings.test_problems} other problems to measure on."
+        f"Task: {settings.task}; {settings.warm_problems} worked answers to learn from, then reinforcement learning "
+        f"on {settings.train_problems} problems; {settings.test_problems} others to measure on."
     )
 
 
@@ -79,7 +90,8 @@ def print_report(
     console.print(_experts_table(report, layer, tokenizer))
     console.print(
         f"The support of {layer.experts.shape[1]:,} tokens holds {report.fork_coverage:.1%} of the base's probability\n"
-        f"mass at held-out forks. Trained on {report.train_tokens:,} tokens; the run took {report.seconds:.0f} s.\n"
+        f"mass at held-out forks. Supervised on {report.train_tokens:,} tokens.\n{_said(report.reinforced)}\n"
+        f"The run took {report.seconds:.0f} s.\n"
     )
     console.print(f"Saved in {settings.output}. To use it:\n")
     console.print(
@@ -88,6 +100,14 @@ def print_report(
         f'  moe-bias generate --adapter {settings.output} --compare "What is 7 * 8 * 2?"',
         highlight=False,
         soft_wrap=True,
+    )
+
+
+def _said(reinforced: Reinforced) -> str:
+    share = reinforced.updating_seconds / max(reinforced.seconds, 1e-9)
+    return (
+        f"Reinforcement learning made {reinforced.steps} steps with {reinforced.sampled_tokens:,} sampled tokens in "
+        f"{reinforced.seconds:.0f} s,\nof which updating took {share:.1%}."
     )
 
 

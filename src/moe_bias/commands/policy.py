@@ -32,7 +32,7 @@ from moe_bias.tasks.rewards import RewardRules, Rewards
 from moe_bias.tasks.task import Problem, Task
 from moe_bias.tasks.verdict import Verdict
 from moe_bias.training.collect import Collector, Curriculum, Judge, Judged
-from moe_bias.training.sft import parse_support
+from moe_bias.training.sft import fresh_layer, parse_support, start
 
 CALIBRATION_PROMPTS = 64
 CALIBRATION_GROUP = 4
@@ -200,12 +200,7 @@ def fresh_policy_layer(ground: Ground, settings: PolicySettings) -> Beginning:
         mass_V = measure_fork_mass(head, features.hidden[first_half_T]).mass
         support = choose_support(mass_V, support, ends(ground.tokenizer))
     covered = fork_coverage(measure_fork_mass(head, features.hidden[~first_half_T]), support)
-    torch.manual_seed(settings.seed)
     whole = len(support) == head.vocab_size
-    layer = MoEBiasLayer(settings.layer_config(None if whole else support), head.hidden_size, head.vocab_size)
-    layer = layer.to(head.device)
-    layer.calibrate(features.hidden.to(head.device), settings.normalisation)
-    if layer.entropy_gate is not None:
-        layer.entropy_gate.weight.fill_(settings.gate_alpha)
-        layer.entropy_gate.bias.fill_(settings.gate_beta)
-    return Beginning(layer, covered)
+    layer = fresh_layer(settings, None if whole else tuple(support), head)
+    start(layer, features, settings)
+    return Beginning(layer.to(head.device), covered)

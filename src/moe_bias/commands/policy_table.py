@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -32,7 +32,7 @@ def _costs(rows: Sequence[PolicyRow]) -> Table:
 
 
 def _accuracies(rows: Sequence[PolicyRow]) -> Table:
-    sets = list(rows[0].accuracy)
+    sets = in_order(rows[0].accuracy)
     table = Table(
         title="Problems solved by greedy answers, % [95% interval over problems]; 'before' is before the first step.\n"
         "Last columns: paired change of 'held out' against other arms, in points",
@@ -46,6 +46,11 @@ def _accuracies(rows: Sequence[PolicyRow]) -> Table:
         changes = [_interval(row.change[name], "{:+.1f}") if name in row.change else "-" for name in against]
         table.add_row(row.name, *(_interval(row.accuracy[name], "{:.1f}") for name in sets), *changes)
     return table
+
+
+def in_order(sets: Iterable[str]) -> list[str]:
+    """Sets of problems, what was before the first step in front of what came after the last."""
+    return sorted(sets, key=lambda name: (name.removesuffix(" before"), not name.endswith(" before")))
 
 
 def _interval(estimate: Estimate, form: str) -> str:

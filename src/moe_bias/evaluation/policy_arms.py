@@ -8,8 +8,10 @@ The names:
     no-gate                 MoE-Bias without the entropy gate
     moe-bias                MoE-Bias on the share rho of highest entropy
     moe-bias-all-tokens     the same on all tokens (DAPO, arXiv 2503.14476)
+    moe-bias-sft            MoE-Bias that goes on with worked answers, of the problems that RL has in a step
     lora                    LoRA on all linear layers by TRL's GRPOTrainer, all tokens
     lora-high-entropy       the same on the share rho of highest entropy (RLVR-High-Entropy, arXiv 2506.01939)
+    lora-sft                LoRA that goes on with worked answers
 
 All arms have the same problems, samples per step, steps and seeds, and the same worked answers to
 learn the form of an answer from; the frozen model has none. An arm's accuracy is averaged over its
@@ -31,6 +33,7 @@ from moe_bias.evaluation.statistics import Estimate, Floats, mean
 from moe_bias.records import provenance, write_json
 
 BASE, STATIC, MAIN, LORA = "base", "static", "moe-bias", "lora"
+SUPERVISED, LORA_SUPERVISED = "moe-bias-sft", "lora-sft"
 _VECTOR: dict[str, Any] = {"num_experts": 1, "top_k": 1, "entropy_gate": False}
 LAYER_ARMS: dict[str, dict[str, Any]] = {
     "first-token": {**_VECTOR, "first_token_only": True, "rho": 1.0},
@@ -38,8 +41,9 @@ LAYER_ARMS: dict[str, dict[str, Any]] = {
     "no-gate": {"entropy_gate": False},
     MAIN: {},
     "moe-bias-all-tokens": {"rho": 1.0},
+    SUPERVISED: {},
 }
-LORA_ARMS = (LORA, "lora-high-entropy")
+LORA_ARMS = (LORA, "lora-high-entropy", LORA_SUPERVISED)
 ARMS = (BASE, *LAYER_ARMS, *LORA_ARMS)
 AGAINST = (BASE, STATIC, LORA)
 """The arms that every other one is tested against, where they were run."""
@@ -50,7 +54,7 @@ class PolicyArm:
     """One training of an arm. `right` holds, by set of problems, 1 for each that was answered right.
 
     The sets are `held out`, where there is one `shifted`, and each of them also `... before`, after the
-    supervised phase and before the first step. `curve` has held-out accuracy by step. `peak_bytes` is
+    supervised phase and before the first step. `curve` has accuracy by step and set of problems. `peak_bytes` is
     the most memory the process has held (on a GPU: that was allocated), the frozen model included.
     """
 
@@ -63,7 +67,7 @@ class PolicyArm:
     updating_seconds: float
     peak_bytes: int
     right: dict[str, list[float]]
-    curve: list[tuple[int, float]]
+    curve: list[tuple[int, dict[str, float]]]
 
 
 @dataclass(frozen=True)

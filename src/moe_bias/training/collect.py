@@ -123,7 +123,7 @@ class Collector:
         """The samples of step `step`, counted from 0, under the layer as it is."""
         settings, parts, judged = self.settings, list[_Part](), list[Judged]()
         seconds = [0.0, 0.0]
-        order = self._order(step)
+        order = self.order(step)
         wanted = min(settings.prompts, len(order))
         for round_ in range(settings.resamples + 1):
             chosen, order = order[:wanted], order[wanted:]
@@ -139,8 +139,8 @@ class Collector:
                 break
         return self._selected(parts, judged, seconds)
 
-    def _order(self, step: int) -> list[int]:
-        """As many different problems as the step could need, in a random order."""
+    def order(self, step: int) -> list[int]:
+        """Numbers of a step's problems: as many different problems as the step could need, in a random order."""
         problems = len(self.curriculum.problems)
         needed = min(self.settings.prompts * (self.settings.resamples + 1), problems)
         return random.Random(_mixed(self.settings.seed, step)).sample(range(problems), needed)

@@ -64,9 +64,11 @@ def train_grpo_lora(
     reward_function: RewardFunction,
     choices: GRPOChoices,
     description: str = "LoRA by GRPO",
+    after_step: Callable[[int], None] | None = None,
 ) -> GRPOReport:
     """Trains the LoRA weights of `adapted` (see `lora.lora_on`) in place.
 
+    `after_step` is called with the count of steps taken; its time is not counted.
     Raises UserError where TRL is missing or there are fewer prompts than one step takes. Sets the
     global random seeds, as TRL does.
     """
@@ -75,12 +77,12 @@ def train_grpo_lora(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with meter(description, choices.steps, "steps") as bar:
-        watch = _Watch(reward_function, bar, device)
+        watch = _Watch(reward_function, bar, device, after_step)
         started = watch.now()
         with grpo_trainer(adapted, tokenizer, prompts, watch.reward, choices) as trainer:
             trainer.add_callback(watch)
             trainer.train()
-        seconds = watch.now() - started
+        seconds = watch.now() - started - watch.paused
     adapted.eval()
     return GRPOReport(
         steps=len(watch.mean_rewards),
@@ -155,14 +157,22 @@ def _kept_scores(adapted: Any) -> Iterator[list[Any]]:
 class _Watch(TrainerCallback):
     """Stands where TRL passes by in each step: its begin, the reward function, its end; keeps times and counts."""
 
-    def __init__(self, reward_function: RewardFunction, bar: Meter, device: torch.device) -> None:
+    def __init__(
+        self,
+        reward_function: RewardFunction,
+        bar: Meter,
+        device: torch.device,
+        after_step: Callable[[int], None] | None,
+    ) -> None:
         self.seconds = {"sampling": 0.0, "reward": 0.0, "updating": 0.0}
         self.sampled_tokens = 0
         self.mean_rewards: list[float] = []
         self._reward_function = reward_function
         self._bar = bar
         self._device = device
+        self._after_step = after_step
         self._last = 0.0
+        self.paused = 0.0
 
     def now(self) -> float:
         """Seconds; what the device was told before is done."""
@@ -191,6 +201,9 @@ class _Watch(TrainerCallback):
         self._book("updating")
         self._bar.advance(1)
         self._bar.note(f"reward {self.mean_rewards[-1]:.3f}")
+        if self._after_step is not None:
+            self._after_step(len(self.mean_rewards))
+            self.paused += self.now() - self._last
 
     def _book(self, name: str) -> None:
         now = self.now()

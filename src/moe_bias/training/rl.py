@@ -49,8 +49,8 @@ HALVINGS = 8
 _LAYER = "layer."
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 
-Evaluate = Callable[[MoEBiasLayer], float]
-"""Greedy accuracy on the held-out problems."""
+Evaluate = Callable[[MoEBiasLayer], float | None]
+"""Greedy accuracy on the held-out problems; None where it only took a copy, to be measured later."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,14 @@ class Log(Protocol):
 
 @dataclass(frozen=True)
 class Watching:
-    """What goes on beside the steps, and how often."""
+    """What goes on beside the steps, and how often. After `deadline`, of `time.perf_counter`, no step begins."""
 
     evaluate: Evaluate
     evaluate_every: int
     checkpoints: Checkpoints | None = None
     log: Log | None = None
     samples: SampleLog | None = None
+    deadline: float = float("inf")
 
 
 class PolicyTrainer:
@@ -115,7 +116,7 @@ class PolicyTrainer:
             bar.advance(self._position.step)
             if self._position.step == 0:
                 self._evaluate({}, bar)
-            while self._position.step < self._settings.steps:
+            while self._position.step < self._settings.steps and time.perf_counter() < self._watching.deadline:
                 if pressed():
                     self._save()
                     raise KeyboardInterrupt
@@ -158,13 +159,18 @@ class PolicyTrainer:
         step = self._position.step
         if step % self._watching.evaluate_every == 0 or step == self._settings.steps:
             accuracy = self._watching.evaluate(self._layer)
-            metrics = metrics | {"held_out_accuracy": accuracy}
-            self._position = replace(self._position, accuracy=accuracy)
-            if self._position.best_accuracy is None or accuracy > self._position.best_accuracy:
-                self._position = replace(self._position, best_accuracy=accuracy, best_step=step)
-            bar.say(f"step {step}: {accuracy:.1%} of the held-out problems right")
+            if accuracy is not None:
+                metrics = metrics | {"held_out_accuracy": accuracy}
+                self._note_accuracy(accuracy, bar)
         if self._watching.log is not None:
             self._watching.log.write(step, metrics)
+
+    def _note_accuracy(self, accuracy: float, bar: Meter) -> None:
+        position = replace(self._position, accuracy=accuracy)
+        if position.best_accuracy is None or accuracy > position.best_accuracy:
+            position = replace(position, best_accuracy=accuracy, best_step=position.step)
+        self._position = position
+        bar.say(f"step {position.step}: {accuracy:.1%} of the held-out problems right")
 
     def _say(self, bar: Meter, metrics: Metrics) -> None:
         kl = f", KL {metrics['kl']:.3f}" if "kl" in metrics else ", nothing to learn from"

@@ -21,6 +21,7 @@ from moe_bias.backbone import Head
 from moe_bias.config import (
     OWN_SUPPORT,
     LayerConfig,
+    StartSettings,
     TrainingSettings,
     TrainSFTSettings,
     UserError,
@@ -173,7 +174,7 @@ def _support_from_file(path: Path, vocab_size: int) -> list[int]:
     return ids
 
 
-def fresh_layer(settings: TrainingSettings, support: tuple[int, ...] | None, head: Head) -> MoEBiasLayer:
+def fresh_layer(settings: StartSettings, support: tuple[int, ...] | None, head: Head) -> MoEBiasLayer:
     """A layer that changes nothing yet; its router follows from the seed."""
     torch.manual_seed(settings.seed)
     return MoEBiasLayer(settings.layer_config(support), head.hidden_size, head.vocab_size)
@@ -231,7 +232,7 @@ def train(
 
 
 @torch.no_grad()
-def start(layer: MoEBiasLayer, source: FeatureSource, settings: TrainingSettings) -> None:
+def start(layer: MoEBiasLayer, source: FeatureSource, settings: StartSettings) -> None:
     """Sets the router's normalisation, from tokens evenly spread over the source, and the gate's start."""
     count = min(len(source), NORMALISATION_TOKENS)
     rows = torch.arange(count) * len(source) // max(count, 1)

@@ -1,0 +1,279 @@
+"""How `moe-bias compare` runs one arm: supervised phase, training, and greedy answers by step."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+from moe_bias.commands.policy import (
+    Ground,
+    collector_of,
+    fresh_policy_layer,
+    greedy_verdicts,
+    policy_of,
+    prepare_ground,
+    rewards_of,
+    task_of,
+)
+from moe_bias.commands.warm_start import prepare_warm_start, warm_layer, warm_settings, worked_examples
+from moe_bias.config import CompareSettings, UserError
+from moe_bias.evaluation.grid import with_changes
+from moe_bias.evaluation.policy_arms import (
+    BASE,
+    LAYER_ARMS,
+    LORA,
+    LORA_ARMS,
+    LORA_SUPERVISED,
+    SUPERVISED,
+    PolicyArm,
+)
+from moe_bias.features.extract import Features, run_backbone, with_scalars
+from moe_bias.features.source import Subset
+from moe_bias.layer import MoEBiasLayer
+from moe_bias.records import peak_bytes
+from moe_bias.rollout.policy import Policy
+from moe_bias.tasks.conversations import ask, encode_prompt
+from moe_bias.tasks.task import Task
+from moe_bias.training.collect import Curriculum
+from moe_bias.training.grpo_lora import train_grpo_lora
+from moe_bias.training.grpo_trainer import GRPOChoices
+from moe_bias.training.lora import Budget, LoRAChoices, lora_on, train_lora
+from moe_bias.training.rl import PolicyTrainer, Watching
+from moe_bias.training.sft import Prepared
+from moe_bias.training.trainer import Trainer, Watch
+
+HELD_OUT, SHIFTED = "held out", "shifted"
+
+
+def prepare_stage(settings: CompareSettings) -> Stage:
+    """The frozen model and all problems, which are the same for all seeds."""
+    ground = prepare_ground(settings, settings, seed=0)
+    tests = {HELD_OUT: (ground.task, ground.test)}
+    if settings.shifted_task or settings.shifted_options:
+        options = {**settings.task_options, **settings.shifted_options}
+        name = settings.shifted_task or settings.task
+        shifted = task_of(settings.model_copy(update={"task": name, "task_options": options, "problems": ""}))
+        problems = shifted.problems(settings.test_problems, seed=1)
+        prompts = [encode_prompt(ask(problem.question), ground.tokenizer) for problem in problems]
+        tests[SHIFTED] = (shifted, Curriculum(problems, prompts))
+    return Stage(ground, tests, with_changes(settings, {"seed": 0}))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What all arms run on. `tests` are tasks and held-out problems by the name of the set.
+
+    What the frozen model says of the worked answers is computed once, for all arms and seeds.
+    """
+
+    ground: Ground
+    tests: dict[str, tuple[Task, Curriculum]]
+    settings: CompareSettings
+
+    @cached_property
+    def _prepared(self) -> Prepared:
+        return prepare_warm_start(self.ground, self.settings)
+
+    @cached_property
+    def _worked(self) -> Features:
+        """Of all problems to train on, on the support of the supervised phase; examples in their order."""
+        examples = worked_examples(self.ground, self.ground.train.problems)
+        if len(examples) < len(self.ground.train.problems):
+            raise UserError("a worked answer has no place beside its prompt; take shorter problems")
+        hidden = run_backbone(self.ground.model, examples, self.settings.batch_size, "worked answers")
+        support = self._prepared.train.support.tolist()
+        return with_scalars(self.ground.head, hidden, support, "their base distribution")
+
+    def run(self, name: str, settings: CompareSettings) -> PolicyArm:
+        """One arm with the settings' seed."""
+        if name == BASE:
+            accuracy = self._right([policy_of(None, self.ground.head)], settings)[0]
+            memory = peak_bytes(self.ground.head.device)
+            return PolicyArm(BASE, 0, 0, 0, 0.0, 0.0, 0.0, memory, _before_and_after([(0, accuracy)]), [])
+        if name in LORA_ARMS:
+            return self._lora(name, settings)
+        return self._layer(name, with_changes(settings, LAYER_ARMS[name]))
+
+    def _layer(self, name: str, settings: CompareSettings) -> PolicyArm:
+        shared_seconds = self._prepared.seconds if settings.warm_problems else 0.0
+        started = time.perf_counter()
+        layer = self._beginning(settings)
+        warm_seconds = shared_seconds + time.perf_counter() - started
+        copies = _Copies()
+        if name == SUPERVISED:
+            copies.take(layer)
+            started = time.perf_counter()
+            self._supervise(layer, settings, copies)
+            seconds = updating = time.perf_counter() - started
+            sampled = 0
+        else:
+            collector = collector_of(self.ground, rewards_of(settings), settings)
+            watching = Watching(copies.take, settings.evaluate_every)
+            position = PolicyTrainer(layer, self.ground.head, collector, settings, watching).run()
+            sampled, seconds, updating = position.sampled_tokens, position.seconds, position.update_seconds
+        steps = evaluated_steps(settings)
+        measured = self._right([policy_of(layer, self.ground.head) for layer in copies.layers], settings)
+        points = list(zip(steps, measured, strict=True))
+        return PolicyArm(
+            name,
+            settings.seed,
+            layer.config.num_parameters(layer.hidden_size, layer.vocab_size),
+            sampled,
+            seconds,
+            warm_seconds,
+            updating,
+            peak_bytes(self.ground.head.device),
+            _before_and_after(points),
+            _curve(points),
+        )
+
+    def _beginning(self, settings: CompareSettings) -> MoEBiasLayer:
+        """A layer after its supervised phase: on first tokens alone for the arm that acts on them."""
+        if not settings.warm_problems:
+            return fresh_policy_layer(self.ground, settings).layer
+        prepared = self._prepared
+        if settings.first_token_only:
+            assert isinstance(prepared.train, Features)
+            first = (prepared.train.position == 0).nonzero().squeeze(-1)
+            prepared = replace(prepared, train=Subset(prepared.train, first))
+        return warm_layer(self.ground, prepared, settings, "learning the form")
+
+    def _supervise(self, layer: MoEBiasLayer, settings: CompareSettings, copies: _Copies) -> None:
+        """Goes on with worked answers: in a step those of the problems that RL samples answers to, as many passes."""
+        training = warm_settings(settings).model_copy(update={"epochs": settings.epochs, "warmup": 0.0})
+        for problems in self._parts(settings):
+            rows = torch.isin(self._worked.example, torch.tensor(problems)).nonzero().squeeze(-1)
+            Trainer(layer, Subset(self._worked, rows), self.ground.head, training, Watch()).run("supervised")
+            copies.take(layer)
+
+    def _parts(self, settings: CompareSettings) -> list[list[int]]:
+        """Numbers of the problems of all steps between one evaluation and the next."""
+        collector, steps = collector_of(self.ground, rewards_of(settings), settings), evaluated_steps(settings)
+        return [
+            sorted({number for step in range(*part) for number in collector.order(step)[: settings.prompts]})
+            for part in pairwise(steps)
+        ]
+
+    def _lora(self, name: str, settings: CompareSettings) -> PolicyArm:
+        started = time.perf_counter()
+        with lora_on(self.ground.model, settings.lora_rank, settings.seed) as adapted:
+            if settings.warm_problems:
+                warm = list(range(settings.warm_problems))
+                self._supervise_lora(adapted, warm, settings.lora_warm_epochs, settings)
+            warm_seconds = time.perf_counter() - started
+            on_lora = replace(
+                self, ground=replace(self.ground, model=adapted)
+            )  # LoRA leaves the output embedding alone
+            points: list[_Point] = []
+
+            def measure(step: int) -> None:
+                if step in evaluated_steps(settings):
+                    policies = [policy_of(None, self.ground.head)]
+                    points.append((step, on_lora._right(policies, settings)[0]))
+
+            measure(0)
+            train = self._lora_supervised if name == LORA_SUPERVISED else self._lora_rewarded
+            parameters, sampled, seconds, updating = train(name, adapted, settings, measure)
+        return PolicyArm(
+            name,
+            settings.seed,
+            parameters,
+            sampled,
+            seconds,
+            warm_seconds,
+            updating,
+            peak_bytes(self.ground.head.device),
+            _before_and_after(points),
+            _curve(points),
+        )
+
+    def _supervise_lora(self, adapted: Any, problems: Sequence[int], passes: int, settings: CompareSettings) -> int:
+        """Passes over worked answers; returns the count of trained parameters."""
+        examples = worked_examples(self.ground, [self.ground.train.problems[number] for number in problems])
+        budget = Budget(passes * sum(len(example.completion_ids) for example in examples), "tokens")
+        choices = LoRAChoices(settings.lora_rank, settings.lora_warm_rate, settings.lora_batch_size)
+        return train_lora(adapted, examples, choices, budget, settings.seed, "worked answers").parameters
+
+    def _lora_supervised(
+        self, _: str, adapted: Any, settings: CompareSettings, measure: Callable[[int], None]
+    ) -> tuple[int, int, float, float]:
+        seconds, parameters = 0.0, 0
+        for step, problems in zip(evaluated_steps(settings)[1:], self._parts(settings), strict=True):
+            started = time.perf_counter()
+            parameters = self._supervise_lora(adapted, problems, settings.lora_warm_epochs, settings)
+            seconds += time.perf_counter() - started
+            measure(step)
+        return parameters, 0, seconds, seconds
+
+    def _lora_rewarded(
+        self, name: str, adapted: Any, settings: CompareSettings, measure: Callable[[int], None]
+    ) -> tuple[int, int, float, float]:
+        ground, rewards = self.ground, rewards_of(settings)
+        prompts = [[{"role": "user", "content": problem.question}] for problem in ground.train.problems]
+        gold = {problem.question: problem for problem in ground.train.problems}
+
+        def reward(turns: list[Any], completions: list[str]) -> list[float]:
+            problems = [gold[turn[0]["content"]] for turn in turns]
+            lengths = [len(ids) for ids in ground.tokenizer(completions, add_special_tokens=False).input_ids]
+            verdicts = ground.task.verify(problems, completions)
+            return rewards.shaped(problems, completions, verdicts, lengths, settings.max_new_tokens)
+
+        grpo = GRPOChoices(
+            settings.steps,
+            settings.prompts,
+            settings.group,
+            settings.max_new_tokens,
+            settings.temperature,
+            1.0 if name == LORA else settings.rho,
+            settings.lora_rate,
+            settings.lora_batch_size,
+            settings.seed,
+        )
+        report = train_grpo_lora(adapted, ground.tokenizer, prompts, reward, grpo, name, measure)
+        return report.parameters, report.sampled_tokens, report.seconds, report.updating_seconds
+
+    def _right(self, policies: Sequence[Policy], settings: CompareSettings) -> list[dict[str, list[float]]]:
+        """By policy and set of problems, which greedy answers are right. All policies share one pass of the model."""
+        found: list[dict[str, list[float]]] = [{} for _ in policies]
+        for name, (task, curriculum) in self.tests.items():
+            ground = replace(self.ground, task=task)
+            columns = greedy_verdicts(ground, curriculum, policies, settings, f"{name} problems")
+            for right, verdicts in zip(found, columns, strict=True):
+                right[name] = [float(verdict.is_correct) for verdict in verdicts]
+        return found
+
+
+_Point = tuple[int, dict[str, list[float]]]
+"""A step, and by set of problems which greedy answers are right after it."""
+
+
+def evaluated_steps(settings: CompareSettings) -> list[int]:
+    """The counts of steps after which an arm is measured: none, every `evaluate_every`, all."""
+    return [*range(0, settings.steps, settings.evaluate_every), settings.steps]
+
+
+@dataclass(frozen=True)
+class _Copies:
+    """Copies of a layer on its way, which are then measured together."""
+
+    layers: list[MoEBiasLayer] = field(default_factory=list)
+
+    def take(self, layer: MoEBiasLayer) -> None:
+        """Adds one."""
+        self.layers.append(copy.deepcopy(layer))
+
+
+def _before_and_after(points: Sequence[_Point]) -> dict[str, list[float]]:
+    return {f"{name} before": right for name, right in points[0][1].items()} | points[-1][1]
+
+
+def _curve(points: Sequence[_Point]) -> list[tuple[int, dict[str, float]]]:
+    return [(step, {name: float(np.mean(right)) for name, right in sets.items()}) for step, sets in points]

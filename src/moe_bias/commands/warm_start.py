@@ -1,0 +1,71 @@
+"""The supervised phase before reinforcement learning: the form of an answer, learned from worked ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moe_bias.commands.policy import Ground
+from moe_bias.config import TrainingSettings, UserError, WarmPolicySettings
+from moe_bias.layer import MoEBiasLayer
+from moe_bias.tasks.conversations import Example, ask, encode, ends
+from moe_bias.tasks.task import Problem
+from moe_bias.training.sft import Prepared, fit, fresh_layer, prepare
+
+MAX_LENGTH = 1024
+"""Longer worked answers are cut here, in tokens with the prompt."""
+
+
+def worked_examples(ground: Ground, problems: Sequence[Problem]) -> list[Example]:
+    """The worked answers as token ids. Raises UserError where a problem has none."""
+    if not all(problem.worked for problem in problems):
+        raise UserError(f"{ground.task.name} has problems without worked answers, which the supervised phase needs")
+    encoded = [encode(ask(problem.question, problem.worked), ground.tokenizer, MAX_LENGTH) for problem in problems]
+    return [example for example in encoded if example is not None]
+
+
+def prepare_warm_start(ground: Ground, settings: WarmPolicySettings) -> Prepared:
+    """Runs the backbone once over the worked answers of the first `warm_problems` and of all held-out problems.
+
+    The support is chosen on the former. Raises UserError where a problem has no worked answer.
+    """
+    return prepare(
+        ground.model,
+        ground.head,
+        worked_examples(ground, ground.train.problems[: settings.warm_problems]),
+        worked_examples(ground, ground.test.problems),
+        warm_settings(settings),
+        always=ends(ground.tokenizer),
+        batch_size=settings.batch_size,
+    )
+
+
+def warm_layer(ground: Ground, prepared: Prepared, settings: WarmPolicySettings, description: str) -> MoEBiasLayer:
+    """A layer of these settings after its supervised phase."""
+    training = warm_settings(settings)
+    layer = fresh_layer(training, prepared.support, ground.head).to(ground.head.device)
+    fit(layer, prepared.train, ground.head, training, description)
+    return layer
+
+
+def warm_settings(settings: WarmPolicySettings) -> TrainingSettings:
+    """The supervised phase; nothing of it comes from variables or files, whose names mean what follows it."""
+    shared = {name: getattr(settings, name) for name in _SHARED}
+    return TrainingSettings.model_construct(
+        **shared,
+        epochs=settings.warm_epochs,
+        expert_rate=settings.warm_expert_rate,
+        router_rate=settings.warm_router_rate,
+    )
+
+
+_SHARED = (
+    "num_experts",
+    "top_k",
+    "entropy_gate",
+    "load_balance_weight",
+    "support",
+    "normalisation",
+    "gate_alpha",
+    "gate_beta",
+    "seed",
+)
