@@ -1,4 +1,4 @@
-"""Draws docs/figures/rl-or-sft.svg: accuracy by step on the trained rule and on a held-out one, from records.
+"""Draws docs/figures/rl-or-sft-TASK.svg: accuracy by step as trained and on what was never trained on, from records.
 
 Reinforcement learning and supervised learning go on from the same supervised phase, for MoE-Bias and
 for LoRA. Lines are means over seeds, bands reach from the lowest seed to the highest. The same
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from matplotlib.ticker import MaxNLocator
 from figure_text import svg_text
 
 ROOT = Path(__file__).parent.parent
-FIGURE = ROOT / "docs" / "figures" / "rl-or-sft.svg"
-RECORDS = ROOT / "records" / "compare" / "general-points" / "arms"
+FIGURES = ROOT / "docs" / "figures"
+RECORDS = ROOT / "records" / "compare"
 ARMS = {
     "moe-bias": ("MoE-Bias, RL", "#0072B2", "-"),
     "moe-bias-sft": ("MoE-Bias, supervised", "#0072B2", "--"),
@@ -31,41 +32,50 @@ ARMS = {
     "lora-sft": ("LoRA, supervised", "#D55E00", "--"),
 }
 """Label, one of Okabe and Ito's colours, line."""
-PANELS = {"held out": "rule and suits of training, new hands", "shifted": "held-out rule and suits"}
+PANELS = {
+    "products": {"held out": "two or three factors, as trained", "shifted": "four factors, never trained on"},
+    "general-points": {"held out": "rule and suits as trained", "shifted": "rule and suits never trained on"},
+}
+"""By task and set of problems, the title of a panel."""
 Curve = list[tuple[int, dict[str, float]]]
 
 
 def main() -> None:
-    """Writes the figure."""
+    """Writes the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--png", type=Path, help="an image to look at, in place of the figure")
+    parser.add_argument("--png", type=Path, help="folder for images to look at, in place of the figures")
     options = parser.parse_args()
-    if options.png:
-        drawn(curves()).savefig(options.png, dpi=130)
-    else:
-        FIGURE.write_text(svg(), encoding="utf-8")
+    for path, text in figures():
+        if options.png:
+            task = path.stem.removeprefix("rl-or-sft-")
+            drawn(task, curves(task)).savefig(options.png / f"{path.stem}.png", dpi=130)
+        else:
+            path.write_text(text, encoding="utf-8")
 
 
-def svg() -> str:
-    """The figure's text."""
-    return svg_text(drawn(curves()))
+def figures() -> Iterator[tuple[Path, str]]:
+    """The figures of all tasks that there are records of, as path and text."""
+    for task in PANELS:
+        found = curves(task)
+        if found:
+            yield FIGURES / f"rl-or-sft-{task}.svg", svg_text(drawn(task, found))
 
 
-def curves() -> dict[str, list[Curve]]:
+def curves(task: str) -> dict[str, list[Curve]]:
     """By arm, the curve of each seed."""
     found: dict[str, list[Curve]] = {}
-    for path in sorted(RECORDS.glob("*.json")):
+    for path in sorted(RECORDS.glob(f"{task}/arms/*.json")):
         arm: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["arm"]
         if arm["name"] in ARMS:
             found.setdefault(arm["name"], []).append(arm["curve"])
     return found
 
 
-def drawn(found: dict[str, list[Curve]]) -> Figure:
+def drawn(task: str, found: dict[str, list[Curve]]) -> Figure:
     """A panel for each set of problems, on one scale."""
     figure = Figure(figsize=(9.0, 4.0), layout="constrained")
-    panels = figure.subplots(1, len(PANELS), sharey=True)
-    for axes, (name, title) in zip(panels, PANELS.items(), strict=True):
+    panels = figure.subplots(1, len(PANELS[task]), sharey=True)
+    for axes, (name, title) in zip(panels, PANELS[task].items(), strict=True):
         for arm, (label, colour, style) in ARMS.items():
             if arm in found:
                 _line(axes, found[arm], name, label, colour, style)

@@ -104,7 +104,7 @@ def pages() -> Iterator[tuple[Path, str]]:
     """Every generated page and figure, and README and docs with their tables made anew, as path and text."""
     yield PAGE, page()
     yield draw_growth.FIGURE, draw_growth.svg(draw_growth.newest())
-    yield draw_curves.FIGURE, draw_curves.svg()
+    yield from draw_curves.figures()
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         if path != PAGE:
             yield path, filled(path.read_text(encoding="utf-8"))

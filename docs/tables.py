@@ -108,6 +108,24 @@ def policy_costs(task: str) -> str:
     return _table(headings, (_policy_costs_row(row) for row in rows)) + _seeds(record)
 
 
+def rl_signal() -> str:
+    """What an update on some problems' samples does for these and for other problems, in percentage points."""
+    record = _read(RECORDS / "rl" / "signal-products.json")
+    shapes = sorted({(row["rho"], row["steps"], row["prompts"]) for row in record["rows"]})
+    headings = ["rates", *(f"{steps} x {prompts} problems, rho = {rho:g}" for rho, steps, prompts in shapes)]
+    rows: dict[str, list[str]] = {}
+    for row in sorted(record["rows"], key=lambda row: (row["rho"], row["steps"], row["prompts"])):
+        rows.setdefault(row["update"], [row["update"]]).append(f"{100 * row['own']:+.1f}, {100 * row['others']:+.1f}")
+    return _table(headings, rows.values()) + f"\nMeans over {record['options']['seeds']} splits; {_machine(record)}.\n"
+
+
+def rl_trials() -> str:
+    """Two runs of one arm on as many samples, by how a step is made up."""
+    records = [_read(path) for path in sorted(RECORDS.glob("rl/trial-*.json"))]
+    headings = ["step", "rate of the router", "sampled tokens", "held-out problems solved, after steps"]
+    return _table(headings, (_trial_row(record) for record in records)) + f"\n{_machine(records[0])}.\n"
+
+
 def train_step() -> str:
     """Speed of an optimiser step over LoRA's."""
     record = _latest("train_step")
@@ -205,6 +223,13 @@ def _policy_costs_row(row: dict[str, Any]) -> list[str]:
         f"{row['updating_share']:.1%}",
         f"{row['peak_bytes'] / 2**20:,.0f} MiB",
     ]
+
+
+def _trial_row(record: dict[str, Any]) -> list[str]:
+    settings, arm = record["settings"], record["arm"]
+    curve = ", ".join(f"{step}: {sets['held out']:.1%}" for step, sets in arm["curve"])
+    made_up = f"{settings['prompts']} problems x {settings['group']} samples"
+    return [made_up, f"{settings['router_rate']:g}", f"{arm['sampled_tokens']:,}", curve]
 
 
 def _percent(estimate: dict[str, float], form: str) -> str:
@@ -314,6 +339,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo-tasks": demo_tasks,
     "extract": extraction,
     "growth": growth,
+    "rl-signal": rl_signal,
+    "rl-trials": rl_trials,
     "rl-update": rl_update,
     "sft-gsm8k": sft,
     "sweep-products": sweep_products,

@@ -150,3 +150,17 @@ def test_compare_runs_arms_once_and_prints_them(ground, capsys):
     assert rows[1]["parameters"] < rows[3]["parameters"]
     assert main([*words[:-1], "base,stat"]) == 2
     assert "--arms has 'stat', which is none of base, first-token" in capsys.readouterr().err
+
+
+def test_compare_goes_on_from_one_supervised_phase_of_lora(ground, capsys):
+    words = ["compare", *COMMON.split(), *REWARDED.split(), "--steps", "2", "--evaluate-every", "1", "--seeds", "0"]
+    words += ["--warm-problems", "4", "--warm-epochs", "1", "--lora-warm-epochs", "1", "--lora-batch-size", "4"]
+    assert main([*words, "--arms", "lora,lora-sft,moe-bias-sft", "--output", "out"]) == 0
+    capsys.readouterr()
+    arms = {path.stem: json.loads(path.read_text())["arm"] for path in (ground / "out" / "arms").iterdir()}
+    assert sorted(arms) == ["lora-seed0", "lora-sft-seed0", "moe-bias-sft-seed0"]
+    assert arms["lora-seed0"]["right"]["held out before"] == arms["lora-sft-seed0"]["right"]["held out before"]
+    assert arms["lora-seed0"]["warm_seconds"] == arms["lora-sft-seed0"]["warm_seconds"] > 0
+    assert arms["lora-seed0"]["sampled_tokens"] > 0
+    assert arms["lora-sft-seed0"]["sampled_tokens"] == arms["moe-bias-sft-seed0"]["sampled_tokens"] == 0
+    assert all([step for step, _ in arm["curve"]] == [0, 1, 2] for arm in arms.values())

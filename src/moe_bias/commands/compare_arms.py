@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor
 
 from moe_bias.commands.policy import (
     Ground,
@@ -77,6 +79,7 @@ class Stage:
     ground: Ground
     tests: dict[str, tuple[Task, Curriculum]]
     settings: CompareSettings
+    lora_starts: dict[int, _LoRAStart] = field(default_factory=dict)
 
     @cached_property
     def _prepared(self) -> Prepared:
@@ -163,23 +166,16 @@ class Stage:
         ]
 
     def _lora(self, name: str, settings: CompareSettings) -> PolicyArm:
-        started = time.perf_counter()
         with lora_on(self.ground.model, settings.lora_rank, settings.seed) as adapted:
-            if settings.warm_problems:
-                warm = list(range(settings.warm_problems))
-                self._supervise_lora(adapted, warm, settings.lora_warm_epochs, settings)
-            warm_seconds = time.perf_counter() - started
-            on_lora = replace(
-                self, ground=replace(self.ground, model=adapted)
-            )  # LoRA leaves the output embedding alone
-            points: list[_Point] = []
+            # LoRA leaves the output embedding alone, so the head is the same.
+            on_lora = replace(self, ground=replace(self.ground, model=adapted))
+            start = self._lora_start(adapted, on_lora, settings)
+            points = [(0, start.right)]
 
             def measure(step: int) -> None:
                 if step in evaluated_steps(settings):
-                    policies = [policy_of(None, self.ground.head)]
-                    points.append((step, on_lora._right(policies, settings)[0]))
+                    points.append((step, on_lora._right([policy_of(None, self.ground.head)], settings)[0]))
 
-            measure(0)
             train = self._lora_supervised if name == LORA_SUPERVISED else self._lora_rewarded
             parameters, sampled, seconds, updating = train(name, adapted, settings, measure)
         return PolicyArm(
@@ -188,12 +184,27 @@ class Stage:
             parameters,
             sampled,
             seconds,
-            warm_seconds,
+            start.seconds,
             updating,
             peak_bytes(self.ground.head.device),
             _before_and_after(points),
             _curve(points),
         )
+
+    def _lora_start(self, adapted: Any, on_lora: Stage, settings: CompareSettings) -> _LoRAStart:
+        """Brings fresh LoRA weights through the supervised phase, or to where it led the last arm of this seed."""
+        if settings.seed not in self.lora_starts:
+            started = time.perf_counter()
+            if settings.warm_problems:
+                warm = list(range(settings.warm_problems))
+                self._supervise_lora(adapted, warm, settings.lora_warm_epochs, settings)
+            seconds = time.perf_counter() - started
+            weights = {key: value.clone() for key, value in get_peft_model_state_dict(adapted).items()}
+            right = on_lora._right([policy_of(None, self.ground.head)], settings)[0]
+            self.lora_starts[settings.seed] = _LoRAStart(weights, right, seconds)
+        start = self.lora_starts[settings.seed]
+        set_peft_model_state_dict(adapted, start.weights)
+        return start
 
     def _supervise_lora(self, adapted: Any, problems: Sequence[int], passes: int, settings: CompareSettings) -> int:
         """Passes over worked answers; returns the count of trained parameters."""
@@ -253,6 +264,15 @@ class Stage:
 
 _Point = tuple[int, dict[str, list[float]]]
 """A step, and by set of problems which greedy answers are right after it."""
+
+
+@dataclass(frozen=True)
+class _LoRAStart:
+    """LoRA weights after the supervised phase, what their greedy answers solve, and the seconds it took."""
+
+    weights: dict[str, Tensor]
+    right: dict[str, list[float]]
+    seconds: float
 
 
 def evaluated_steps(settings: CompareSettings) -> list[int]:
