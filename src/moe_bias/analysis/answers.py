@@ -45,7 +45,7 @@ class Accuracy:
 
 
 def in_stratum(policy: Policy, threshold: float, is_high: bool) -> Policy:
-    """The policy on rows of the high stratum (base entropy >= threshold) or of the low one, the frozen model elsewhere."""
+    """The policy where base entropy is at least the threshold, or only where it is below; elsewhere the frozen model."""
 
     def chosen(hidden_BD: Tensor, logits_BV: Tensor) -> Tensor:
         mine_B = (entropy_from_logits(logits_BV) >= threshold) == is_high
@@ -73,8 +73,10 @@ def accuracy(answers: dict[str, list[Answered]]) -> Accuracy:
 
 def turns(base: Sequence[Answered], adapted: Sequence[Answered]) -> dict[str, int]:
     """How many problems each pair of outcomes has: mended, spoiled, right or wrong under both."""
-    names = {(False, True): "mended", (True, False): "spoiled", (True, True): "both right", (False, False): "both wrong"}
-    counts = dict.fromkeys(names.values(), 0)
-    for before, after in zip(base, adapted, strict=True):
-        counts[names[before.outcome == RIGHT, after.outcome == RIGHT]] += 1
-    return counts
+    pairs = [(before.outcome == RIGHT, after.outcome == RIGHT) for before, after in zip(base, adapted, strict=True)]
+    return {
+        "mended": pairs.count((False, True)),
+        "spoiled": pairs.count((True, False)),
+        "both right": pairs.count((True, True)),
+        "both wrong": pairs.count((False, False)),
+    }

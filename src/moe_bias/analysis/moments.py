@@ -40,7 +40,7 @@ class Moment:
 
 @dataclass(frozen=True)
 class Strongest:
-    """The `size` moments of largest score, the earlier of equal ones first. Merging those of parts gives the whole's."""
+    """The `size` moments of largest score, the earlier of equal ones first, from parts in the order of the text."""
 
     size: int
     moments: tuple[Moment, ...] = ()
@@ -60,17 +60,13 @@ class Strongest:
         return top.indices[: self.size][top.values[: self.size] > floor].tolist()
 
 
-def moment_at(row: int, score: float, part: Features, readings: TokenReadings, start: int, first: int) -> Moment:
-    """The token in row `row` of the readings, which is row `start + row` of the part.
-
-    `first` is the number in the text of the part's first token.
-    """
-    place = start + row
+def moment_at(part: Features, place: int, readings: TokenReadings, row: int, score: float, number: int = 0) -> Moment:
+    """The part's token `place`, which is the token `row` of the readings and the token `number` of the text."""
     before = slice(max(place - CONTEXT_TOKENS, 0), place)
     context_C = part.token[before][part.example[before] == part.example[place]]
     return Moment(
         score=score,
-        number=first + place,
+        number=number,
         example=int(part.example[place]),
         position=int(part.position[place]),
         context=tuple(context_C.tolist()),

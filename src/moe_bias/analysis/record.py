@@ -8,7 +8,6 @@ gives none. Entropies, KL and changes of log-probability are in nats. Tokens sta
     text            kind (store, data, task), name, tokens, examples, dropped (left out of the store by --keep-top),
                     rho, threshold: the base entropy that a token of the high stratum has at least
     entropy_edges   of the histograms' bins; what lies outside is in the first or last bin
-    base_accuracy   for a task: the frozen model's, an estimate
     adapters        a list, each:
       name, parameters, num_experts, top_k, support (M), strength, gate ({"alpha", "beta"} or null)
       strata        all, high, low: tokens, means ({quantity: estimate}), bias_max, expert_share (E numbers that sum
@@ -26,7 +25,7 @@ gives none. Entropies, KL and changes of log-probability are in nats. Tokens sta
                     by the share of the expert's bias in the token's, w g_e, largest first
       forks         moments of largest KL among those whose choice flipped; base_continuation and
                     adapted_continuation are greedy from there, null where the prompts are not known
-      answers       null, or for a task: accuracy and change (by arm: adapted; on high or on low tokens only),
+      answers       null, or for a task: accuracy and change (by arm: base; adapted; adapted on high or on low tokens only),
                     turns (mended, spoiled, both right, both wrong: problems), unchanged (same answer),
                     forks_high (share of the forks that lie in the high stratum), forks: of each problem whose
                     answer changed a moment with question, gold, base_outcome, adapted_outcome and continuations
@@ -40,14 +39,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from math import isfinite
-from pathlib import Path
 from typing import Any
 
 from moe_bias.analysis.experts import TokenBias, strongest_tokens
 from moe_bias.analysis.moments import Moment
 from moe_bias.analysis.summary import ALL, by_stratum, mutual_information, overlap_share, share_by_row
 from moe_bias.analysis.survey import Overlap, Survey
-from moe_bias.analysis.tally import PLACES, Tally
+from moe_bias.analysis.tally import PLACES
 from moe_bias.analysis.token_classes import CLASSES
 from moe_bias.evaluation.statistics import Estimate
 from moe_bias.layer import MoEBiasLayer

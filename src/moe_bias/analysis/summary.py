@@ -65,7 +65,7 @@ def _stratum(tally: Tally, rows: list[int]) -> StratumSummary:
 
 
 def mean_over_groups(sums_G: Tensor, tokens_G: Tensor) -> Estimate:
-    """Sums over tokens, by token; resampled are the groups that have tokens, and with one alone there is no interval."""
+    """Sums by token; resampled are the groups that have tokens. With one group alone the interval is unbounded."""
     held_G = tokens_G > 0
     sums, tokens = sums_G[held_G].double().numpy(), tokens_G[held_G].double().numpy()
     if len(tokens) < 2:

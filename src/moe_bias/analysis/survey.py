@@ -3,8 +3,8 @@
 A text may be larger than memory: its parts are read from their files one after the other. What grows with it
 is 4 bytes a token of base entropies and as many of the layer's, which the two thresholds are taken over.
 
-The high stratum is the top rho of base entropy over the whole text, ties included. Overlap (SPEC: entropy
-patterns, arXiv 2506.01939) is the share of those tokens that are also in the top rho of the adapted
+The high stratum is the top rho of base entropy over the whole text, ties included. Overlap (entropy patterns,
+arXiv 2506.01939) is the share of those tokens that are also in the top rho of the adapted
 model's entropy on the same text.
 
 Shapes: T tokens, D hidden, E experts, V vocabulary, G groups of examples.
@@ -50,8 +50,12 @@ class Text:
 
 @dataclass(frozen=True)
 class Marks:
-    """What divides a text, the same for every layer: base entropies (T,), rho, tau in nats, classes of tokens (V,)."""
+    """What divides a text, the same for every layer: base entropies (T,), rho, tau in nats, classes of tokens (V,).
 
+    `examples` says how many there are.
+    """
+
+    examples: int
     entropy: Tensor
     rho: float
     threshold: float
@@ -78,14 +82,18 @@ class Overlap:
 
 def mark(text: Text, kinds_V: Tensor, rho: float = FORK_SHARE) -> Marks:
     """Reads the entropies alone. Raises UserError where the text has no tokens."""
-    entropy_T = torch.cat([torch.empty(0), *(part.entropy.float() for part in text.parts())])
-    return Marks(entropy_T, rho, fork_threshold(entropy_T, rho), kinds_V)
+    examples, entropies = 0, [torch.empty(0)]
+    for part in text.parts():
+        examples += len(part.example.unique())
+        entropies.append(part.entropy.float().clone())
+    entropy_T = torch.cat(entropies)
+    return Marks(examples, entropy_T, rho, fork_threshold(entropy_T, rho), kinds_V)
 
 
 def survey(
     layer: MoEBiasLayer, head: Head, text: Text, marks: Marks, forks: int, contexts: int, description: str
 ) -> Survey:
-    """Reads every token once. `forks` and `contexts` are how many tokens worth a look are kept, in all and by expert."""
+    """Reads every token once; keeps `forks` flipped tokens in all and `contexts` tokens by expert."""
     kept = _Kept(layer.config.num_experts, forks, contexts)
     read, first = _Reader(layer, head), 0
     adapted_T = torch.empty(len(marks.entropy))
@@ -160,5 +168,9 @@ class _Kept:
     def _more(
         self, strongest: Strongest, score_T: Tensor, readings: TokenReadings, part: Features, start: int, first: int
     ) -> Strongest:
-        rows = strongest.candidates(score_T)
-        return strongest.with_more([moment_at(row, float(score_T[row]), part, readings, start, first) for row in rows])
+        return strongest.with_more(
+            [
+                moment_at(part, start + row, readings, row, float(score_T[row]), first + start + row)
+                for row in strongest.candidates(score_T)
+            ]
+        )

@@ -27,9 +27,11 @@ from transformers import PreTrainedTokenizerBase
 CLASSES = ("digit", "operator", "connective", "format", "name", "other")
 OPERATORS = frozenset("+-*/=<>^%×÷±≤≥≠≈∙·√−")
 CONNECTIVES = frozenset(
-    "and or but nor so yet then thus hence therefore because since as if unless while whereas although though however "
-    "also next first second third finally when where after before until once instead otherwise moreover furthermore "
-    "wait alternatively given suppose let which that".split()
+    """
+    and or but nor so yet then thus hence therefore because since as if unless while whereas although
+    though however also next first second third finally when where after before until once instead
+    otherwise moreover furthermore wait alternatively given suppose let which that
+    """.split()  # noqa: SIM905
 )
 _WORD_STARTS = ("Ġ", "▁")
 """How tokenizers write the space that a token begins with."""

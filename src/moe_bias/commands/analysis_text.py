@@ -33,7 +33,7 @@ from moe_bias.records import write_json
 from moe_bias.rollout.greedy import greedy_answers
 from moe_bias.rollout.policy import Policy, base_policy
 from moe_bias.tasks.conversations import Corpus, Example, read_conversations
-from moe_bias.training.run_folder import refuse_other_settings
+from moe_bias.training.run_folder import begin, digest
 
 BASE_ANSWERS = "base-answers.json"
 
@@ -93,7 +93,7 @@ def greedy_answered(
         verdicts = ground.task.verify(ground.test.problems, texts)
         answered.append(
             [
-                Answered([*answer.token_ids, *ground.stop_ids[: answer.finished]], verdict.outcome)
+                Answered(answer.token_ids + (ground.stop_ids if answer.finished else []), verdict.outcome)
                 for answer, verdict in zip(column, verdicts, strict=True)
             ]
         )
@@ -101,7 +101,12 @@ def greedy_answered(
 
 
 def _layers(settings: AnalyzeSettings, head: Head) -> list[MoEBiasLayer]:
-    return [saved_layer(name, head).layer.eval() for name in settings.adapters]
+    """Of the adapters; the last thing that can be wrong, so that from here on the folder is this analysis's."""
+    layers = [saved_layer(name, head).layer.eval() for name in settings.adapters]
+    named = zip(settings.adapters, layers, strict=True)
+    contents = {f"adapter {name}": digest(layer.state_dict().values()) for name, layer in named}
+    begin(settings.output, settings.model_dump(mode="json"), contents)
+    return layers
 
 
 def _support(layer: MoEBiasLayer) -> list[int]:
@@ -113,6 +118,8 @@ def _stored(settings: AnalyzeSettings, folders: Sequence[str], console: Console)
     model, tokenizer = load_model(settings)
     head = find_head(model)[1]
     store.check(model_facts(model, head, tokenizer), temperature=TEMPERATURE)
+    examples = _by_row(texts_of(store, settings, model, tokenizer)) if settings.data else {}
+    text, name = _chosen(store, settings, ", ".join(folders)), store.manifest.recipe.source
     layers = _layers(settings, head)
     if store.dropped:
         say(
@@ -120,8 +127,6 @@ def _stored(settings: AnalyzeSettings, folders: Sequence[str], console: Console)
             f"The store left out {store.dropped:,} tokens of base entropy below {store.manifest.threshold} nats: the "
             f"high stratum is the top {settings.rho:.0%} of the others",
         )
-    examples = _by_row(texts_of(store, settings, model, tokenizer)) if settings.data else {}
-    text, name = _chosen(store, settings, ", ".join(folders)), store.manifest.recipe.source
     return Matter(model, tokenizer, head, layers, text, "store", name, store.dropped, examples)
 
 
@@ -130,8 +135,8 @@ def _extracted(settings: AnalyzeSettings, console: Console) -> Iterator[Matter]:
     conversations = read_conversations(settings.data, settings.split)
     model, tokenizer = load_model(settings)
     head = find_head(model)[1]
-    layers = _layers(settings, head)
     corpus = encoded(conversations, tokenizer, length_limit(model, settings.max_length), settings.data, console)
+    layers = _layers(settings, head)
     choices = Choices(_support(layers[0]), (), head.dtype, batch_size=settings.batch_size)
     plan = make_plan(corpus, settings.data, model_facts(model, head, tokenizer), choices)
     with features_of(model, head, plan, settings, console) as store:
@@ -163,7 +168,6 @@ def _sampled(settings: AnalyzeSettings) -> Matter:
 def _base_answers(ground: Ground, settings: AnalyzeSettings) -> list[Answered]:
     """Kept in the folder, so that a run that is gone on with does not sample them again."""
     path = settings.output / BASE_ANSWERS
-    refuse_other_settings(settings.output, settings.model_dump(mode="json"))
     if path.is_file():
         try:
             return [Answered(**answer) for answer in json.loads(path.read_text(encoding="utf-8"))["answers"]]

@@ -165,9 +165,7 @@ class FeatureStore:
         """
         if isinstance(index, Tensor) and index.dtype == torch.bool:
             index = index.nonzero().squeeze(-1)
-        return self._features(
-            self._hidden_of(index), {name: self.small_column(name)[index] for name in SMALL_COLUMNS}
-        )
+        return self._features(self._hidden_of(index), {name: self.small_column(name)[index] for name in SMALL_COLUMNS})
 
     def parts(self) -> Iterator[Features]:
         """All tokens in order, a shard at a time, whole examples in each: nothing of them is kept in memory."""
