@@ -45,7 +45,7 @@ class Accuracy:
 
 
 def in_stratum(policy: Policy, threshold: float, is_high: bool) -> Policy:
-    """The policy where base entropy is at least the threshold, or only where it is below; elsewhere the frozen model."""
+    """The policy where base entropy is at least the threshold, or where it is below; the frozen model elsewhere."""
 
     def chosen(hidden_BD: Tensor, logits_BV: Tensor) -> Tensor:
         mine_B = (entropy_from_logits(logits_BV) >= threshold) == is_high

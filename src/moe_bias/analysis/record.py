@@ -25,8 +25,8 @@ gives none. Entropies, KL and changes of log-probability are in nats. Tokens sta
                     by the share of the expert's bias in the token's, w g_e, largest first
       forks         moments of largest KL among those whose choice flipped; base_continuation and
                     adapted_continuation are greedy from there, null where the prompts are not known
-      answers       null, or for a task: accuracy and change (by arm: base; adapted; adapted on high or on low tokens only),
-                    turns (mended, spoiled, both right, both wrong: problems), unchanged (same answer),
+      answers       null, or for a task: accuracy and change by arm (base; adapted; adapted on tokens of one stratum
+                    only), turns (mended, spoiled, both right, both wrong: problems), unchanged (same answer),
                     forks_high (share of the forks that lie in the high stratum), forks: of each problem whose
                     answer changed a moment with question, gold, base_outcome, adapted_outcome and continuations
 

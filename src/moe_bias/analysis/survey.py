@@ -29,7 +29,7 @@ from moe_bias.layer import MoEBiasLayer
 from moe_bias.progress import Meter, meter
 from moe_bias.support import FORK_SHARE, fork_threshold
 
-CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
+CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 """Entries of a tokens x support tensor that are worked on at once, by kind of device."""
 
 

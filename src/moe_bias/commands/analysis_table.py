@@ -30,8 +30,8 @@ def print_analysis(console: Console, record: Mapping[str, Any]) -> None:
     """Prints what `analysis.json` holds, shortened."""
     text = record["text"]
     console.print(
-        f"{text['tokens']:,} tokens of {text['examples']:,} examples of {text['name']}; high entropy: the top {text['rho']:.0%}, from "
-        f"{text['threshold']:.3f} nats",
+        f"{text['tokens']:,} tokens of {text['examples']:,} examples of {text['name']}; high entropy: "
+        f"the top {text['rho']:.0%}, from {text['threshold']:.3f} nats",
         highlight=False,
     )
     for adapter in record["adapters"]:
