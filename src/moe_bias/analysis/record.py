@@ -43,7 +43,14 @@ from typing import Any
 
 from moe_bias.analysis.experts import TokenBias, strongest_tokens
 from moe_bias.analysis.moments import Moment
-from moe_bias.analysis.summary import ALL, by_stratum, mutual_information, overlap_share, share_by_row
+from moe_bias.analysis.summary import (
+    ALL,
+    StratumSummary,
+    by_stratum,
+    mutual_information,
+    overlap_share,
+    share_by_row,
+)
 from moe_bias.analysis.survey import Overlap, Survey
 from moe_bias.analysis.tally import PLACES
 from moe_bias.analysis.token_classes import CLASSES
@@ -144,7 +151,7 @@ def place_names() -> list[str]:
     return ["0", "1", *closed, f"{2 ** (PLACES - 2)}-"]
 
 
-def _stratum(summary: Any) -> dict[str, Any]:
+def _stratum(summary: StratumSummary) -> dict[str, Any]:
     means = {name: estimate_record(estimate) for name, estimate in summary.means.items()}
     return asdict(summary) | {"means": means}
 

@@ -111,11 +111,11 @@ def overlap(text: Text, marks: Marks, adapted_T: Tensor) -> Overlap:
     """Of the survey's adapted entropies, with the text's base entropies; reads the examples' rows alone."""
     high_T = marks.entropy >= marks.threshold
     both_T = high_T & (adapted_T >= fork_threshold(adapted_T, marks.rho))
-    found, first = Overlap(torch.zeros(GROUPS), torch.zeros(GROUPS)), 0
+    found, first = Overlap(*torch.zeros(2, GROUPS, dtype=torch.float64)), 0
     for part in text.parts():
         group_T, rows = part.example % GROUPS, slice(first, first + len(part))
-        found.both.index_add_(0, group_T, both_T[rows].float())
-        found.high.index_add_(0, group_T, high_T[rows].float())
+        found.both.index_add_(0, group_T, both_T[rows].double())
+        found.high.index_add_(0, group_T, high_T[rows].double())
         first += len(part)
     return found
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ def run(settings: AnalyzeSettings) -> None:
 def _adapter(
     matter: Matter, marks: Marks, layer: MoEBiasLayer, name: str, folder: Path, settings: AnalyzeSettings
 ) -> dict[str, Any]:
-    def decode(ids: Any) -> str:
+    def decode(ids: Sequence[int]) -> str:
         text: str = matter.tokenizer.decode(list(ids))
         return text
 
