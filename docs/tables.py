@@ -127,16 +127,6 @@ def analysis_experts(stem: str) -> str:
     )
 
 
-def analyze_memory() -> str:
-    """Peak memory of analysing a store, by its size."""
-    record = _latest("analyze_memory")
-    rows = [
-        [f"{cell['tokens']:,}", f"{cell['peak_mib']['whole']:,.0f} MiB", f"{cell['peak_mib']['above']:,.0f} MiB"]
-        for cell in record["cells"]
-    ]
-    return _table(["tokens of the store", "peak of the process", "above what it held before"], rows)
-
-
 def train_step() -> str:
     """Speed of an optimiser step over LoRA's."""
     record = _latest("train_step")
@@ -330,7 +320,6 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"defaults-{path.stem}": partial(defaults, path.stem) for path in RECORDS.glob("defaults/*.json")},
     **{f"analysis-{path.stem}": partial(analysis, path.stem) for path in RECORDS.glob("analysis/*.json")},
     **{f"experts-{path.stem}": partial(analysis_experts, path.stem) for path in RECORDS.glob("analysis/*.json")},
-    "analyze-memory": analyze_memory,
     "decode": decode,
     "demo-output": demo_output,
     "demo-tasks": demo_tasks,
