@@ -126,6 +126,46 @@ def rl_trials() -> str:
     return _table(headings, (_trial_row(record) for record in records)) + f"\n{_machine(records[0])}.\n"
 
 
+def analysis(stem: str) -> str:
+    """What an adapter does to the tokens of high and of low base entropy."""
+    record = _read(RECORDS / "analysis" / f"{stem}.json")
+    adapter, text = record["adapters"][0], record["text"]
+    strata = adapter["strata"]
+    rows = [["tokens", *(f"{stratum['tokens']:,}" for stratum in strata.values())]]
+    for heading, name, form, factor in _ANALYSIS_ROWS:
+        means = [stratum["means"][name] for stratum in strata.values()]
+        rows.append([heading, *(_interval({key: factor * mean[key] for key in mean}, form) for mean in means)])
+    rows.append(["largest \\|b\\|", *(f"{stratum['bias_max']:.1f}" for stratum in strata.values())])
+    rows.append(["entropy of expert use", *(f"{stratum['expert_entropy']:.3f}" for stratum in strata.values())])
+    known = adapter["mutual_information"]
+    told = ", ".join(f"{name} {value['nats']:.3f} of at most {value['at_most']:.3f}" for name, value in known.items())
+    overlap = _interval({key: 100 * value for key, value in adapter["overlap"].items()}, ".1f")
+    return (
+        _table(["means over tokens, nats", *(f"{name} tokens" for name in strata)], rows)
+        + f"\n{text['examples']:,} examples; high: base entropy of at least {text['threshold']:.2f} nats. "
+        f"Overlap of the top {text['rho']:.0%}: {overlap}%.\n"
+        f"Nats that the expert of a routed slot tells of its token: {told}. {_machine(record)}.\n"
+    )
+
+
+def analysis_experts(stem: str) -> str:
+    """The experts' cards in short."""
+    cards = _read(RECORDS / "analysis" / f"{stem}.json")["adapters"][0]["experts"]
+    return _table(
+        ["expert", "of high slots", "of low slots", "raises most", "lowers most", "acts most on"],
+        (
+            [
+                str(card["expert"]),
+                f"{card['high']:.1%}",
+                f"{card['low']:.1%}",
+                *(", ".join(_quoted(token["text"]) for token in card[side][:4]) for side in ("raised", "lowered")),
+                ", ".join(_quoted(moment["token"]["text"]) for moment in card["contexts"]),
+            ]
+            for card in cards
+        ),
+    )
+
+
 def train_step() -> str:
     """Speed of an optimiser step over LoRA's."""
     record = _latest("train_step")
@@ -240,6 +280,19 @@ def _seeds(record: dict[str, Any]) -> str:
     return f"\nMeans over {len(record['settings']['seeds'])} seeds; {_machine(record)}.\n"
 
 
+_ANALYSIS_ROWS = (
+    ("base entropy", "base_entropy", ".3f", 1),
+    ("adapted entropy", "adapted_entropy", ".3f", 1),
+    ("KL to the base", "kl", ".3f", 1),
+    ("change of the text's log-probability", "log_prob_change", "+.3f", 1),
+    ("mean \\|b\\|", "bias_mean", ".3f", 1),
+    ("gate w", "weight", ".3f", 1),
+    ("choice changes, % of tokens", "flipped", ".1f", 100),
+    ("to the token in the text, %", "mended", ".1f", 100),
+    ("away from it, %", "spoiled", ".1f", 100),
+)
+
+
 _STEP_ARMS = {
     "a": "whole vocabulary, through the model",
     "b": "whole vocabulary, on extracted hidden states",
@@ -290,6 +343,11 @@ def _update_note(record: dict[str, Any]) -> str:
     )
 
 
+def _quoted(text: str) -> str:
+    """A token's text as code in a table's cell."""
+    return f"`{text!r}`".replace("|", "\\|")
+
+
 def _seconds(value: float | None) -> str:
     return "not kept" if value is None else f"{value:.3g}"
 
@@ -334,6 +392,8 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"defaults-{path.stem}": partial(defaults, path.stem) for path in RECORDS.glob("defaults/*.json")},
     **{f"compare-{task}": partial(policies, task) for task in _COMPARED},
     **{f"compare-{task}-costs": partial(policy_costs, task) for task in _COMPARED},
+    **{f"analysis-{path.stem}": partial(analysis, path.stem) for path in RECORDS.glob("analysis/*.json")},
+    **{f"experts-{path.stem}": partial(analysis_experts, path.stem) for path in RECORDS.glob("analysis/*.json")},
     "decode": decode,
     "demo-output": demo_output,
     "demo-tasks": demo_tasks,

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from pydantic_settings import CliSettingsSource, SettingsError
 
 from moe_bias.config import (
+    AnalyzeSettings,
     ArmsSettings,
     CompareSettings,
     DemoSettings,
@@ -180,6 +181,12 @@ def _compare(settings: CompareSettings) -> None:
     compare.run(settings)
 
 
+def _analyze(settings: AnalyzeSettings) -> None:
+    from moe_bias.commands import analyze
+
+    analyze.run(settings)
+
+
 def _generate(settings: GenerateSettings) -> None:
     from moe_bias.commands import generate
 
@@ -209,6 +216,7 @@ COMMANDS = (
     Command("sweep", SweepSettings, _sweep),
     Command("arms", ArmsSettings, _arms),
     Command("compare", CompareSettings, _compare),
+    Command("analyze", AnalyzeSettings, _analyze),
     Command("generate", GenerateSettings, _generate, argument="PROMPT"),
     Command("params", ParamsSettings, _params),
     Command("inspect", InspectSettings, _inspect, argument="ADAPTER"),

@@ -238,19 +238,35 @@ class RunSettings(TrainingSettings):
     )
 
 
-class DataSettings(Settings):
-    """What to train on, what to keep out, and where hidden states are kept."""
+class TextSettings(Settings):
+    """Prompts and answers, and where hidden states are kept."""
 
     data: str = Field("", description="JSON Lines file or Hub data set of prompts and answers; or give --store")
-    store: Folders = Field(None, description="feature store to train on in place of --data; parts as DIR,DIR2")
+    store: Folders = Field(None, description="feature store to take in place of --data; parts as DIR,DIR2")
     features: Path | None = Field(
         None, description="folder that hidden states of --data are kept in; none: one in the user's cache"
     )
     keep_features: bool = Field(True, description="keep hidden states of --data, which later runs then find")
     split: str = Field("train", description="split of a Hub data set")
-    held_out: float = Field(0.05, gt=0, lt=1, description="share of the examples kept out for measuring")
     max_length: int = Field(2048, ge=2, description="longer examples are cut here, or at the model's context")
     batch_size: int = Field(16, ge=1, description="examples in one forward pass")
+
+    @model_validator(mode="after")
+    def _kept_or_not(self) -> Self:
+        """Errors' contexts name the fields, so that `describe_error` can say where they came from."""
+        if self.features and not self.keep_features:
+            raise PydanticCustomError(
+                "source",
+                "--features {features} and --no-keep-features exclude each other; give one",
+                {"features": str(self.features), "keep_features": False},
+            )
+        return self
+
+
+class DataSettings(TextSettings):
+    """What to train on, and what to keep out."""
+
+    held_out: float = Field(0.05, gt=0, lt=1, description="share of the examples kept out for measuring")
 
 
 _OF_EXTRACTION = ("split", "max_length", "batch_size", "features", "keep_features")
@@ -286,16 +302,6 @@ class SupervisedSettings(ModelSettings, RunSettings, DataSettings):
                     "out, or extract again with it",
                     {name: str(getattr(self, name))},
                 )
-        return self
-
-    @model_validator(mode="after")
-    def _kept_or_not(self) -> Self:
-        if self.features and not self.keep_features:
-            raise PydanticCustomError(
-                "source",
-                "--features {features} and --no-keep-features exclude each other; give one",
-                {"features": str(self.features), "keep_features": False},
-            )
         return self
 
     @model_validator(mode="after")
@@ -495,6 +501,61 @@ class CompareSettings(ModelSettings, RewardSettings, WarmPolicySettings):
     lora_rate: float = Field(1e-4, gt=0, description="learning rate of LoRA, decaying linearly")
     lora_warm_rate: float = Field(2e-4, gt=0, description="learning rate of LoRA in its supervised phase")
     lora_batch_size: int = Field(8, ge=1, description="samples or examples in one backward pass of LoRA")
+
+
+class AnalyzeSettings(ModelSettings, TextSettings, TaskSettings):
+    """Say where adapters change the model, when and how, for tokens of high and of low base entropy apart.
+
+    The text is a feature store (`store`), prompts and answers (`data`), or the frozen model's greedy answers
+    to the held-out problems of a task (`task` or `problems`). `data` beside `store` are the texts that it
+    was extracted from.
+    """
+
+    adapters: Names = Field(min_length=1, description="adapter folders or Hub ids, such as one,two")
+    output: Path = Field(description="folder of the analysis; adapters that are done in it are not read again")
+    task: str = Field("", description="'general_points', or a task of reasoning-gym, whose answers are looked at")
+    held_out: float | None = Field(
+        None, gt=0, lt=1, description="only the examples that train sft of this share and --seed kept out"
+    )
+    seed: int = Field(0, ge=0, description="seed of the problems, or of the held-out examples")
+    rho: float = Field(0.2, gt=0, lt=1, description="share of the tokens that are of high base entropy")
+    checkpoints: bool = Field(True, description="take the overlap at the checkpoints of an adapter's run too")
+    top: int = Field(8, ge=1, description="tokens shown per expert and direction")
+    contexts: int = Field(5, ge=0, description="places shown per expert, those where it acts most")
+    forks: int = Field(20, ge=0, description="places shown where the choice of token changes, those of largest KL")
+    continuation: int = Field(24, ge=1, description="tokens that both models go on with from such a place")
+    max_new_tokens: int = Field(192, ge=1, description="token limit of an answer to a problem")
+
+    @property
+    def samples_answers(self) -> bool:
+        """Whether the text is sampled, in place of given."""
+        return bool(self.task or self.problems)
+
+    @model_validator(mode="after")
+    def _one_text(self) -> Self:
+        """Errors' contexts name the fields, so that `describe_error` can say where they came from."""
+        given = {"data": self.data, "store": ",".join(self.store or ()), "task": self.task, "problems": self.problems}
+        named = {name: value for name, value in given.items() if value}
+        if not named:
+            raise PydanticCustomError("source", "one of --store, --data, --task and --problems is required")
+        if len(named) > 1 and set(named) != {"data", "store"}:
+            listed = " and ".join(f"{_option(name)} {{{name}}}" for name in named)
+            raise PydanticCustomError("source", f"{listed} exclude each other; give one", dict(named))
+        for name in self._idle():
+            if name in self.model_fields_set:
+                text = "sampled answers" if self.samples_answers else "--store, which was extracted before"
+                raise PydanticCustomError(
+                    "source",
+                    f"{_option(name)} {{{name}}} does not apply to {text}; leave it out",
+                    {name: str(getattr(self, name))},
+                )
+        return self
+
+    def _idle(self) -> Sequence[str]:
+        """Settings that would have no effect."""
+        if self.samples_answers:
+            return ("held_out", "features", "keep_features", "max_length")
+        return ("features", "keep_features") if self.store else ()
 
 
 class GenerateSettings(ModelSettings):

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from moe_bias.backbone import Head, cache_folder, find_head, load_model
 from moe_bias.commands.examples import encoded, length_limit, say, split
 from moe_bias.commands.making import made
-from moe_bias.config import OWN_SUPPORT, Interrupted, SupervisedSettings, UserError
+from moe_bias.config import OWN_SUPPORT, Interrupted, SupervisedSettings, TextSettings, UserError
 from moe_bias.features.build import Choices, Plan, make_plan, versions
 from moe_bias.features.fingerprint import corpus_hash, model_facts
 from moe_bias.features.manifest import TEMPERATURE, recipe_hash
@@ -95,14 +95,14 @@ def _stored(settings: SupervisedSettings, folders: Sequence[str], console: Conso
             f"The store left out {store.dropped:,} tokens of base entropy below {store.manifest.threshold} nats: "
             "training and held-out figures are of the others",
         )
-    corpus = _texts_of(store, settings, model, tokenizer) if settings.data else None
+    if settings.data and store.dropped:
+        raise UserError("the store left out tokens that LoRA would be trained on; extract again without --keep-top")
+    corpus = texts_of(store, settings, model, tokenizer) if settings.data else None
     return Material(model, head, store, held_out, ends(tokenizer), corpus=corpus)
 
 
-def _texts_of(store: FeatureStore, settings: SupervisedSettings, model: PreTrainedModel, tokenizer: Any) -> Corpus:
-    """The examples that a store was extracted from. Raises UserError where the data gives others, or more tokens."""
-    if store.dropped:
-        raise UserError("the store left out tokens that LoRA would be trained on; extract again without --keep-top")
+def texts_of(store: FeatureStore, settings: TextSettings, model: PreTrainedModel, tokenizer: Any) -> Corpus:
+    """The examples that a store was extracted from. Raises UserError where the data gives others."""
     corpus = encode_all(
         read_conversations(settings.data, settings.split), tokenizer, length_limit(model, settings.max_length)
     )
@@ -125,15 +125,29 @@ def _extracted(settings: SupervisedSettings, console: Console, processes: Proces
     always = ends(tokenizer)
     choices = Choices(support, always, head.dtype, batch_size=settings.batch_size, held_out=held_out)
     plan = make_plan(corpus, settings.data, model_facts(model, head, tokenizer), choices)
+    with features_of(model, head, plan, settings, console, processes) as store:
+        yield Material(model, head, store, held_out, always, settings.support, corpus)
+
+
+@contextmanager
+def features_of(
+    model: PreTrainedModel,
+    head: Head,
+    plan: Plan,
+    settings: TextSettings,
+    console: Console,
+    processes: Processes = ALONE,
+) -> Iterator[FeatureStore]:
+    """The store that the plan describes, found or made; one that is not to be kept is removed after the block."""
     with _folder(settings, plan, processes) as folder:
         if processes.is_first:
             _make(model, head, plan, folder, settings, console)
         processes.wait()
-        yield Material(model, head, FeatureStore.open(folder), held_out, always, settings.support, corpus)
+        yield FeatureStore.open(folder)
 
 
 @contextmanager
-def _folder(settings: SupervisedSettings, plan: Plan, processes: Processes) -> Iterator[Path]:
+def _folder(settings: TextSettings, plan: Plan, processes: Processes) -> Iterator[Path]:
     """Where the features of this plan are; in all processes the same folder, which the first one removes."""
     if settings.keep_features:
         name = recipe_hash(plan.recipe, versions())[:NAME_LENGTH]
@@ -146,7 +160,7 @@ def _folder(settings: SupervisedSettings, plan: Plan, processes: Processes) -> I
 
 
 def _make(
-    model: PreTrainedModel, head: Head, plan: Plan, folder: Path, settings: SupervisedSettings, console: Console
+    model: PreTrainedModel, head: Head, plan: Plan, folder: Path, settings: TextSettings, console: Console
 ) -> None:
     try:
         manifest = made(model, head, plan, folder, console)

@@ -65,6 +65,10 @@ class Features:
         """The hidden states."""
         yield self.hidden
 
+    def parts(self) -> Iterator[Features]:
+        """All tokens, in one part."""
+        yield self
+
     def at(self, index: Tensor | slice) -> Features:
         """The given tokens; a slice copies nothing."""
         return Features(

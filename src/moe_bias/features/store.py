@@ -14,7 +14,7 @@ Shapes: T tokens, D hidden, M support.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -165,9 +165,17 @@ class FeatureStore:
         """
         if isinstance(index, Tensor) and index.dtype == torch.bool:
             index = index.nonzero().squeeze(-1)
-        small = {name: self.small_column(name)[index] for name in SMALL_COLUMNS}
+        return self._features(self._hidden_of(index), {name: self.small_column(name)[index] for name in SMALL_COLUMNS})
+
+    def parts(self) -> Iterator[Features]:
+        """All tokens in order, a shard at a time, whole examples in each: nothing of them is kept in memory."""
+        for shard in self._shards:
+            tensors = _MappedShard(shard.folder, shard.entry).tensors
+            yield self._features(tensors[HIDDEN], tensors)
+
+    def _features(self, hidden_TD: Tensor, small: Mapping[str, Tensor]) -> Features:
         return Features(
-            hidden=self._hidden_of(index),
+            hidden=hidden_TD,
             token=small["token"],
             example=small["example"],
             position=small["position"],

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -21,6 +21,8 @@ from torch import Tensor
 from moe_bias.config import UserError
 
 FOLDER = "checkpoints"
+LAYER = "layer."
+"""What the names of the layer's tensors begin with."""
 _SUFFIX = ".safetensors"
 _BESIDE = ".unfinished-"
 
@@ -88,6 +90,22 @@ class Checkpoints:
         """Where a run that is started again goes on: 'from ...' or 'from the beginning'."""
         path = self.latest()
         return "from the beginning" if path is None else f"from {path}"
+
+
+def saved_layers(run: Path) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Step and layer of each checkpoint in a run's folder, oldest first, the layer's tensors by their names in it.
+
+    Raises UserError on a damaged file.
+    """
+    for path in _in_order(run / FOLDER):
+        try:
+            with safe_open(path, framework="pt") as file:
+                names = [name for name in file.keys() if name.startswith(LAYER)]  # noqa: SIM118
+                tensors = {name.removeprefix(LAYER): file.get_tensor(name) for name in names}
+                step = json.loads(file.metadata()["position"])["step"]
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"checkpoint {str(path)!r} is damaged ({error}); remove it to go on without") from error
+        yield step, tensors
 
 
 def _in_order(folder: Path) -> list[Path]:

@@ -35,7 +35,7 @@ from moe_bias.features.source import on_device
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.progress import Meter, meter
 from moe_bias.tasks.verdict import Outcome
-from moe_bias.training.checkpoint import Checkpoints, Standing
+from moe_bias.training.checkpoint import LAYER, Checkpoints, Standing
 from moe_bias.training.collect import Collected, Collector
 from moe_bias.training.interrupt import deferred_interrupt
 from moe_bias.training.metrics import Metrics, SampleLog, router_use
@@ -46,7 +46,6 @@ from moe_bias.training.processes import ALONE
 
 HALVINGS = 8
 """How often an update that exceeds `kl_bound` is halved before it is undone."""
-_LAYER = "layer."
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 
 Evaluate = Callable[[MoEBiasLayer], float | None]
@@ -101,7 +100,7 @@ class PolicyTrainer:
 
     def resume(self, tensors: Mapping[str, Tensor], position: PolicyPosition) -> None:
         """Takes up what a checkpoint holds."""
-        own = {name.removeprefix(_LAYER): t for name, t in tensors.items() if name.startswith(_LAYER)}
+        own = {name.removeprefix(LAYER): t for name, t in tensors.items() if name.startswith(LAYER)}
         self._layer.load_state_dict(own)
         self._optimisation.load_tensors(dict(tensors))
         self._position = position
@@ -201,7 +200,7 @@ class PolicyTrainer:
 
     def _save(self) -> None:
         if self._watching.checkpoints is not None:
-            tensors = {_LAYER + name: tensor for name, tensor in self._layer.state_dict().items()}
+            tensors = {LAYER + name: tensor for name, tensor in self._layer.state_dict().items()}
             self._watching.checkpoints.save(tensors | self._optimisation.tensors(), self._position)
 
 

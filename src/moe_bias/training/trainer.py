@@ -21,14 +21,14 @@ from moe_bias.features.source import FeatureSource, on_device
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.progress import Meter, meter
 from moe_bias.training.base_logits import BaseLogits
-from moe_bias.training.checkpoint import Checkpoints, Position
+from moe_bias.training.checkpoint import LAYER, Checkpoints, Position
 from moe_bias.training.interrupt import deferred_interrupt
 from moe_bias.training.metrics import Metrics, MetricsLog, step_metrics
 from moe_bias.training.objective import SupervisedLoss, mean_nll, supervised_gradients
 from moe_bias.training.optimisation import GradientNorms, Optimisation, dropped_experts
 from moe_bias.training.processes import ALONE, Processes
 
-_LAYER, _BEST = "layer.", "best."
+_BEST = "best."
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Trainer:
 
     def resume(self, tensors: dict[str, Tensor], position: Position) -> None:
         """Takes up what a checkpoint holds."""
-        self._layer.load_state_dict(_without_prefix(tensors, _LAYER))
+        self._layer.load_state_dict(_without_prefix(tensors, LAYER))
         self._optimisation.load_tensors(tensors)
         self._best = _without_prefix(tensors, _BEST)
         self._position = position
@@ -204,7 +204,7 @@ class Trainer:
         if checkpoints is None:
             return
         if self._processes.is_first:
-            tensors = _with_prefix(self._layer.state_dict(), _LAYER) | _with_prefix(self._best, _BEST)
+            tensors = _with_prefix(self._layer.state_dict(), LAYER) | _with_prefix(self._best, _BEST)
             checkpoints.save(tensors | self._optimisation.tensors(), self._position)
         self._processes.wait()
 

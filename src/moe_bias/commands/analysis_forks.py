@@ -1,0 +1,118 @@
+"""Places where base and adapted model choose another token, and how each goes on from there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from moe_bias.analysis.answers import (
+    ADAPTED,
+    BASE,
+    HIGH_ONLY,
+    LOW_ONLY,
+    Answered,
+    accuracy,
+    first_difference,
+    in_stratum,
+    turns,
+)
+from moe_bias.analysis.moments import Moment, moment_at
+from moe_bias.analysis.readings import read_tokens
+from moe_bias.analysis.record import Decode, estimate_record, moment_record, token_record
+from moe_bias.analysis.survey import Marks
+from moe_bias.commands.analysis_text import Matter, greedy_answered
+from moe_bias.commands.policy import Ground, policy_of
+from moe_bias.config import AnalyzeSettings
+from moe_bias.features.extract import Features
+from moe_bias.layer import MoEBiasLayer
+from moe_bias.rollout.greedy import greedy_answers
+from moe_bias.rollout.policy import base_policy
+from moe_bias.tasks.conversations import ends
+
+
+def text_forks(
+    matter: Matter, layer: MoEBiasLayer, moments: Sequence[Moment], settings: AnalyzeSettings, decode: Decode
+) -> list[dict[str, Any]]:
+    """The moments with both greedy continuations, the choices themselves first, where the prompts are known."""
+    records = [moment_record(moment, decode) for moment in moments]
+    ways: list[list[str]] | list[list[None]] = [[None] * len(moments)] * 2
+    if matter.examples:
+        prefixes = []
+        for moment in moments:
+            example = matter.examples[moment.example]
+            prefixes.append(example.prompt_ids + example.completion_ids[: moment.position])
+        found = greedy_answers(
+            matter.model,
+            matter.head,
+            prefixes,
+            [base_policy, policy_of(layer, matter.head)],
+            stop_ids=ends(matter.tokenizer),
+            max_new_tokens=settings.continuation,
+            batch_size=settings.batch_size,
+            description="both ways from the forks",
+        )
+        ways = [[decode(answer.token_ids) for answer in column] for column in found]
+    return [
+        record | {"base_continuation": base, "adapted_continuation": adapted}
+        for record, base, adapted in zip(records, *ways, strict=True)
+    ]
+
+
+def answer_record(
+    matter: Matter, ground: Ground, layer: MoEBiasLayer, marks: Marks, settings: AnalyzeSettings, decode: Decode
+) -> dict[str, Any]:
+    """The layer's greedy answers against the frozen model's."""
+    policy = policy_of(layer, ground.head)
+    policies = [policy, *(in_stratum(policy, marks.threshold, is_high) for is_high in (True, False))]
+    columns = greedy_answered(ground, policies, settings, "answers, and by stratum alone")
+    arms = dict(zip((BASE, ADAPTED, HIGH_ONLY, LOW_ONLY), [list(matter.answers), *columns], strict=True))
+    right = accuracy(arms)
+    forks = _forks(matter, ground, layer, arms[ADAPTED], settings, decode)
+    is_high = [fork["base_entropy"] >= marks.threshold for fork in forks]
+    return {
+        "accuracy": {arm: estimate_record(share) for arm, share in right.share.items()},
+        "change": {arm: estimate_record(change) for arm, change in right.change.items()},
+        "turns": turns(arms[BASE], arms[ADAPTED]),
+        "unchanged": len(arms[BASE]) - len(forks),
+        "forks_high": sum(is_high) / len(is_high) if is_high else None,
+        "forks": forks,
+    }
+
+
+def _forks(
+    matter: Matter,
+    ground: Ground,
+    layer: MoEBiasLayer,
+    adapted: Sequence[Answered],
+    settings: AnalyzeSettings,
+    decode: Decode,
+) -> list[dict[str, Any]]:
+    """Of each problem whose answer changed."""
+    features = matter.text.source
+    assert isinstance(features, Features), "sampled answers are held in memory"
+    pairs = list(zip(matter.answers, adapted, strict=True))
+    places = [first_difference(base.token_ids, other.token_ids) for base, other in pairs]
+    changed = [(problem, place) for problem, place in enumerate(places) if place is not None]
+    starts = torch.searchsorted(features.example, torch.arange(len(pairs)))
+    rows = [int(starts[problem]) + place for problem, place in changed]
+    readings = read_tokens(layer, matter.head, features.hidden[rows], features.token[rows])
+    records = []
+    for number, (problem, place) in enumerate(changed):
+        base, other = pairs[problem]
+        question = ground.test.problems[problem]
+        moment = moment_at(features, rows[number], readings, number, float(readings.kl[number]))
+        records.append(
+            moment_record(moment, decode)
+            | {
+                "adapted_choice": token_record(other.token_ids[place], decode),
+                "question": question.question,
+                "gold": question.gold,
+                "base_outcome": base.outcome,
+                "adapted_outcome": other.outcome,
+                "base_continuation": decode(base.token_ids[place : place + settings.continuation]),
+                "adapted_continuation": decode(other.token_ids[place : place + settings.continuation]),
+            }
+        )
+    return records

@@ -1,0 +1,140 @@
+"""The tables of `analyze`, as they are printed: each adapter's strata, experts, forks and answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+SHOWN_FORKS = 6
+SHOWN_TOKENS = 4
+SHOWN_CONTEXT = 40
+_ROWS = (
+    ("base entropy", "base_entropy", "{:.3f}", 1),
+    ("adapted entropy", "adapted_entropy", "{:.3f}", 1),
+    ("KL to the base", "kl", "{:.4f}", 1),
+    ("change of log-prob of the text", "log_prob_change", "{:+.3f}", 1),
+    ("mean |b|", "bias_mean", "{:.3f}", 1),
+    ("gate w", "weight", "{:.3f}", 1),
+    ("choice changes, %", "flipped", "{:.1f}", 100),
+    ("  to the text's token, %", "mended", "{:.1f}", 100),
+    ("  away from it, %", "spoiled", "{:.1f}", 100),
+)
+"""Heading, quantity, form and factor."""
+
+
+def print_analysis(console: Console, record: Mapping[str, Any]) -> None:
+    """Prints what `analysis.json` holds, shortened."""
+    text = record["text"]
+    console.print(
+        f"{text['tokens']:,} tokens of {text['examples']:,} examples of {text['name']}; high entropy: "
+        f"the top {text['rho']:.0%}, from {text['threshold']:.3f} nats",
+        highlight=False,
+    )
+    for adapter in record["adapters"]:
+        console.print(_strata(adapter))
+        console.print(Text(_sentences(adapter)))
+        console.print(_experts(adapter["experts"]))
+        if adapter["answers"] is not None:
+            console.print(_answers(adapter["answers"]))
+        forks = adapter["forks"] if adapter["answers"] is None else _turned(adapter["answers"]["forks"])
+        if forks:
+            console.print(_forks(forks))
+
+
+def interval(estimate: Mapping[str, float | None], form: str, factor: float = 1) -> str:
+    """'value [low, high]', the brackets left out where there is no interval."""
+    value, low, high = (estimate[key] for key in ("value", "low", "high"))
+    assert value is not None
+    if low is None or high is None:
+        return form.format(factor * value)
+    return f"{form.format(factor * value)} [{form.format(factor * low)}, {form.format(factor * high)}]"
+
+
+def _table(title: str, headings: Sequence[str]) -> Table:
+    table = Table(*headings, title=title)
+    table.title_justify = "left"
+    return table
+
+
+def _strata(adapter: Mapping[str, Any]) -> Table:
+    strata = adapter["strata"]
+    table = _table(f"{adapter['name']}: means over tokens, nats, 95% intervals over examples", ["", *strata])
+    table.add_row("tokens", *(f"{stratum['tokens']:,}" for stratum in strata.values()))
+    for heading, name, form, factor in _ROWS:
+        table.add_row(heading, *(interval(stratum["means"][name], form, factor) for stratum in strata.values()))
+    table.add_row("largest |b|", *(f"{stratum['bias_max']:.2f}" for stratum in strata.values()))
+    table.add_row("entropy of expert use", *(f"{stratum['expert_entropy']:.3f}" for stratum in strata.values()))
+    return table
+
+
+def _sentences(adapter: Mapping[str, Any]) -> str:
+    known = adapter["mutual_information"]
+    told = ", ".join(f"{name} {value['nats']:.3f} of at most {value['at_most']:.3f}" for name, value in known.items())
+    series = "".join(
+        f"; {interval(point['overlap'], '{:.1f}', 100)} at step {point['step']:,}" for point in adapter["checkpoints"]
+    )
+    return (
+        f"Of the base's high-entropy tokens, {interval(adapter['overlap'], '{:.1f}', 100)}% are the adapted model's too"
+        f"{series}.\nNats that the expert tells of a token's ... {told}."
+    )
+
+
+def _experts(cards: Sequence[Mapping[str, Any]]) -> Table:
+    table = _table(
+        "Experts: share of the routed slots of each stratum; tokens they move most, in nats before the gate",
+        ["expert", "high", "low", "raises", "lowers", "acts most before"],
+    )
+    for card in cards:
+        contexts = card["contexts"][:1]
+        table.add_row(
+            str(card["expert"]),
+            f"{card['high']:.1%}",
+            f"{card['low']:.1%}",
+            *(Text(_tokens(card[side][:SHOWN_TOKENS])) for side in ("raised", "lowered")),
+            Text("".join(f"{_tail(moment)} -> {moment['token']['text']!r}" for moment in contexts)),
+        )
+    return table
+
+
+def _answers(answers: Mapping[str, Any]) -> Table:
+    table = _table(
+        "Right answers, %, and the paired change to the base. "
+        + ", ".join(f"{name}: {count}" for name, count in answers["turns"].items()),
+        ["arm", "right", "change"],
+    )
+    for arm, share in answers["accuracy"].items():
+        change = answers["change"].get(arm)
+        table.add_row(arm, interval(share, "{:.1f}", 100), "" if change is None else interval(change, "{:+.1f}", 100))
+    return table
+
+
+def _turned(forks: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Those that made a right answer wrong or a wrong one right."""
+    return [fork for fork in forks if (fork["base_outcome"] == "correct") != (fork["adapted_outcome"] == "correct")]
+
+
+def _forks(forks: Sequence[Mapping[str, Any]]) -> Table:
+    table = _table("Forks: where the choice changes", ["after", "KL", "base goes on", "adapted goes on"])
+    for fork in forks[:SHOWN_FORKS]:
+        sides = [Text(_side(fork, side)) for side in ("base", "adapted")]
+        table.add_row(Text(_tail(fork)), f"{fork['kl']:.2f}", *sides)
+    return table
+
+
+def _side(fork: Mapping[str, Any], side: str) -> str:
+    words = fork[f"{side}_continuation"]
+    shown = repr(fork[f"{side}_choice"]["text"]) if words is None else words
+    outcome = fork.get(f"{side}_outcome")
+    return shown if outcome is None else f"{shown} ({outcome})"
+
+
+def _tail(moment: Mapping[str, Any]) -> str:
+    return f"...{moment['before'][-SHOWN_CONTEXT:]}" if moment["before"] else "(start)"
+
+
+def _tokens(tokens: Sequence[Mapping[str, Any]]) -> str:
+    return "  ".join(f"{token['text']!r} {token['bias']:+.1f}" for token in tokens)

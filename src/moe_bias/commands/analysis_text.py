@@ -1,0 +1,190 @@
+"""What `analyze` looks at: the frozen model, the adapters' layers, and a text with its hidden states.
+
+The text is a feature store, or prompts and answers that are extracted into one, or the frozen model's greedy
+answers to a task's held-out problems. The latter two are given the first adapter's support, so that it is read
+from the store's scalars; adapters on another support are read over the whole vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moe_bias.analysis.answers import Answered
+from moe_bias.analysis.survey import Text
+from moe_bias.backbone import Head, find_head, load_model
+from moe_bias.commands.examples import encoded, length_limit, say, split
+from moe_bias.commands.material import features_of, texts_of
+from moe_bias.commands.policy import Ground, prepare_ground, saved_layer
+from moe_bias.config import AnalyzeSettings, UserError
+from moe_bias.features.build import Choices, make_plan
+from moe_bias.features.extract import run_backbone, with_scalars
+from moe_bias.features.fingerprint import model_facts
+from moe_bias.features.manifest import TEMPERATURE
+from moe_bias.features.store import FeatureStore
+from moe_bias.layer import MoEBiasLayer
+from moe_bias.records import write_json
+from moe_bias.rollout.greedy import greedy_answers
+from moe_bias.rollout.policy import Policy, base_policy
+from moe_bias.tasks.conversations import Corpus, Example, read_conversations
+from moe_bias.training.run_folder import begin, digest
+
+BASE_ANSWERS = "base-answers.json"
+
+
+@dataclass(frozen=True)
+class Matter:
+    """All that is looked at. `examples` are by row, and none where their prompts are not known.
+
+    `ground` and `answers`, the frozen model's to its problems, are there for a task alone.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    head: Head
+    layers: list[MoEBiasLayer]
+    text: Text
+    kind: str
+    name: str
+    dropped: int = 0
+    examples: Mapping[int, Example] = field(default_factory=dict)
+    ground: Ground | None = None
+    answers: Sequence[Answered] = ()
+
+
+@contextmanager
+def opened(settings: AnalyzeSettings, console: Console) -> Iterator[Matter]:
+    """The matter while the block runs; features that are not to be kept are removed after it.
+
+    Raises UserError on adapters, data, stores or problems that cannot be used.
+    """
+    if settings.samples_answers:
+        yield _sampled(settings)
+    elif settings.store:
+        yield _stored(settings, settings.store, console)
+    else:
+        with _extracted(settings, console) as matter:
+            yield matter
+
+
+def greedy_answered(
+    ground: Ground, policies: Sequence[Policy], settings: AnalyzeSettings, description: str
+) -> list[list[Answered]]:
+    """Greedy answers to the held-out problems with their verdicts, by policy, then by problem."""
+    columns = greedy_answers(
+        ground.model,
+        ground.head,
+        ground.test.prompts,
+        policies,
+        stop_ids=ground.stop_ids,
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=settings.batch_size,
+        description=description,
+    )
+    answered = []
+    for column in columns:
+        texts = [ground.tokenizer.decode(answer.token_ids) for answer in column]
+        verdicts = ground.task.verify(ground.test.problems, texts)
+        answered.append(
+            [
+                Answered(answer.token_ids + (ground.stop_ids if answer.finished else []), verdict.outcome)
+                for answer, verdict in zip(column, verdicts, strict=True)
+            ]
+        )
+    return answered
+
+
+def _layers(settings: AnalyzeSettings, head: Head) -> list[MoEBiasLayer]:
+    """Of the adapters; the last thing that can be wrong, so that from here on the folder is this analysis's."""
+    layers = [saved_layer(name, head).layer.eval() for name in settings.adapters]
+    named = zip(settings.adapters, layers, strict=True)
+    contents = {f"adapter {name}": digest(layer.state_dict().values()) for name, layer in named}
+    begin(settings.output, settings.model_dump(mode="json"), contents)
+    return layers
+
+
+def _support(layer: MoEBiasLayer) -> list[int]:
+    return list(range(layer.vocab_size)) if layer.support is None else layer.support.tolist()
+
+
+def _stored(settings: AnalyzeSettings, folders: Sequence[str], console: Console) -> Matter:
+    store = FeatureStore.open(*folders)
+    model, tokenizer = load_model(settings)
+    head = find_head(model)[1]
+    store.check(model_facts(model, head, tokenizer), temperature=TEMPERATURE)
+    examples = _by_row(texts_of(store, settings, model, tokenizer)) if settings.data else {}
+    text, name = _chosen(store, settings, ", ".join(folders)), store.manifest.recipe.source
+    layers = _layers(settings, head)
+    if store.dropped:
+        say(
+            console,
+            f"The store left out {store.dropped:,} tokens of base entropy below {store.manifest.threshold} nats: the "
+            f"high stratum is the top {settings.rho:.0%} of the others",
+        )
+    return Matter(model, tokenizer, head, layers, text, "store", name, store.dropped, examples)
+
+
+@contextmanager
+def _extracted(settings: AnalyzeSettings, console: Console) -> Iterator[Matter]:
+    conversations = read_conversations(settings.data, settings.split)
+    model, tokenizer = load_model(settings)
+    head = find_head(model)[1]
+    corpus = encoded(conversations, tokenizer, length_limit(model, settings.max_length), settings.data, console)
+    layers = _layers(settings, head)
+    choices = Choices(_support(layers[0]), (), head.dtype, batch_size=settings.batch_size)
+    plan = make_plan(corpus, settings.data, model_facts(model, head, tokenizer), choices)
+    with features_of(model, head, plan, settings, console) as store:
+        text = _chosen(store, settings, settings.data)
+        yield Matter(model, tokenizer, head, layers, text, "data", settings.data, examples=_by_row(corpus))
+
+
+def _sampled(settings: AnalyzeSettings) -> Matter:
+    ground = prepare_ground(settings, settings, settings.seed)
+    layers = _layers(settings, ground.head)
+    answers = _base_answers(ground, settings)
+    examples = [Example(p, answer.token_ids) for p, answer in zip(ground.test.prompts, answers, strict=True)]
+    tokens = run_backbone(ground.model, examples, settings.batch_size, "hidden states of the answers")
+    features = with_scalars(ground.head, tokens, _support(layers[0]), "their base distribution")
+    return Matter(
+        ground.model,
+        ground.tokenizer,
+        ground.head,
+        layers,
+        Text(features),
+        "task",
+        ground.task.name,
+        examples=dict(enumerate(examples)),
+        ground=ground,
+        answers=answers,
+    )
+
+
+def _base_answers(ground: Ground, settings: AnalyzeSettings) -> list[Answered]:
+    """Kept in the folder, so that a run that is gone on with does not sample them again."""
+    path = settings.output / BASE_ANSWERS
+    if path.is_file():
+        try:
+            return [Answered(**answer) for answer in json.loads(path.read_text(encoding="utf-8"))["answers"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{str(path)!r} is damaged; remove it to sample the answers again") from error
+    answers = greedy_answered(ground, [base_policy], settings, "answers of the frozen model")[0]
+    write_json(path, {"answers": [asdict(answer) for answer in answers]})
+    return answers
+
+
+def _by_row(corpus: Corpus) -> dict[int, Example]:
+    return dict(zip(corpus.rows, corpus.examples, strict=True))
+
+
+def _chosen(store: FeatureStore, settings: AnalyzeSettings, name: str) -> Text:
+    """All of the store, or the examples that training kept out."""
+    if settings.held_out is None:
+        return Text(store)
+    rows = torch.cat([part.example.unique() for part in store.parts()]).unique().tolist()
+    return Text(store, torch.tensor(split(rows, settings.held_out, settings.seed, name)))
