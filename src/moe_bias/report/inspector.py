@@ -18,7 +18,7 @@ from moe_bias.records import write_whole
 from moe_bias.report.template import Markup, json_in_html, rendered
 
 SHOWN = 2000
-"""Tokens of an answer that the page shows at most, so that it stays quick and small; it says so where there are more."""
+"""Tokens of an answer that the page shows at most, to stay quick and small; it says so where there are more."""
 _DIGITS = 5
 
 
@@ -123,7 +123,7 @@ def _shared_part(inspection: Inspection, alike: int) -> dict[str, Any]:
 def _part(inspection: Inspection, answer: InspectedAnswer, start: int) -> dict[str, Any]:
     tokens = answer.tokens[start:]
     end = "" if answer.finished else ", cut at the limit"
-    where = f" from the {start + 1}th on" if start and tokens else ""
+    where = f", from token {start + 1} on" if start and tokens else ""
     count = _tokens(len(tokens)) if tokens or not start else "ends here"
     return {
         "name": answer.name,

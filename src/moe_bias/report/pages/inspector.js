@@ -62,7 +62,7 @@
       const answers = element("div", { class: "answers" });
       for (const part of this.data.parts) {
         const tokens = element("div", { class: "tokens", role: "group", "aria-label": part.title });
-        part.tokens.forEach((token, index) => tokens.append(this.span(token, part, index)));
+        part.tokens.forEach((token, index) => tokens.append(...this.span(token, part, index)));
         const shape = part.shared ? "answer shared" : "answer";
         answers.append(element("section", { class: shape }, element("h3", { text: part.title }), tokens));
       }
@@ -84,12 +84,12 @@
       span.classList.toggle("fork", token.fork);
       span.classList.toggle("flip", token.flip);
       span.classList.toggle("first-difference", index === 0 && !part.shared && part.start > 0);
-      for (const piece of token.text.split(/(\n)/)) {
-        if (piece === "\n") span.append(element("span", { class: "line-end", text: "↵" }));
-        span.append(piece);
-      }
+      const before = this.tokens.at(-1)?.token.experts[0]?.[0];
+      span.classList.toggle("as-before", index > 0 && before === expert);
+      const [, words, ends] = token.text.match(/^([^]*?)(\n*)$/);
+      span.append(words, element("span", { class: "line-end", text: VISIBLE["\n"].repeat(ends.length) }));
       this.tokens.push({ token, span, part, position: part.start + index });
-      return span;
+      return [span, ends];
     }
 
     colourBy(mode) {
@@ -151,11 +151,12 @@
       const choices = (rows) => rows.map(([text, share]) => [[visible(text)], share, null, text === token.text]);
       return [
         element("h3", { class: "token-text", text: visible(token.text) }),
-        element("div", { class: "muted", text: `token ${position + 1} of the answer, id ${token.id}` }),
+        element("div", { class: "muted", text: `token ${position + 1}, id ${token.id}; entropies and KL in nats` }),
         this.facts(token),
-        element("h4", { text: "Base model" }), this.meters(choices(token.base)),
-        element("h4", { text: "With the adapter" }), this.meters(choices(token.adapted), "var(--accent)"),
-        element("h4", { text: "Routed to" }), this.meters(experts),
+        element("div", { class: "lists" },
+          this.list("Base model", choices(token.base)),
+          this.list("With the adapter", choices(token.adapted), "var(--accent)"),
+          this.list("Routed to", experts)),
         element("p", { class: "keys" }, element("kbd", { text: "←" }), " ", element("kbd", { text: "→" }),
           " next token, ", element("kbd", { text: "↑" }), " ", element("kbd", { text: "↓" }), " next line, ",
           element("kbd", { text: "Enter" }), this.pinned ? " lets go" : " holds it"),
@@ -165,15 +166,19 @@
     facts(token) {
       const list = element("dl");
       const rows = [
-        ["base entropy", nats(token.entropy)],
-        ["adapted entropy", nats(token.adapted_entropy)],
+        ["base entropy", token.entropy.toFixed(3)],
+        ["adapted entropy", token.adapted_entropy.toFixed(3)],
         ["gate w", token.weight.toFixed(3)],
         ["largest |bias|", token.bias.toFixed(3)],
-        ["KL to the base", nats(token.kl)],
-        ["likeliest token", token.flip ? "another: a flip" : "the same"],
+        ["KL to the base", token.kl.toFixed(3)],
+        ["flip", token.flip ? "yes" : "no"],
       ];
       for (const [name, value] of rows) list.append(element("dt", { text: name }), element("dd", { text: value }));
       return list;
+    }
+
+    list(heading, rows, fill) {
+      return element("div", {}, element("h4", { text: heading }), this.meters(rows, fill));
     }
 
     meters(rows, fill = "var(--muted)") {
