@@ -20,7 +20,7 @@ from moe_bias.config import InspectTextSettings, UserError
 from moe_bias.features.extract import run_backbone
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.records import provenance, write_json
-from moe_bias.report.inspector import InspectedAnswer, InspectedToken, Inspection, write_page
+from moe_bias.report.inspector import InspectedAnswer, InspectedToken, Inspection, shared_length, write_page
 from moe_bias.rollout.greedy import greedy_answers
 from moe_bias.rollout.policy import base_policy, layer_policy
 from moe_bias.support import fork_threshold
@@ -29,6 +29,8 @@ from moe_bias.tasks.conversations import Conversation, Example, encode_prompt, e
 NAMES = ("base", "adapted")
 SHOWN_ROWS = 24
 """Rows of the terminal's table: the tokens at which the adapter does most."""
+NEGLIGIBLE = 0.005
+"""The table leaves out experts whose share would round to 0%."""
 _HEAT = ("", "on grey15", "on #46350f", "on #6b4310", "on #a85412")
 
 
@@ -157,17 +159,19 @@ def harmless(text: str) -> str:
 
 
 def _table(inspection: Inspection) -> Table:
+    alike = shared_length([answer.tokens for answer in inspection.answers])
     rows = [
-        (token.kl, answer.name, number, token)
-        for answer in inspection.answers
+        (token.kl, "both" if number <= alike else answer.name, number, token)
+        for place, answer in enumerate(inspection.answers)
         for number, token in enumerate(answer.tokens, 1)
+        if place == 0 or number > alike
     ]
     rows.sort(key=lambda row: -row[0])
     table = Table(title=f"The {min(SHOWN_ROWS, len(rows))} tokens of largest KL, in nats", title_justify="left")
     table.add_column("token")
-    for heading in ("in", "entropy", "adapted", "w", "|bias|", "KL"):
+    for heading in ("in", "entropy", "w", "|bias|", "KL"):
         table.add_column(heading, justify="left" if heading == "in" else "right", no_wrap=True)
-    for heading in ("experts", "base's likeliest", "adapter's likeliest"):
+    for heading in ("experts", "base says", "adapter says"):
         table.add_column(heading)
     for _, name, number, token in rows[:SHOWN_ROWS]:
         table.add_row(Text(repr(token.text)), f"{name} {number}", *_numbers(token), *_choices(token))
@@ -175,10 +179,10 @@ def _table(inspection: Inspection) -> Table:
 
 
 def _numbers(token: InspectedToken) -> list[str]:
-    return [f"{value:.2f}" for value in (token.entropy, token.adapted_entropy, token.weight, token.bias, token.kl)]
+    return [f"{value:.2f}" for value in (token.entropy, token.weight, token.bias, token.kl)]
 
 
 def _choices(token: InspectedToken) -> list[Text]:
-    experts = ", ".join(f"{expert} {share:.0%}" for expert, share in token.experts)
+    experts = ", ".join(f"{expert} {share:.0%}" for expert, share in token.experts if share > NEGLIGIBLE)
     likeliest = [f"{text!r} {prob:.0%}" for text, prob in (token.base[0], token.adapted[0])]
     return [Text(experts), *(Text(choice) for choice in likeliest)]

@@ -25,9 +25,9 @@ from moe_bias.report.content import (
 )
 from moe_bias.report.record import Record
 
-FORKS = 12
-CONTEXT = 70
-"""Forks in a table, and letters shown before a token."""
+FORKS, CONTEXT = 12, 70
+TOKENS, CONTEXTS = 6, 3
+"""Shown of a record: forks, letters before a token, and on a card tokens of each side and contexts."""
 _QUANTITIES = {
     "base_entropy": ("entropy of the base, nats", "{:.3f}", 1.0),
     "adapted_entropy": ("adapted entropy, nats", "{:.3f}", 1.0),
@@ -141,17 +141,16 @@ def _cards(one: _Adapter) -> Cards:
 
 def _card(expert: Mapping[str, Any]) -> Card:
     facts = [("of high-entropy slots", f"{expert['high']:.1%}"), ("of low-entropy slots", f"{expert['low']:.1%}")]
-    raised, lowered = (
-        [(repr(token["text"]), token["bias"]) for token in expert[side]] for side in ("raised", "lowered")
-    )
-    return Card(expert["expert"], facts, raised, lowered, [_in_context(moment) for moment in expert["contexts"]])
+    sides = (expert[side][:TOKENS] for side in ("raised", "lowered"))
+    raised, lowered = ([(repr(token["text"]), token["bias"]) for token in side] for side in sides)
+    return Card(expert["expert"], facts, raised, lowered, [_in_context(m) for m in expert["contexts"][:CONTEXTS]])
 
 
 def _forks(one: _Adapter) -> Iterator[Part]:
     shown = one.found["forks"][:FORKS]
     rows = [
         [
-            _in_context(fork),
+            "{}⟦{}⟧".format(*_in_context(fork)),
             _continued(fork, "base"),
             _continued(fork, "adapted"),
             f"{fork['base_entropy']:.2f}",
@@ -164,10 +163,11 @@ def _forks(one: _Adapter) -> Iterator[Part]:
     yield Table(one.file("forks"), caption, headings, rows, words=3)
 
 
-def _in_context(moment: Mapping[str, Any]) -> str:
+def _in_context(moment: Mapping[str, Any]) -> tuple[str, str]:
+    """The end of the text before a token, and the token, on one line."""
     before = moment["before"]
     cut = "…" if len(before) > CONTEXT else ""
-    return f"{cut}{before[-CONTEXT:]}⟦{moment['token']['text']}⟧"
+    return f"{cut}{before[-CONTEXT:]}".replace("\n", "↵"), moment["token"]["text"].replace("\n", "↵")
 
 
 def _continued(fork: Mapping[str, Any], side: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from math import isnan, nan
 
@@ -61,13 +61,15 @@ class Plot:
 
 @dataclass(frozen=True)
 class Card:
-    """An expert: facts as words and value, and the tokens that it raises and lowers most, with their bias in nats."""
+    """An expert: facts as words and value, the tokens that it raises and lowers most with their bias in nats,
+    and where it acts most: texts and the token after each.
+    """
 
     expert: int
     facts: Sequence[tuple[str, str]]
     raised: Sequence[tuple[str, float]]
     lowered: Sequence[tuple[str, float]]
-    contexts: Sequence[str] = ()
+    contexts: Sequence[tuple[str, str]] = ()
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,13 @@ def with_interval(estimate: Estimate, form: str, scale: float = 1.0) -> str:
         return form.format(scale * estimate.value)
     value, low, high = (form.format(scale * part) for part in (estimate.value, estimate.low, estimate.high))
     return f"{value} [{low}, {high}]"
+
+
+def without_empty_columns(table: Table) -> Table:
+    """The table without the columns that have no cell filled in."""
+    kept = [column for column in range(len(table.headings)) if any(row[column] for row in table.rows)]
+    rows = [[row[column] for column in kept] for row in table.rows]
+    return replace(table, headings=[table.headings[column] for column in kept], rows=rows)
 
 
 def percent(estimate: Estimate) -> str:

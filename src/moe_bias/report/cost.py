@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from moe_bias.config import LayerConfig
-from moe_bias.report.content import Block, Table, Topic
+from moe_bias.report.content import Block, Table, Topic, without_empty_columns
 from moe_bias.report.record import Kind, Record
 
 _WEIGHTS = "adapter_model.safetensors"
@@ -37,11 +37,11 @@ def cost_block(records: Sequence[Record]) -> Block | None:
     if not groups:
         return None
     headings = ["run", "arm", "parameters", "adapter, KiB", "tokens", "seconds", "peak, MiB"]
-    caption = "Tokens trained on or sampled; seconds of training; memory with the frozen model. Empty: not recorded"
+    caption = "Tokens trained on or sampled, seconds of training, memory with the frozen model; empty: not recorded"
     if any(_lora(group) for group in groups):
         headings += ["of LoRA's parameters", "of LoRA's seconds"]
     rows = [_row(cost, _lora(group), len(headings)) for group in groups for cost in group]
-    return Block(Topic.COST, "", [Table("cost", caption, headings, rows, words=2)])
+    return Block(Topic.COST, "", [without_empty_columns(Table("cost", caption, headings, rows, words=2))])
 
 
 def _costs(record: Record) -> Iterator[Cost]:

@@ -7,7 +7,19 @@ from typing import Any
 
 from moe_bias.evaluation.statistics import Estimate
 from moe_bias.report import figures
-from moe_bias.report.content import Block, Note, Plot, Table, Topic, estimate_of, percent, points, slug, with_interval
+from moe_bias.report.content import (
+    Block,
+    Note,
+    Plot,
+    Table,
+    Topic,
+    estimate_of,
+    percent,
+    points,
+    slug,
+    with_interval,
+    without_empty_columns,
+)
 from moe_bias.report.record import Record
 
 
@@ -62,7 +74,7 @@ def _scores(record: Record) -> Table:
         f"{name} {value}" for name, value in record.content["protocol"].items() if name != "prompt_template"
     )
     caption = f"Samples right, mean over problems [95% interval over problems]; changes are paired. Asked with {asked}"
-    return Table(slug(record.name, "scores"), caption, headings, rows)
+    return without_empty_columns(Table(slug(record.name, "scores"), caption, headings, rows))
 
 
 def _group(record: Record, column: str) -> Iterator[Plot | Table]:

@@ -134,23 +134,29 @@ def running_mean(values: np.typing.NDArray[np.float64], width: int) -> np.typing
 
 
 def histogram(edges: Sequence[float], counts: Mapping[str, Sequence[float]], threshold: float, unit: str) -> Figure:
-    """Counts over bins as outlines, on a logarithmic axis, with the threshold marked."""
+    """Counts over bins of equal width on a logarithmic axis as outlines, with the threshold marked.
+
+    The first bin, which reaches down to 0, is drawn as wide as the next; the last ones, where they are empty, not.
+    """
     with matplotlib.rc_context(_STYLE):
         figure, axes = _axes(2.9)
+        bins = np.asarray(edges, dtype=np.float64)
+        bins[0] = bins[1] ** 2 / bins[2]
         for number, (label, heights) in enumerate(counts.items()):
             colour = BASE if label.startswith("base") else SERIES[number % len(SERIES)]
-            axes.stairs(heights, edges, color=colour, linewidth=1.6)
-            axes.stairs(heights, edges, color=colour, fill=True, alpha=0.12)
-            axes.annotate(
-                label, (0.985, 0.95 - 0.09 * number), xycoords="axes fraction", color=colour, ha="right", va="top"
-            )
-        axes.set_yscale("log")
+            axes.stairs(heights, bins, color=colour, linewidth=1.6)
+            axes.stairs(heights, bins, color=colour, fill=True, alpha=0.12)
+            place = (0.02, 0.95 - 0.09 * number)
+            axes.annotate(label, place, xycoords="axes fraction", color=colour, va="top")
+        axes.set_xscale("log")
+        axes.set_xlim(bins[0], bins[1 + max(int(np.flatnonzero(heights)[-1]) for heights in counts.values())])
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.axvline(threshold, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
-        axes.annotate(
-            f"threshold {threshold:.2f}", (threshold, 1.01), xycoords=("data", "axes fraction"), color=INK, ha="center"
-        )
+        place = (threshold, 1.01)
+        axes.annotate(f"threshold {threshold:.2f}", place, xycoords=("data", "axes fraction"), color=INK, ha="center")
         axes.set_xlabel(unit)
-        axes.set_ylabel("tokens")
+        axes.set_ylabel("tokens in a bin")
         axes.grid(axis="y")
         return figure
 

@@ -12,7 +12,7 @@ _SPECIAL = str.maketrans({letter: f"\\{letter}" for letter in "\\`*_[]<>|#"})
 
 def markdown(report: Report) -> str:
     """The file's text."""
-    lines = [f"# {_escaped(report.title)}", "", f"Model {_escaped(report.model)}. Brackets are 95% intervals.", ""]
+    lines = [f"# {_escaped(report.title)}", "", f"Model: {_escaped(report.model)}. Brackets are 95% intervals.", ""]
     lines += [f"- {_escaped(name)}: {kind}" for name, kind in report.runs]
     for topic, blocks in report.sections():
         lines += ["", f"## {topic.value}"]
@@ -57,7 +57,7 @@ def _cards(part: Cards) -> Iterator[str]:
             str(card.expert),
             *(value for _, value in card.facts),
             *(", ".join(f"{text} {bias:+.1f}" for text, bias in side) for side in (card.raised, card.lowered)),
-            " / ".join(card.contexts),
+            " / ".join(f"{before}⟦{token}⟧" for before, token in card.contexts),
         ]
         for card in part.cards
     ]
