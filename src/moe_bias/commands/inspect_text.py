@@ -1,4 +1,4 @@
-"""`moe-bias inspect-text`: the plain and the adapted answer to a prompt, token by token, as a page and here."""
+"""`moe-bias inspect-text`: both answers to a prompt, token by token, as a page and in the terminal."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ SHOWN_ROWS = 24
 """Rows of the terminal's table: the tokens at which the adapter does most."""
 NEGLIGIBLE = 0.005
 """The table leaves out experts whose share would round to 0%."""
-_HEAT = ("", "on grey15", "on #46350f", "on #6b4310", "on #a85412")
+_HEAT = ("", "white on #2b2414", "white on #46350f", "white on #6b4310", "white on #a85412")
+"""Styles by base entropy, from the lowest fifth up; each has its own foreground, so that any terminal can be read."""
 
 
 def run(settings: InspectTextSettings) -> None:

@@ -28,6 +28,7 @@ from moe_bias.report.record import Record
 FORKS, CONTEXT = 12, 70
 TOKENS, CONTEXTS = 6, 3
 """Shown of a record: forks, letters before a token, and on a card tokens of each side and contexts."""
+_FORK = ("context, with the text's token", "base goes on", "adapted goes on")
 _QUANTITIES = {
     "base_entropy": ("entropy of the base, nats", "{:.3f}", 1.0),
     "adapted_entropy": ("adapted entropy, nats", "{:.3f}", 1.0),
@@ -54,8 +55,9 @@ def analysis(record: Record) -> Iterator[Block]:
         yield Block(Topic.ENTROPY, one.run, list(_entropy(one)))
         yield Block(Topic.ROUTING, one.run, list(_routing(one)))
         yield Block(Topic.EXPERTS, one.run, [_cards(one)])
-        if adapter["forks"]:
-            yield Block(Topic.FORKS, one.run, list(_forks(one)))
+        forks = [*_forks(one), *_turning_forks(one)]
+        if forks:
+            yield Block(Topic.FORKS, one.run, forks)
 
 
 class _Adapter:
@@ -148,19 +150,28 @@ def _card(expert: Mapping[str, Any]) -> Card:
 
 def _forks(one: _Adapter) -> Iterator[Part]:
     shown = one.found["forks"][:FORKS]
+    rows = [[*_fork(fork), f"{fork['base_entropy']:.2f}", f"{fork['kl']:.2f}"] for fork in shown]
+    if rows:
+        caption = f"The {len(shown)} forks of largest KL: where the base and the adapted model go on differently"
+        yield Table(one.file("forks"), caption, [*_FORK, "entropy, nats", "KL, nats"], rows, words=3)
+
+
+def _turning_forks(one: _Adapter) -> Iterator[Part]:
+    """Where the answers part whose outcome changed."""
+    forks = one.found["answers"]["forks"] if one.found["answers"] else []
     rows = [
-        [
-            "{}⟦{}⟧".format(*_in_context(fork)),
-            _continued(fork, "base"),
-            _continued(fork, "adapted"),
-            f"{fork['base_entropy']:.2f}",
-            f"{fork['kl']:.2f}",
-        ]
-        for fork in shown
+        [fork["question"], fork["gold"], *_fork(fork), f"{fork['base_outcome']} → {fork['adapted_outcome']}"]
+        for fork in forks[:FORKS]
     ]
-    caption = f"The {len(shown)} forks of largest KL: where the base and the adapted model go on differently"
-    headings = ["context, with the text's token", "base goes on", "adapted goes on", "entropy, nats", "KL, nats"]
-    yield Table(one.file("forks"), caption, headings, rows, words=3)
+    if rows:
+        caption = f"The first {len(rows)} of {len(forks)} problems whose answer changed, at the fork"
+        headings = ["problem", "gold answer", *_FORK, "outcome"]
+        yield Table(one.file("turning-forks"), caption, headings, rows, words=len(headings), folded=True)
+
+
+def _fork(fork: Mapping[str, Any]) -> list[str]:
+    before, token = _in_context(fork)
+    return [f"{before}⟦{token}⟧", _continued(fork, "base"), _continued(fork, "adapted")]
 
 
 def _in_context(moment: Mapping[str, Any]) -> tuple[str, str]:

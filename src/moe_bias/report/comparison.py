@@ -109,9 +109,7 @@ def _curves(record: Record) -> dict[str, figures.Line]:
         for step, accuracy in part["arm"]["curve"]:
             seen[part["arm"]["name"]][step].append(100 * accuracy)
     return {
-        name: (list(points), [sum(values) / len(values) for values in points.values()])
-        for name, points in seen.items()
-        if points
+        name: (list(steps), [sum(values) / len(values) for values in steps.values()]) for name, steps in seen.items()
     }
 
 

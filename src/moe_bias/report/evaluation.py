@@ -65,8 +65,8 @@ def _scores(record: Record) -> Table:
             *(percent(estimate_of(arm["pass_at"][k])) for k in passes),
             _optional(arm["majority"], percent),
             _optional(arm["tokens"], lambda tokens: with_interval(tokens, "{:,.0f}")),
-            f"{arm['cut']:.1%}".rstrip("%"),
-            *(f"{arm['failures'][name]:.1%}".rstrip("%") for name in failures),
+            f"{100 * arm['cut']:.1f}",
+            *(f"{100 * arm['failures'][name]:.1f}" for name in failures),
         ]
         for arm in arms
     ]

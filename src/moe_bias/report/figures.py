@@ -167,10 +167,8 @@ def heat_map(values: Sequence[Sequence[float]], rows: Sequence[str], columns: Se
         figure, axes = _axes(0.6 + 0.26 * len(rows))
         table = np.asarray(values, dtype=np.float64)
         axes.pcolormesh(table, cmap="cividis", vmin=0, edgecolors="none")
-        for (row, column), value in np.ndenumerate(table) if len(columns) <= NUMBERED else ():
-            colour = "#000000" if value > 0.6 * table.max() else "#ffffff"
-            place = (column + 0.5, row + 0.5)
-            axes.text(*place, f"{100 * value:.0f}", ha="center", va="center", color=colour, fontsize=7.5)
+        if len(columns) <= NUMBERED:
+            _number_cells(axes, table)
         every = max(len(columns) // NUMBERED, 1)
         axes.set_xticks(np.arange(len(columns))[::every] + 0.5, columns[::every], color=INK)
         axes.set_yticks(np.arange(len(rows)) + 0.5, rows, color=INK)
@@ -179,6 +177,13 @@ def heat_map(values: Sequence[Sequence[float]], rows: Sequence[str], columns: Se
         axes.spines[:].set_visible(False)
         axes.set_xlabel(unit)
         return figure
+
+
+def _number_cells(axes: Axes, table: np.typing.NDArray[np.float64]) -> None:
+    for (row, column), value in np.ndenumerate(table):
+        colour = "#000000" if value > 0.6 * table.max() else "#ffffff"
+        place = (column + 0.5, row + 0.5)
+        axes.text(*place, f"{100 * value:.0f}", ha="center", va="center", color=colour, fontsize=7.5)
 
 
 def page_svg(figure: Figure, name: str, title: str) -> str:

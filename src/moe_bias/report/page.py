@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe_bias.report.content import Block, Card, Cards, Note, Part, Plot, Report, Table
+from moe_bias.report.content import Block, Card, Cards, Part, Plot, Report, Table, slug
 from moe_bias.report.figures import page_svg
 from moe_bias.report.inspector import Inspection, component
 from moe_bias.report.template import Markup, rendered
@@ -22,7 +22,6 @@ def page(report: Report) -> str:
 def _block(block: Block) -> dict[str, Any]:
     return {
         "run": block.run,
-        "leads": [part.text for part in block.parts if isinstance(part, Note) and part.lead],
         "parts": [_part(part, number, block) for number, part in enumerate(block.parts)],
     }
 
@@ -31,8 +30,7 @@ def _part(part: Part, number: int, block: Block) -> dict[str, Any]:
     if isinstance(part, Plot):
         return {"kind": "plot", "plot": part, "svg": Markup(page_svg(part.figure, part.name, part.title))}
     if isinstance(part, Inspection):
-        shown = component(part, f"inspector-{number}-{block.run}")
-        return {"kind": "inspection", "inspection": shown}
+        return {"kind": "inspection", "inspection": component(part, slug(block.run, f"inspector-{number}"))}
     if isinstance(part, Cards):
         return {"kind": "cards", "cards": part, "experts": [_card(card) for card in part.cards]}
     if isinstance(part, Table):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from moe_bias.config import UserError
+from moe_bias.report.content import slug
 from moe_bias.training.metrics import FILE as METRICS_FILE
 from moe_bias.training.metrics import SAMPLES_FILE
 
@@ -170,10 +171,9 @@ def _refuse_mixed(records: Sequence[Record]) -> None:
 
 
 def _with_own_names(records: Sequence[Record]) -> list[Record]:
-    names = [record.name for record in records]
+    """Told apart as the names of files are: two that would be the same are numbered."""
+    names = [slug(record.name, "") for record in records]
     return [
-        Record(
-            **{**vars(record), "name": record.name if names.count(record.name) == 1 else f"{record.name} ({number})"}
-        )
-        for number, record in enumerate(records, 1)
+        record if names.count(name) == 1 else replace(record, name=f"{record.name} ({number})")
+        for number, (name, record) in enumerate(zip(names, records, strict=True), 1)
     ]
