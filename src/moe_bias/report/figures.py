@@ -75,7 +75,7 @@ def intervals(
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.grid(axis="x")
         axes.set_xlabel(unit)
-        return figure
+        return _settled(figure)
 
 
 def curves(lines: Mapping[str, Line], x_unit: str, unit: str, height: float = 2.6) -> Figure:
@@ -89,7 +89,7 @@ def curves(lines: Mapping[str, Line], x_unit: str, unit: str, height: float = 2.
             ends.append((y[-1], label, colour))
         _finish_curves(axes, x_unit, unit)
         _label_ends(axes, ends)
-        return figure
+        return _settled(figure)
 
 
 def smoothed_curve(raw: Line, marked: Line | None, names: tuple[str, str], x_unit: str, unit: str) -> Figure:
@@ -110,7 +110,7 @@ def smoothed_curve(raw: Line, marked: Line | None, names: tuple[str, str], x_uni
         axes.set_ylim(min(shown) - margin, max(shown) + margin)
         _finish_curves(axes, x_unit, unit)
         _label_ends(axes, ends)
-        return figure
+        return _settled(figure)
 
 
 def band(x: Sequence[float], estimates: Sequence[Estimate], unit: str, scale: float) -> Figure:
@@ -123,7 +123,7 @@ def band(x: Sequence[float], estimates: Sequence[Estimate], unit: str, scale: fl
         axes.plot(x, values, color=MAIN, linewidth=1.6, marker="o", markersize=4)
         axes.annotate(f"{values[-1]:.3g}", (x[-1], values[-1]), xytext=(6, 0), textcoords="offset points", color=MAIN)
         _finish_curves(axes, "step", unit)
-        return figure
+        return _settled(figure)
 
 
 def running_mean(values: np.typing.NDArray[np.float64], width: int) -> np.typing.NDArray[np.float64]:
@@ -158,7 +158,7 @@ def histogram(edges: Sequence[float], counts: Mapping[str, Sequence[float]], thr
         axes.set_xlabel(unit)
         axes.set_ylabel("tokens in a bin")
         axes.grid(axis="y")
-        return figure
+        return _settled(figure)
 
 
 def heat_map(values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], unit: str) -> Figure:
@@ -176,7 +176,7 @@ def heat_map(values: Sequence[Sequence[float]], rows: Sequence[str], columns: Se
         axes.invert_yaxis()
         axes.spines[:].set_visible(False)
         axes.set_xlabel(unit)
-        return figure
+        return _settled(figure)
 
 
 def _number_cells(axes: Axes, table: np.typing.NDArray[np.float64]) -> None:
@@ -231,6 +231,13 @@ def _axes(height: float) -> tuple[Figure, Axes]:
     axes = figure.add_subplot()
     axes.set_facecolor("none")
     return figure, axes
+
+
+def _settled(figure: Figure) -> Figure:
+    """With the layout made now, once for all files that the figure is written to."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    return figure
 
 
 def _finish_curves(axes: Axes, x_unit: str, unit: str) -> None:
