@@ -1,16 +1,18 @@
 """Shared fixtures: tiny random models of every architecture that the tests run on, and no network."""
 
 import os
+import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
+from playwright.sync_api import sync_playwright
 from transformers import (
     CohereConfig,
     Gemma2Config,
@@ -83,6 +85,18 @@ def randomise(layer: Any, seed: int = 1, scale: float = 1.0) -> None:
     for tensor in layer.state_dict().values():
         tensor.add_(scale * torch.randn(tensor.shape, generator=generator))
     layer.hidden_scale.abs_().add_(0.1)
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    """A headless Chromium, Debian's package; a test that asks for it is marked `browser`."""
+    program = shutil.which("chromium")
+    if program is None:
+        pytest.skip("no chromium is installed: apt-get install chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture

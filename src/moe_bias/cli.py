@@ -28,8 +28,10 @@ from moe_bias.config import (
     ExtractSettings,
     GenerateSettings,
     InspectSettings,
+    InspectTextSettings,
     Interrupted,
     ParamsSettings,
+    ReportSettings,
     Settings,
     SweepSettings,
     TrainRLSettings,
@@ -205,6 +207,18 @@ def _inspect(settings: InspectSettings) -> None:
     inspect_adapter.run(settings)
 
 
+def _inspect_text(settings: InspectTextSettings) -> None:
+    from moe_bias.commands import inspect_text
+
+    inspect_text.run(settings)
+
+
+def _report(settings: ReportSettings) -> None:
+    from moe_bias.commands import report
+
+    report.run(settings)
+
+
 _DESCRIPTION = "Adapt a frozen language model at its output: entropy-gated, routed logit biases."
 GROUPS = {"train": "Train an adapter."}
 COMMANDS = (
@@ -220,4 +234,6 @@ COMMANDS = (
     Command("generate", GenerateSettings, _generate, argument="PROMPT"),
     Command("params", ParamsSettings, _params),
     Command("inspect", InspectSettings, _inspect, argument="ADAPTER"),
+    Command("inspect-text", InspectTextSettings, _inspect_text),
+    Command("report", ReportSettings, _report, argument="RUN..."),
 )

@@ -587,6 +587,33 @@ class InspectSettings(Settings):
     top: int = Field(8, ge=1, description="tokens shown per expert and direction")
 
 
+class InspectTextSettings(ModelSettings):
+    """Show the plain and the adapted answer to one prompt token by token: entropy, bias, experts, choices."""
+
+    adapter: str = Field(description="adapter folder or Hub id")
+    prompt: str = Field(min_length=1, description="what to ask")
+    output: Path = Field(Path("tokens.html"), description="page to write; its record is kept beside it as .json")
+    chat: bool = Field(True, description="put the prompt into the chat template")
+    max_new_tokens: int = Field(256, ge=1, description="token limit of each answer")
+    top: int = Field(5, ge=1, description="likeliest tokens shown of each distribution")
+    rho: float = Field(0.2, gt=0, le=1, description="share of the tokens that is marked, those of highest entropy")
+
+    @field_validator("output")
+    @classmethod
+    def _is_a_page(cls, path: Path) -> Path:
+        if path.suffix != ".html":
+            raise ValueError("a page's name ends in .html")
+        return path
+
+
+class ReportSettings(Settings):
+    """Make a page, figures and tables of finished runs from their records."""
+
+    runs: CliPositionalArg[list[Path]] = Field(min_length=1, description="folders or records of runs of one model")
+    output: Path = Field(Path("report"), description="folder of report.html, report.md, figures and tables")
+    title: str = Field("", description="heading of the report; none: the runs' names")
+
+
 def settings_file() -> Path:
     """The TOML file of settings: the one MOE_BIAS_CONFIG names, else `moe-bias.toml` here.
 

@@ -1,0 +1,1 @@
+"""Pages, figures and tables made from records. Nothing here runs a model."""

@@ -1,0 +1,202 @@
+"""What a report says of an analysis: what changes at high- and at low-entropy tokens, routing, experts, forks.
+
+`moe_bias.analysis.record` says what the record holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from moe_bias.report import figures
+from moe_bias.report.content import (
+    Block,
+    Card,
+    Cards,
+    Note,
+    Part,
+    Plot,
+    Table,
+    Topic,
+    estimate_of,
+    percent,
+    slug,
+    with_interval,
+)
+from moe_bias.report.record import Record
+
+FORKS, CONTEXT = 12, 70
+TOKENS, CONTEXTS = 6, 3
+"""Shown of a record: forks, letters before a token, and on a card tokens of each side and contexts."""
+_FORK = ("context, with the text's token", "base goes on", "adapted goes on")
+_QUANTITIES = {
+    "base_entropy": ("entropy of the base, nats", "{:.3f}", 1.0),
+    "adapted_entropy": ("adapted entropy, nats", "{:.3f}", 1.0),
+    "kl": ("KL to the base, nats", "{:.4f}", 1.0),
+    "weight": ("gate w", "{:.3f}", 1.0),
+    "bias_mean": ("mean |b| over the support", "{:.3f}", 1.0),
+    "flipped": ("likeliest token is another, %", "{:.1f}", 100.0),
+    "mended": ("flipped to the text's token, %", "{:.2f}", 100.0),
+    "spoiled": ("flipped away from it, %", "{:.2f}", 100.0),
+    "log_prob_change": ("change of the text's log-probability, nats", "{:+.3f}", 1.0),
+}
+
+
+def analysis(record: Record) -> Iterator[Block]:
+    """Every adapter of the record, each under its own name where there are several."""
+    adapters = record.content["adapters"]
+    for number, adapter in enumerate(adapters):
+        one = _Adapter(
+            record, adapter, record.name if len(adapters) == 1 else f"{record.name}: {adapter['name']}", number
+        )
+        if adapter["answers"]:
+            yield Block(Topic.RESULT, one.run, [_accuracy(one)])
+            yield Block(Topic.ACCURACY, one.run, [_answers(one)])
+        yield Block(Topic.ENTROPY, one.run, list(_entropy(one)))
+        yield Block(Topic.ROUTING, one.run, list(_routing(one)))
+        yield Block(Topic.EXPERTS, one.run, [_cards(one)])
+        forks = [*_forks(one), *_turning_forks(one)]
+        if forks:
+            yield Block(Topic.FORKS, one.run, forks)
+
+
+class _Adapter:
+    """One adapter of a record, the heading of its blocks, and the beginning of its files' names."""
+
+    def __init__(self, record: Record, found: Mapping[str, Any], run: str, number: int) -> None:
+        self.record, self.found, self.run = record, found, run
+        self._stem = record.name if len(record.content["adapters"]) == 1 else f"{record.name}-{number}"
+
+    def file(self, what: str) -> str:
+        return slug(self._stem, what)
+
+
+def _entropy(one: _Adapter) -> Iterator[Part]:
+    text, found = one.record.content["text"], one.found
+    flips = [percent(estimate_of(found["strata"][name]["means"]["flipped"])) for name in ("high", "low")]
+    top = f"top {text['rho']:.0%}"
+    yield Note(
+        f"{text['tokens']:,} tokens of {text['name']} ({text['kind']}); high entropy is the {top}, from "
+        f"{text['threshold']:.3f} nats. The likeliest token is another at {flips[0]}% of the high and {flips[1]}% of "
+        f"the low tokens. Of the base's {top}, {_overlap(found)}% are in the adapted model's too."
+    )
+    drawn = figures.histogram(
+        one.record.content["entropy_edges"], found["histograms"], text["threshold"], "entropy, nats"
+    )
+    yield Plot(one.file("entropy"), "Tokens by entropy of the base and the adapted model, logarithmic", drawn)
+    if found["checkpoints"]:
+        yield from _series(one)
+    yield _strata(one)
+
+
+def _overlap(found: Mapping[str, Any]) -> str:
+    return percent(estimate_of(found["overlap"]))
+
+
+def _series(one: _Adapter) -> Iterator[Plot]:
+    points = one.found["checkpoints"]
+    steps = [point["step"] for point in points]
+    for key, unit, scale in (("overlap", "% of the base's top tokens", 100), ("kl", "mean KL to the base, nats", 1)):
+        estimates = [estimate_of(point[key]) for point in points]
+        drawn = figures.band(steps, estimates, unit, scale)
+        title = {"overlap": "Overlap of the high-entropy tokens with the base's", "kl": "Exact KL to the base"}[key]
+        yield Plot(one.file(f"{key}-along"), f"{title} at each checkpoint, with 95% intervals", drawn)
+
+
+def _strata(one: _Adapter) -> Table:
+    strata = one.found["strata"]
+    rows = [["tokens", *(f"{stratum['tokens']:,}" for stratum in strata.values())]]
+    rows += [
+        [label, *(with_interval(estimate_of(stratum["means"][name]), form, scale) for stratum in strata.values())]
+        for name, (label, form, scale) in _QUANTITIES.items()
+    ]
+    rows.append(["largest |b|", *(f"{stratum['bias_max']:.2f}" for stratum in strata.values())])
+    rows.append(
+        ["entropy of the experts' shares, nats", *(f"{stratum['expert_entropy']:.3f}" for stratum in strata.values())]
+    )
+    caption = "Means over tokens [95% interval over examples], by the base's entropy"
+    return Table(one.file("strata"), caption, ["", *strata], rows)
+
+
+def _routing(one: _Adapter) -> Iterator[Part]:
+    strata, classes = one.found["strata"], one.found["expert_share_by_class"]
+    rows = {f"{name} entropy": strata[name]["expert_share"] for name in ("high", "low")} | classes
+    experts = [str(number) for number in range(one.found["num_experts"])]
+    drawn = figures.heat_map(list(rows.values()), list(rows), experts, "expert")
+    title = "Share of the routed slots that each expert has, in % of its row: by stratum and by class of token"
+    yield Plot(one.file("routing"), title, drawn)
+    information = [
+        [name, f"{value['nats']:.4f}", f"{value['at_most']:.4f}"]
+        for name, value in one.found["mutual_information"].items()
+    ]
+    caption = "Mutual information between the expert of a routed slot and what is known of the token, in nats"
+    yield Table(one.file("information"), caption, ["with", "nats", "at most"], information)
+
+
+def _cards(one: _Adapter) -> Cards:
+    caption = (
+        "What each expert raises and lowers most, its bias in nats before the gate; its share of the routed slots of "
+        "high- and of low-entropy tokens; tokens at which it has the largest part of the bias, marked in their context."
+    )
+    return Cards(one.file("experts"), caption, [_card(expert) for expert in one.found["experts"]])
+
+
+def _card(expert: Mapping[str, Any]) -> Card:
+    facts = [("of high-entropy slots", f"{expert['high']:.1%}"), ("of low-entropy slots", f"{expert['low']:.1%}")]
+    sides = (expert[side][:TOKENS] for side in ("raised", "lowered"))
+    raised, lowered = ([(repr(token["text"]), token["bias"]) for token in side] for side in sides)
+    return Card(expert["expert"], facts, raised, lowered, [_in_context(m) for m in expert["contexts"][:CONTEXTS]])
+
+
+def _forks(one: _Adapter) -> Iterator[Part]:
+    shown = one.found["forks"][:FORKS]
+    rows = [[*_fork(fork), f"{fork['base_entropy']:.2f}", f"{fork['kl']:.2f}"] for fork in shown]
+    if rows:
+        caption = f"The {len(shown)} forks of largest KL: where the base and the adapted model go on differently"
+        yield Table(one.file("forks"), caption, [*_FORK, "entropy, nats", "KL, nats"], rows, words=3)
+
+
+def _turning_forks(one: _Adapter) -> Iterator[Part]:
+    """Where the answers part whose outcome changed."""
+    forks = one.found["answers"]["forks"] if one.found["answers"] else []
+    rows = [
+        [fork["question"], fork["gold"], *_fork(fork), f"{fork['base_outcome']} → {fork['adapted_outcome']}"]
+        for fork in forks[:FORKS]
+    ]
+    if rows:
+        caption = f"The first {len(rows)} of {len(forks)} problems whose answer changed, at the fork"
+        headings = ["problem", "gold answer", *_FORK, "outcome"]
+        yield Table(one.file("turning-forks"), caption, headings, rows, words=len(headings), folded=True)
+
+
+def _fork(fork: Mapping[str, Any]) -> list[str]:
+    before, token = _in_context(fork)
+    return [f"{before}⟦{token}⟧", _continued(fork, "base"), _continued(fork, "adapted")]
+
+
+def _in_context(moment: Mapping[str, Any]) -> tuple[str, str]:
+    """The end of the text before a token, and the token, on one line."""
+    before = moment["before"]
+    cut = "…" if len(before) > CONTEXT else ""
+    return f"{cut}{before[-CONTEXT:]}".replace("\n", "↵"), moment["token"]["text"].replace("\n", "↵")
+
+
+def _continued(fork: Mapping[str, Any], side: str) -> str:
+    """The choice, and where it was gone on from there what followed."""
+    text: str = fork.get(f"{side}_continuation") or fork[f"{side}_choice"]["text"]
+    return text
+
+
+def _accuracy(one: _Adapter) -> Plot:
+    answers, content = one.found["answers"], one.record.content
+    rows = [("base", estimate_of(content["base_accuracy"]))]
+    rows += [(arm, estimate_of(value)) for arm, value in answers["accuracy"].items()]
+    drawn = figures.intervals(rows, "% of the problems", "{:.1f}", scale=100)
+    title = f"Greedy accuracy on {content['text']['name']}: base, adapted, and adapted at one stratum only"
+    return Plot(one.file("accuracy"), title, drawn)
+
+
+def _answers(one: _Adapter) -> Table:
+    turns: Mapping[str, int] = one.found["answers"]["turns"]
+    rows: Sequence[Sequence[str]] = [[name, f"{count:,}"] for name, count in turns.items()]
+    return Table(one.file("turns"), "Problems by what became of the base's answer", ["", "problems"], rows)

@@ -1,0 +1,63 @@
+"""A report from records: what each kind of record has to say, what all cost, and what they were made with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from moe_bias.report import analysis, comparison, evaluation, training
+from moe_bias.report.content import Block, Note, Report, Table, Topic, slug
+from moe_bias.report.cost import cost_block
+from moe_bias.report.inspector import read_inspection
+from moe_bias.report.record import Kind, Record
+
+NOT_RECORDED = "not recorded"
+
+
+def build(records: Sequence[Record], title: str) -> Report:
+    """The report of these records; the title is made of their names where it is empty."""
+    names = ", ".join(record.name for record in records)
+    model = next((record.model for record in records if record.model is not None), NOT_RECORDED)
+    blocks = [block for record in records for block in _BLOCKS[record.kind](record)]
+    cost = cost_block(records)
+    if cost is not None:
+        blocks.append(cost)
+    blocks += [block for record in records for block in _settings(record)]
+    runs = [(record.name, record.kind.value) for record in records]
+    return Report(title or names, model, runs, blocks)
+
+
+def _inspection(record: Record) -> Iterator[Block]:
+    yield Block(Topic.TOKENS, record.name, [read_inspection(record.path)])
+
+
+_BLOCKS: Mapping[Kind, Callable[[Record], Iterator[Block]]] = {
+    Kind.SUPERVISED: training.supervised,
+    Kind.POLICY: training.policy,
+    Kind.CELLS: comparison.cells,
+    Kind.ARMS: comparison.arms,
+    Kind.EVALUATION: evaluation.evaluation,
+    Kind.ANALYSIS: analysis.analysis,
+    Kind.DEMO: comparison.demo,
+    Kind.INSPECTION: _inspection,
+}
+
+
+def _settings(record: Record) -> Iterator[Block]:
+    """Everything that the record says of how it was made, as names and values."""
+    rows = [*_flat("", record.settings), *_flat("", record.provenance)]
+    if rows:
+        caption = f"Settings and provenance of {record.name}"
+        yield Block(
+            Topic.SETTINGS, "", [Table(slug(record.name, "settings"), caption, ["name", "value"], rows, 2, folded=True)]
+        )
+    else:
+        yield Block(Topic.SETTINGS, "", [Note(f"The record of {record.name} says neither settings nor provenance.")])
+
+
+def _flat(prefix: str, content: Mapping[str, Any]) -> Iterator[list[str]]:
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            yield from _flat(f"{prefix}{name}.", value)
+        else:
+            yield [f"{prefix}{name}", str(value)]

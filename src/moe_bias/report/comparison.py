@@ -1,0 +1,173 @@
+"""What a report says of arms side by side: `arms` and `sweep`, `compare`, and the demonstration."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from moe_bias.evaluation.statistics import Estimate
+from moe_bias.report import figures
+from moe_bias.report.content import Block, Note, Plot, Table, Topic, percent, points, slug, with_interval
+from moe_bias.report.record import Record
+
+_NLL = "nats per token"
+MAIN = "moe-bias"
+SAMPLES = 8
+
+
+def cells(record: Record) -> Iterator[Block]:
+    """NLL of each cell or arm, and the change against one of them, by stratum."""
+    rows, base = record.content["rows"], record.content["base"]
+    total = [(row["name"], Estimate(**row["nll"]["all"])) for row in rows]
+    plot = Plot(
+        slug(record.name, "nll"),
+        "Held-out NLL of each arm, with 95% intervals over examples",
+        figures.intervals(total, _NLL),
+    )
+    yield Block(Topic.RESULT, record.name, [Note(_cells_lead(rows, base), lead=True), plot])
+    yield Block(Topic.ACCURACY, record.name, [_strata(record, rows, base), *_changes(record, rows, base)])
+
+
+def _cells_lead(rows: Sequence[Mapping[str, Any]], base: str) -> str:
+    """The arm that all are compared with, and against it the frozen model and the best of the others."""
+    main = next(row for row in rows if row["name"] == base)
+    others = [row for row in rows if row["change"]]
+    best = min((row for row in others if row["parameters"]), key=lambda row: row["nll"]["all"]["value"], default=None)
+    named = [row for row in others if not row["parameters"] or row is best]
+    changes = ", ".join(f"{row['name']} {with_interval(Estimate(**row['change']['all']), '{:+.3f}')}" for row in named)
+    lead = f"{base}: held-out NLL {with_interval(Estimate(**main['nll']['all']), '{:.3f}')} {_NLL}"
+    return f"{lead}. Against it, paired by example: {changes}." if changes else f"{lead}."
+
+
+def _strata(record: Record, rows: Sequence[Mapping[str, Any]], base: str) -> Table:
+    strata = list(rows[0]["nll"])
+    headings = ["arm", *(f"{name}, NLL" for name in strata), *(f"{name}, change" for name in strata)]
+    body = [
+        [
+            row["name"],
+            *(_cell(row["nll"], s, "{:.3f}") for s in strata),
+            *(_cell(row["change"], s, "{:+.3f}") for s in strata),
+        ]
+        for row in rows
+    ]
+    caption = (
+        f"Held-out NLL, {_NLL} [95% interval over examples], on all, high- and low-entropy tokens; changes are "
+        f"paired, against {base}"
+    )
+    return Table(slug(record.name, "strata"), caption, headings, body)
+
+
+def _changes(record: Record, rows: Sequence[Mapping[str, Any]], base: str) -> Iterator[Plot]:
+    for stratum in ("high", "low"):
+        changed = [
+            (row["name"], Estimate(**row["change"][stratum]))
+            for row in rows
+            if row["change"] and stratum in row["change"]
+        ]
+        if changed:
+            drawn = figures.intervals(changed, f"change of NLL against {base}, {_NLL}", "{:+.3f}", zero=True)
+            title = f"Paired change of NLL on {_of(stratum)}, with 95% intervals"
+            yield Plot(slug(record.name, f"change-{stratum}"), title, drawn)
+
+
+def _of(stratum: str) -> str:
+    return "all tokens" if stratum == "all" else f"{stratum}-entropy tokens"
+
+
+def _cell(estimates: Mapping[str, Any] | None, name: str, form: str) -> str:
+    return with_interval(Estimate(**estimates[name]), form) if estimates and name in estimates else ""
+
+
+def arms(record: Record) -> Iterator[Block]:
+    """Accuracy of each arm of reinforcement learning, changes against others, and its curve."""
+    rows = record.content["rows"]
+    held_out = [(row["name"], Estimate(**row["accuracy"]["held out"])) for row in rows]
+    main = next((row for row in rows if row["name"] == MAIN), rows[-1])
+    changes = "; ".join(
+        f"{points(Estimate(**change))} points against {other}" for other, change in main["change"].items()
+    )
+    lead = f"{main['name']} solves {percent(Estimate(**main['accuracy']['held out']))}% of the held-out problems"
+    plot = Plot(
+        slug(record.name, "accuracy"),
+        "Held-out accuracy of each arm, with 95% intervals over problems",
+        figures.intervals(held_out, "% of the held-out problems", "{:.1f}", scale=100),
+    )
+    yield Block(Topic.RESULT, record.name, [Note(f"{lead}{': ' if changes else ''}{changes}.", lead=True), plot])
+    lines = _curves(record)
+    if lines:
+        drawn = figures.curves(lines, "step", "held-out accuracy, %")
+        title = "Held-out accuracy of each arm over the steps, means over seeds"
+        yield Block(Topic.TRAINING, record.name, [Plot(slug(record.name, "curves"), title, drawn)])
+    yield Block(Topic.ACCURACY, record.name, [_sets(record, rows)])
+
+
+def _curves(record: Record) -> dict[str, figures.Line]:
+    """By arm the mean over its seeds of held-out accuracy, in percent, at each step."""
+    seen: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for part in record.parts:
+        for step, accuracy in part["arm"]["curve"]:
+            seen[part["arm"]["name"]][step].append(100 * accuracy)
+    return {
+        name: (list(steps), [sum(values) / len(values) for values in steps.values()]) for name, steps in seen.items()
+    }
+
+
+def _sets(record: Record, rows: Sequence[Mapping[str, Any]]) -> Table:
+    sets = list(rows[0]["accuracy"])
+    others = list(dict.fromkeys(other for row in rows for other in row["change"]))
+    headings = ["arm", "seeds", *(f"{name}, %" for name in sets), *(f"to {other}, points" for other in others)]
+    body = [
+        [
+            row["name"],
+            str(row["seeds"]),
+            *(percent(Estimate(**row["accuracy"][name])) for name in sets),
+            *(points(Estimate(**row["change"][other])) if other in row["change"] else "" for other in others),
+        ]
+        for row in rows
+    ]
+    caption = "Problems solved by greedy answers [95% interval over problems]; changes are paired by problem"
+    return Table(slug(record.name, "sets"), caption, headings, body)
+
+
+def demo(record: Record) -> Iterator[Block]:
+    """NLL and accuracy of the demonstration's arms, and some of their answers."""
+    rows = record.content["arms"]
+    last = rows[-1]
+    accuracy, change = Estimate(**last["accuracy"]), Estimate(**last["accuracy_change"])
+    lead = (
+        f"{last['name']} answers {percent(accuracy)}% of {len(record.content['samples']):,} held-out "
+        f"problems right, {points(change)} points against {rows[-2]['name']}."
+    )
+    shown = {
+        "accuracy": ("% of the held-out problems", "{:.1f}", 100.0, "Held-out accuracy of each arm, 95% intervals"),
+        "nll": (_NLL, "{:.3f}", 1.0, "Held-out NLL of each arm, 95% intervals"),
+    }
+    plots = [
+        Plot(
+            slug(record.name, key),
+            title,
+            figures.intervals([(row["name"], Estimate(**row[key])) for row in rows], unit, form, scale=scale),
+        )
+        for key, (unit, form, scale, title) in shown.items()
+    ]
+    yield Block(Topic.RESULT, record.name, [Note(lead, lead=True), *plots])
+    yield Block(Topic.TOKENS, record.name, [_answers(record, [row["name"] for row in rows])])
+
+
+def _answers(record: Record, names: Sequence[str]) -> Table:
+    shown = record.content["samples"][:SAMPLES]
+    rows = [
+        [
+            sample["question"],
+            sample["gold"],
+            *(
+                f"{'right' if right else 'wrong'}: {answer}"
+                for answer, right in zip(sample["answers"], sample["correct"], strict=True)
+            ),
+        ]
+        for sample in shown
+    ]
+    headings = ["problem", "gold answer", *names]
+    caption = f"The first {len(shown)} of {len(record.content['samples']):,} held-out problems"
+    return Table(slug(record.name, "answers"), caption, headings, rows, words=len(headings), folded=True)

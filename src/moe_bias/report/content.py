@@ -1,0 +1,143 @@
+"""What a report is made of, before it is a page: blocks of notes, tables, plots, cards and inspections, by topic."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from math import isnan, nan
+
+from matplotlib.figure import Figure
+
+from moe_bias.evaluation.statistics import Estimate
+from moe_bias.report.inspector import Inspection
+
+
+class Topic(Enum):
+    """What a block is about; the report has one section for each, in this order, with this heading."""
+
+    RESULT = "Result"
+    TRAINING = "Training"
+    ACCURACY = "Where it helps"
+    ENTROPY = "Entropy"
+    ROUTING = "Routing"
+    EXPERTS = "Experts"
+    FORKS = "Forks"
+    TOKENS = "Tokens"
+    COST = "Cost"
+    SETTINGS = "Settings and provenance"
+
+
+@dataclass(frozen=True)
+class Note:
+    """A paragraph. The lead is the report's first sentence on a result."""
+
+    text: str
+    lead: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text cells. `name` is that of its file; the first `words` columns hold words, the others numbers."""
+
+    name: str
+    caption: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    words: int = 1
+    folded: bool = False
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure. `name` is that of its files; `title` says what it shows, also to those who cannot see it."""
+
+    name: str
+    title: str
+    figure: Figure
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Card:
+    """An expert: facts as words and value, the tokens that it raises and lowers most with their bias in nats,
+    and where it acts most: texts and the token after each.
+    """
+
+    expert: int
+    facts: Sequence[tuple[str, str]]
+    raised: Sequence[tuple[str, float]]
+    lowered: Sequence[tuple[str, float]]
+    contexts: Sequence[tuple[str, str]] = ()
+
+
+@dataclass(frozen=True)
+class Cards:
+    """The experts of one adapter."""
+
+    name: str
+    caption: str
+    cards: Sequence[Card]
+
+
+Part = Note | Table | Plot | Cards | Inspection
+
+
+@dataclass(frozen=True)
+class Block:
+    """What one run has to say on a topic."""
+
+    topic: Topic
+    run: str
+    parts: Sequence[Part]
+
+
+@dataclass(frozen=True)
+class Report:
+    """All blocks of all runs. `runs` are names with what each is; `model` is the one that they share."""
+
+    title: str
+    model: str
+    runs: Sequence[tuple[str, str]]
+    blocks: Sequence[Block] = field(default_factory=list)
+
+    def sections(self) -> list[tuple[Topic, list[Block]]]:
+        """The blocks by topic, in the topics' order; a topic that no run has anything on is left out."""
+        found = [(topic, [block for block in self.blocks if block.topic is topic]) for topic in Topic]
+        return [(topic, blocks) for topic, blocks in found if blocks]
+
+
+def slug(run: str, what: str) -> str:
+    """The name of a figure's or table's files: the run's with what it shows, in letters that any system takes."""
+    return re.sub(r"[^a-z0-9]+", "-", f"{run} {what}".lower()).strip("-")
+
+
+def estimate_of(found: Mapping[str, float | None]) -> Estimate:
+    """An estimate of a record, where an interval that there is not has null for its ends."""
+    return Estimate(**{name: nan if value is None else value for name, value in found.items()})
+
+
+def with_interval(estimate: Estimate, form: str, scale: float = 1.0) -> str:
+    """`0.956 [0.914, 1.000]`, or the value alone where it has no interval."""
+    if isnan(estimate.low):
+        return form.format(scale * estimate.value)
+    value, low, high = (form.format(scale * part) for part in (estimate.value, estimate.low, estimate.high))
+    return f"{value} [{low}, {high}]"
+
+
+def without_empty_columns(table: Table) -> Table:
+    """The table without the columns that have no cell filled in."""
+    kept = [column for column in range(len(table.headings)) if any(row[column] for row in table.rows)]
+    rows = [[row[column] for column in kept] for row in table.rows]
+    return replace(table, headings=[table.headings[column] for column in kept], rows=rows)
+
+
+def percent(estimate: Estimate) -> str:
+    """A share in percent, without the sign."""
+    return with_interval(estimate, "{:.1f}", 100)
+
+
+def points(estimate: Estimate) -> str:
+    """A change of a share in percentage points."""
+    return with_interval(estimate, "{:+.1f}", 100)

@@ -1,0 +1,94 @@
+"""What each arm cost: parameters, bytes, tokens, seconds, memory, and what part of LoRA's that is where it was run.
+
+A record says what it says: an empty cell was not recorded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from moe_bias.config import LayerConfig
+from moe_bias.report.content import Block, Table, Topic, without_empty_columns
+from moe_bias.report.record import Kind, Record
+
+_WEIGHTS = "adapter_model.safetensors"
+_ROWS = {Kind.CELLS: "rows", Kind.ARMS: "rows", Kind.EVALUATION: "arms", Kind.DEMO: "arms"}
+"""Where a record of many arms has them. What a kind does not measure of an arm is not in its rows."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One arm. `tokens` were trained on or sampled; `peak_bytes` include the frozen model."""
+
+    run: str
+    arm: str
+    parameters: int | None = None
+    file_bytes: int | None = None
+    tokens: int | None = None
+    seconds: float | None = None
+    peak_bytes: int | None = None
+
+
+def cost_block(records: Sequence[Record]) -> Block | None:
+    """The table of all arms of all runs, or None where no record has any."""
+    groups = [costs for record in records if (costs := list(_costs(record)))]
+    if not groups:
+        return None
+    headings = ["run", "arm", "parameters", "adapter, KiB", "tokens", "seconds", "peak, MiB"]
+    caption = "Tokens trained on or sampled, seconds of training, memory with the frozen model; empty: not recorded"
+    if any(_lora(group) for group in groups):
+        headings += ["of LoRA's parameters", "of LoRA's seconds"]
+    rows = [_row(cost, _lora(group), len(headings)) for group in groups for cost in group]
+    return Block(Topic.COST, "", [without_empty_columns(Table("cost", caption, headings, rows, words=2))])
+
+
+def _costs(record: Record) -> Iterator[Cost]:
+    name, content = record.name, record.content
+    if record.kind is Kind.SUPERVISED:
+        yield Cost(name, "adapter", _parameters(record), _size(record))
+    elif record.kind is Kind.POLICY:
+        spent = content["position"]
+        yield Cost(name, "adapter", _parameters(record), _size(record), spent["sampled_tokens"], spent["seconds"])
+    for row in content.get(_ROWS.get(record.kind, ""), ()):
+        tokens = row.get("train_tokens", row.get("sampled_tokens"))
+        yield Cost(name, row["name"], row["parameters"], None, tokens, row.get("seconds"), row.get("peak_bytes"))
+
+
+def _parameters(record: Record) -> int | None:
+    """By the adapter's config beside the record."""
+    path = record.path.parent / "adapter_config.json"
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_text(encoding="utf-8"))
+    config = LayerConfig(**{name: found[name] for name in ("num_experts", "top_k", "support", "entropy_gate")})
+    return config.num_parameters(found["hidden_size"], found["vocab_size"])
+
+
+def _size(record: Record) -> int | None:
+    path = record.path.parent / _WEIGHTS
+    return path.stat().st_size if path.is_file() else None
+
+
+def _lora(group: Sequence[Cost]) -> Cost | None:
+    return next((cost for cost in group if cost.arm.startswith("lora")), None)
+
+
+def _row(cost: Cost, lora: Cost | None, width: int) -> list[str]:
+    cells = [
+        cost.run,
+        cost.arm,
+        _shown(cost.parameters, 1, "{:,.0f}"),
+        _shown(cost.file_bytes, 1024, "{:,.0f}"),
+        _shown(cost.tokens, 1, "{:,.0f}"),
+        _shown(cost.seconds, 1, "{:,.1f}"),
+        _shown(cost.peak_bytes, 2**20, "{:,.0f}"),
+    ]
+    if lora is not None:
+        cells += [_shown(cost.parameters, lora.parameters, "{:.1%}"), _shown(cost.seconds, lora.seconds, "{:.1%}")]
+    return cells + [""] * (width - len(cells))
+
+
+def _shown(value: float | None, unit: float | None, form: str) -> str:
+    return form.format(value / unit) if value is not None and unit else ""

@@ -1,0 +1,100 @@
+"""The report as Markdown, with the same content as the page; figures are links to their files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from moe_bias.report.content import Cards, Note, Part, Plot, Report, Table
+from moe_bias.report.inspector import InspectedToken, Inspection
+
+_SPECIAL = str.maketrans({letter: f"\\{letter}" for letter in "\\`*_[]<>|#"})
+
+
+def markdown(report: Report) -> str:
+    """The file's text."""
+    lines = [f"# {_escaped(report.title)}", "", f"Model: {_escaped(report.model)}. Brackets are 95% intervals.", ""]
+    lines += [f"- {_escaped(name)}: {kind}" for name, kind in report.runs]
+    for topic, blocks in report.sections():
+        lines += ["", f"## {topic.value}"]
+        for block in blocks:
+            if len(report.runs) > 1 and block.run:
+                lines += ["", f"### {_escaped(block.run)}"]
+            for part in block.parts:
+                lines += ["", *_part(part)]
+    return "\n".join(lines) + "\n"
+
+
+def _part(part: Part) -> Iterator[str]:
+    if isinstance(part, Note):
+        yield f"**{_escaped(part.text)}**" if part.lead else _escaped(part.text)
+    elif isinstance(part, Plot):
+        yield f"![{_escaped(part.title)}](figures/{part.name}.svg)"
+        if part.caption:
+            yield from ("", _escaped(part.caption))
+    elif isinstance(part, Table):
+        yield from (f"{_escaped(part.caption)}:", "", *_table(part.headings, part.rows, part.words))
+    elif isinstance(part, Cards):
+        yield from _cards(part)
+    else:
+        yield from _inspection(part)
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> Iterator[str]:
+    yield _row(headings)
+    yield _row(["---" if column < words else "---:" for column in range(len(headings))], escape=False)
+    for row in rows:
+        yield _row(row)
+
+
+def _row(cells: Sequence[str], escape: bool = True) -> str:
+    return f"| {' | '.join(_escaped(cell) if escape else cell for cell in cells)} |"
+
+
+def _cards(part: Cards) -> Iterator[str]:
+    names = [name for name, _ in part.cards[0].facts] if part.cards else []
+    rows = [
+        [
+            str(card.expert),
+            *(value for _, value in card.facts),
+            *(", ".join(f"{text} {bias:+.1f}" for text, bias in side) for side in (card.raised, card.lowered)),
+            " / ".join(f"{before}⟦{token}⟧" for before, token in card.contexts),
+        ]
+        for card in part.cards
+    ]
+    yield from (_escaped(part.caption), "")
+    yield from _table(["expert", *names, "raises", "lowers", "fires most in"], rows, 1)
+
+
+def _inspection(part: Inspection) -> Iterator[str]:
+    yield f"Prompt: {_escaped(part.prompt)}"
+    for answer in part.answers:
+        text = "".join(token.text for token in answer.tokens)
+        yield from (
+            "",
+            f"{answer.name}, {len(answer.tokens):,} tokens:",
+            "",
+            *(f"> {_escaped(line)}" for line in text.split("\n")),
+        )
+    flips = [
+        (answer.name, place, token)
+        for answer in part.answers
+        for place, token in enumerate(answer.tokens, 1)
+        if token.flip
+    ]
+    yield from (
+        "",
+        f"Where the likeliest token is another one ({len(flips)} tokens; all numbers are in report.html):",
+        "",
+    )
+    headings = ["in", "token", "base entropy", "KL", "base's likeliest", "adapter's likeliest"]
+    yield from _table(headings, [_flip(name, place, token) for name, place, token in flips], 2)
+
+
+def _flip(name: str, place: int, token: InspectedToken) -> list[str]:
+    likeliest = [f"{text!r} {prob:.1%}" for text, prob in (token.base[0], token.adapted[0])]
+    return [f"{name} {place}", repr(token.text), f"{token.entropy:.3f}", f"{token.kl:.3f}", *likeliest]
+
+
+def _escaped(text: str) -> str:
+    """The text on one line, without a meaning in Markdown or HTML."""
+    return " ".join(text.replace("&", "&amp;").translate(_SPECIAL).split())

@@ -1,0 +1,179 @@
+"""Finding what a run left behind: which records a folder or file holds, told by what is in them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from moe_bias.config import UserError
+from moe_bias.report.content import slug
+from moe_bias.training.metrics import FILE as METRICS_FILE
+from moe_bias.training.metrics import SAMPLES_FILE
+
+RECORD_FILES = ("record.json", "table.json", "analysis.json")
+
+
+class Kind(Enum):
+    """What left the record."""
+
+    SUPERVISED = "train sft"
+    POLICY = "train rl"
+    CELLS = "sweep or arms"
+    ARMS = "compare"
+    EVALUATION = "eval"
+    ANALYSIS = "analyze"
+    DEMO = "demo"
+    INSPECTION = "inspect-text"
+
+
+_KEYS = {
+    Kind.SUPERVISED: {"base_nll", "adapted_nll", "change"},
+    Kind.POLICY: {"accuracy", "right", "position"},
+    Kind.EVALUATION: {"problems", "protocol", "arms"},
+    Kind.ANALYSIS: {"format", "text", "adapters"},
+    Kind.DEMO: {"arms", "samples", "expert_share"},
+    Kind.INSPECTION: {"inspection"},
+}
+"""The keys of a record that no other kind has together; tables are told apart by their rows."""
+_ROW_KEYS = {Kind.CELLS: "nll", Kind.ARMS: "accuracy"}
+
+
+@dataclass(frozen=True)
+class Record:
+    """A record with the files beside it.
+
+    `metrics` are the lines of training, `samples` those that a run kept, `parts` the records behind a table.
+    """
+
+    path: Path
+    name: str
+    kind: Kind
+    content: dict[str, Any]
+    metrics: Sequence[dict[str, Any]] = ()
+    samples: Sequence[dict[str, Any]] = ()
+    parts: Sequence[dict[str, Any]] = ()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the run was told; empty where the record does not say."""
+        return self._of("settings")
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What it was made with; empty where the record does not say."""
+        return self._of("provenance")
+
+    @property
+    def model(self) -> str | None:
+        """The model's name in the settings, or those of a server's; None where the record does not say."""
+        served = self.settings.get("endpoint_model")
+        return ", ".join(served) if served else self.settings.get("model")
+
+    def _of(self, key: str) -> dict[str, Any]:
+        """From the record itself, else from the first one behind it."""
+        found: dict[str, Any] = self.content.get(key) or next((part[key] for part in self.parts if key in part), {})
+        return found
+
+
+def read_records(paths: Sequence[Path]) -> list[Record]:
+    """The records of all runs, named by their folder or file, with numbers where two names are the same.
+
+    Raises UserError on a path that is no run, a run that is not finished, one that measured nothing, a
+    damaged record, and on records of different models.
+    """
+    records = [record for path in paths for record in _of_path(path)]
+    _refuse_mixed(records)
+    return _with_own_names(records)
+
+
+def _of_path(path: Path) -> list[Record]:
+    if path.is_file():
+        return [_read(path, path.stem)]
+    if not path.is_dir():
+        raise UserError(f"{str(path)!r} is neither a folder nor a file; name the --output of a run, or its record")
+    files = [path / name for name in RECORD_FILES if (path / name).is_file()]
+    if files:
+        return [_read(file, path.resolve().name) for file in files]
+    if (path / "run.json").is_file():
+        raise UserError(f"{str(path)!r} holds a run that is not finished; run its command again, which goes on with it")
+    raise UserError(f"{str(path)!r} holds no record of a run: neither {' nor '.join(RECORD_FILES)} is there")
+
+
+def _read(path: Path, name: str) -> Record:
+    content = _json(path)
+    kind = _kind(path, content)
+    _refuse_empty(path, kind, content)
+    folder = path.parent
+    parts = [_json(file) for file in sorted(folder.glob("arms/*.json"))] if kind is Kind.ARMS else []
+    metrics = _lines(folder / METRICS_FILE) if kind in (Kind.SUPERVISED, Kind.POLICY) else []
+    samples = _lines(folder / SAMPLES_FILE) if kind is Kind.POLICY else []
+    return Record(path, name, kind, content, metrics, samples, parts)
+
+
+def _kind(path: Path, content: dict[str, Any]) -> Kind:
+    for kind, keys in _KEYS.items():
+        if keys <= content.keys():
+            return kind
+    rows = content.get("rows")
+    for kind, key in _ROW_KEYS.items():
+        if isinstance(rows, list) and all(isinstance(row, dict) and key in row for row in rows):
+            return kind
+    known = ", ".join(kind.value for kind in Kind)
+    raise UserError(f"{str(path)!r} is no record that a report can be made of; those are the records of {known}")
+
+
+def _refuse_empty(path: Path, kind: Kind, content: dict[str, Any]) -> None:
+    measured = {
+        Kind.POLICY: lambda: content["right"].get("trained"),
+        Kind.CELLS: lambda: content["rows"],
+        Kind.ARMS: lambda: content["rows"],
+        Kind.EVALUATION: lambda: content["problems"]["count"] and content["arms"],
+        Kind.ANALYSIS: lambda: content["text"]["tokens"] and content["adapters"],
+        Kind.DEMO: lambda: content["samples"],
+        Kind.INSPECTION: lambda: content["inspection"]["answers"],
+    }
+    if kind in measured and not measured[kind]():
+        raise UserError(f"{str(path)!r} is the record of a run without samples; there is nothing to report")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"record {str(path)!r} is damaged: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{str(path)!r} is no record of a run: it holds no JSON object")
+    return found
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log, or none; raises UserError where one cannot be read."""
+    if not path.is_file():
+        return []
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} is damaged: {error}") from error
+
+
+def _refuse_mixed(records: Sequence[Record]) -> None:
+    named = [record for record in records if record.model is not None]
+    for record in named:
+        if record.model != named[0].model:
+            raise UserError(
+                f"{str(record.path)!r} is of model {record.model!r} and {str(named[0].path)!r} of {named[0].model!r}; "
+                "make a report of each model"
+            )
+
+
+def _with_own_names(records: Sequence[Record]) -> list[Record]:
+    """Told apart as the names of files are: two that would be the same are numbered."""
+    names = [slug(record.name, "") for record in records]
+    return [
+        record if names.count(name) == 1 else replace(record, name=f"{record.name} ({number})")
+        for number, (name, record) in enumerate(zip(names, records, strict=True), 1)
+    ]
