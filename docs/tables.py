@@ -14,8 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from moe_bias.commands.policy_table import in_order
-from moe_bias.evaluation.policy_arms import AGAINST
+from moe_bias.evaluation.policy_arms import AGAINST, in_order
 
 RECORDS = Path(__file__).parent.parent / "records"
 _MARKED = re.compile(r"(<!-- from records: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)

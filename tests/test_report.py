@@ -95,7 +95,7 @@ def runs(tmp_path_factory) -> list[Path]:
     row |= {"accuracy": {"held out": ESTIMATE}, "change": {"base": CHANGE}}
     arms = [{**row, "name": "moe-bias", "parameters": 20, "seconds": 2.0}, row]
     compared = write(tmp_path / "compared" / "table.json", {"rows": arms}).parent
-    part = {"arm": {"name": "lora", "curve": [[0, 0.25], [10, 0.5]]}, **SETTINGS}
+    part = {"arm": {"name": "lora", "curve": [[0, {"held out": 0.25}], [10, {"held out": 0.5}]]}, **SETTINGS}
     write(compared / "arms" / "lora-seed0.json", part)
     tokens = {"inspection": asdict(inspection_of(BASE, ADAPTED)), **SETTINGS}
     return [

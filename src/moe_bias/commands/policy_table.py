@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
-from moe_bias.evaluation.policy_arms import AGAINST, PolicyRow
+from moe_bias.evaluation.policy_arms import AGAINST, PolicyRow, in_order
 from moe_bias.evaluation.statistics import Estimate
 
 
@@ -46,11 +46,6 @@ def _accuracies(rows: Sequence[PolicyRow]) -> Table:
         changes = [_interval(row.change[name], "{:+.1f}") if name in row.change else "-" for name in against]
         table.add_row(row.name, *(_interval(row.accuracy[name], "{:.1f}") for name in sets), *changes)
     return table
-
-
-def in_order(sets: Iterable[str]) -> list[str]:
-    """Sets of problems, what was before the first step in front of what came after the last."""
-    return sorted(sets, key=lambda name: (name.removesuffix(" before"), not name.endswith(" before")))
 
 
 def _interval(estimate: Estimate, form: str) -> str:

@@ -21,7 +21,7 @@ seeds for each held-out problem, then resampled by problem, paired with another 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,11 @@ def compare_policies(arms: Sequence[PolicyArm]) -> list[PolicyRow]:
         groups.setdefault(arm.name, []).append(arm)
     held_out = {name: _mean_right(group)["held out"] for name, group in groups.items()}
     return [_row(group, held_out) for group in groups.values()]
+
+
+def in_order(sets: Iterable[str]) -> list[str]:
+    """Sets of problems, what was before the first step in front of what came after the last."""
+    return sorted(sets, key=lambda name: (name.removesuffix(" before"), not name.endswith(" before")))
 
 
 def _row(group: Sequence[PolicyArm], held_out: Mapping[str, Floats]) -> PolicyRow:

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from moe_bias.evaluation.policy_arms import in_order
 from moe_bias.evaluation.statistics import Estimate
 from moe_bias.report import figures
 from moe_bias.report.content import Block, Note, Plot, Table, Topic, percent, points, slug, with_interval
@@ -94,27 +95,34 @@ def arms(record: Record) -> Iterator[Block]:
         figures.intervals(held_out, "% of the held-out problems", "{:.1f}", scale=100),
     )
     yield Block(Topic.RESULT, record.name, [Note(f"{lead}{': ' if changes else ''}{changes}.", lead=True), plot])
-    lines = _curves(record)
-    if lines:
-        drawn = figures.curves(lines, "step", "held-out accuracy, %")
-        title = "Held-out accuracy of each arm over the steps, means over seeds"
-        yield Block(Topic.TRAINING, record.name, [Plot(slug(record.name, "curves"), title, drawn)])
+    plots = [
+        Plot(
+            slug(record.name, f"{name} curves"),
+            f"Problems solved by each arm over the steps ({name}), means over seeds",
+            figures.curves(lines, "step", "problems solved, %"),
+        )
+        for name, lines in _curves(record).items()
+    ]
+    if plots:
+        yield Block(Topic.TRAINING, record.name, plots)
     yield Block(Topic.ACCURACY, record.name, [_sets(record, rows)])
 
 
-def _curves(record: Record) -> dict[str, figures.Line]:
-    """By arm the mean over its seeds of held-out accuracy, in percent, at each step."""
-    seen: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+def _curves(record: Record) -> dict[str, dict[str, figures.Line]]:
+    """By set of problems and arm the mean over its seeds of accuracy, in percent, at each step."""
+    seen: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for part in record.parts:
-        for step, accuracy in part["arm"]["curve"]:
-            seen[part["arm"]["name"]][step].append(100 * accuracy)
-    return {
-        name: (list(steps), [sum(values) / len(values) for values in steps.values()]) for name, steps in seen.items()
-    }
+        for step, sets in part["arm"]["curve"]:
+            for name, accuracy in sets.items():
+                seen[name, part["arm"]["name"]][step].append(100 * accuracy)
+    curves: dict[str, dict[str, figures.Line]] = defaultdict(dict)
+    for (name, arm), steps in seen.items():
+        curves[name][arm] = (list(steps), [sum(values) / len(values) for values in steps.values()])
+    return curves
 
 
 def _sets(record: Record, rows: Sequence[Mapping[str, Any]]) -> Table:
-    sets = list(rows[0]["accuracy"])
+    sets = in_order(rows[0]["accuracy"])
     others = list(dict.fromkeys(other for row in rows for other in row["change"]))
     headings = ["arm", "seeds", *(f"{name}, %" for name in sets), *(f"to {other}, points" for other in others)]
     body = [
