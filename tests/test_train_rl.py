@@ -164,3 +164,22 @@ def test_compare_goes_on_from_one_supervised_phase_of_lora(ground, capsys):
     assert arms["lora-seed0"]["sampled_tokens"] > 0
     assert arms["lora-sft-seed0"]["sampled_tokens"] == arms["moe-bias-sft-seed0"]["sampled_tokens"] == 0
     assert all([step for step, _ in arm["curve"]] == [0, 1, 2] for arm in arms.values())
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--arms", "moe-bias"], "without worked answers: set --warm-problems 0\n"),
+        (
+            ["--warm-problems", "0", "--lora-batch-size", "4"],
+            "0 and leave out moe-bias-sft and lora-sft with --arms base,first-token,static",
+        ),
+        (["--arms", "lora", "--lora-batch-size", "7"], "do not divide into micro-batches of 7"),
+    ],
+)
+def test_compare_refuses_at_once_what_an_arm_could_not_finish(ground, capsys, more, sentence):
+    rows = [{"problem": f"w{5 + n} w6", "gold": str(n)} for n in range(20)]
+    (ground / "problems.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    assert main(["compare", *COMMON.split(), *REWARDED.split(), "--output", "out", *more]) == 2
+    assert sentence in capsys.readouterr().err
+    assert not (ground / "out" / "arms").exists()

@@ -34,7 +34,7 @@ def run(settings: CompareSettings) -> None:
     try:
         if any(records.load(*each) is None for each in wanted):
             begin(settings.output, settings.model_dump(mode="json"), {})
-            stage = prepare_stage(settings)
+            stage = prepare_stage(settings, names)
             for name, seed in wanted:
                 if records.load(name, seed) is None:
                     console.print(f"\n[bold]{name}, seed {seed}[/bold]")

@@ -33,6 +33,7 @@ from moe_bias.evaluation.policy_arms import (
     LAYER_ARMS,
     LORA,
     LORA_ARMS,
+    LORA_HIGH_ENTROPY,
     LORA_SUPERVISED,
     SUPERVISED,
     PolicyArm,
@@ -46,7 +47,7 @@ from moe_bias.tasks.conversations import ask, encode_prompt
 from moe_bias.tasks.task import Task
 from moe_bias.training.collect import Curriculum
 from moe_bias.training.grpo_lora import train_grpo_lora
-from moe_bias.training.grpo_trainer import GRPOChoices
+from moe_bias.training.grpo_trainer import GRPOChoices, check_trl
 from moe_bias.training.lora import Budget, LoRAChoices, lora_on, train_lora
 from moe_bias.training.rl import PolicyTrainer, Watching
 from moe_bias.training.sft import Prepared
@@ -55,9 +56,16 @@ from moe_bias.training.trainer import Trainer, Watch
 HELD_OUT, SHIFTED = "held out", "shifted"
 
 
-def prepare_stage(settings: CompareSettings) -> Stage:
-    """The frozen model and all problems, which are the same for all seeds."""
+def prepare_stage(settings: CompareSettings, names: Sequence[str]) -> Stage:
+    """The frozen model and all problems, which are the same for all seeds.
+
+    Raises UserError where an arm of these names could not be run to its end.
+    """
+    if {LORA, LORA_HIGH_ENTROPY} & set(names):
+        check_trl()
+        _grpo_choices(LORA, settings)
     ground = prepare_ground(settings, settings, seed=0)
+    _check_worked(ground, settings, names)
     tests = {HELD_OUT: (ground.task, ground.test)}
     if settings.shifted_task or settings.shifted_options:
         options = {**settings.task_options, **settings.shifted_options}
@@ -237,18 +245,8 @@ class Stage:
             verdicts = ground.task.verify(problems, completions)
             return rewards.shaped(problems, completions, verdicts, lengths, settings.max_new_tokens)
 
-        grpo = GRPOChoices(
-            settings.steps,
-            settings.prompts,
-            settings.group,
-            settings.max_new_tokens,
-            settings.temperature,
-            1.0 if name == LORA else settings.rho,
-            settings.lora_rate,
-            settings.lora_batch_size,
-            settings.seed,
-        )
-        report = train_grpo_lora(adapted, ground.tokenizer, prompts, reward, grpo, name, measure)
+        choices = _grpo_choices(name, settings)
+        report = train_grpo_lora(adapted, ground.tokenizer, prompts, reward, choices, name, measure)
         return report.parameters, report.sampled_tokens, report.seconds, report.updating_seconds
 
     def _right(self, policies: Sequence[Policy], settings: CompareSettings) -> list[dict[str, list[float]]]:
@@ -260,6 +258,33 @@ class Stage:
             for right, verdicts in zip(found, columns, strict=True):
                 right[name] = [float(verdict.is_correct) for verdict in verdicts]
         return found
+
+
+def _check_worked(ground: Ground, settings: CompareSettings, names: Sequence[str]) -> None:
+    """Raises UserError where a problem lacks the worked answer that a supervised phase or arm would learn from."""
+    supervised = [name for name in (SUPERVISED, LORA_SUPERVISED) if name in names]
+    needed = ground.train.problems if supervised else ground.train.problems[: settings.warm_problems]
+    if all(problem.worked for problem in needed):
+        return
+    others = ",".join(name for name in names if name not in supervised)
+    raise UserError(
+        f"{ground.task.name} has problems without worked answers: set --warm-problems 0"
+        + (f" and leave out {' and '.join(supervised)} with --arms {others}" if supervised else "")
+    )
+
+
+def _grpo_choices(name: str, settings: CompareSettings) -> GRPOChoices:
+    return GRPOChoices(
+        settings.steps,
+        settings.prompts,
+        settings.group,
+        settings.max_new_tokens,
+        settings.temperature,
+        1.0 if name == LORA else settings.rho,
+        settings.lora_rate,
+        settings.lora_batch_size,
+        settings.seed,
+    )
 
 
 _Point = tuple[int, dict[str, list[float]]]

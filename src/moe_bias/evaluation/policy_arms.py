@@ -33,7 +33,7 @@ from moe_bias.evaluation.statistics import Estimate, Floats, mean
 from moe_bias.records import provenance, write_json
 
 BASE, STATIC, MAIN, LORA = "base", "static", "moe-bias", "lora"
-SUPERVISED, LORA_SUPERVISED = "moe-bias-sft", "lora-sft"
+SUPERVISED, LORA_SUPERVISED, LORA_HIGH_ENTROPY = "moe-bias-sft", "lora-sft", "lora-high-entropy"
 _VECTOR: dict[str, Any] = {"num_experts": 1, "top_k": 1, "entropy_gate": False}
 LAYER_ARMS: dict[str, dict[str, Any]] = {
     "first-token": {**_VECTOR, "first_token_only": True, "rho": 1.0},
@@ -43,7 +43,7 @@ LAYER_ARMS: dict[str, dict[str, Any]] = {
     "moe-bias-all-tokens": {"rho": 1.0},
     SUPERVISED: {},
 }
-LORA_ARMS = (LORA, "lora-high-entropy", LORA_SUPERVISED)
+LORA_ARMS = (LORA, LORA_HIGH_ENTROPY, LORA_SUPERVISED)
 ARMS = (BASE, *LAYER_ARMS, *LORA_ARMS)
 AGAINST = (BASE, STATIC, LORA)
 """The arms that every other one is tested against, where they were run."""

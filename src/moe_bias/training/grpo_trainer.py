@@ -69,13 +69,18 @@ class GRPOChoices:
         return self.prompts * self.group
 
 
+def check_trl() -> None:
+    """Raises UserError where TRL is missing."""
+    if find_spec("trl") is None:
+        raise UserError("LoRA is trained by RL with TRL, which is not installed: pip install 'moe-bias[compare]'")
+
+
 @contextmanager
 def grpo_trainer(
     adapted: Any, tokenizer: Any, prompts: Sequence[Prompt], reward: Callable[..., Any], choices: GRPOChoices
 ) -> Iterator[Any]:
     """TRL's trainer of this model, without output of its own; afterwards no file and no change is left of it."""
-    if find_spec("trl") is None:
-        raise UserError("LoRA is trained by RL with TRL, which is not installed: pip install trl, version 1.16")
+    check_trl()
     if len(prompts) < choices.prompts:
         raise UserError(f"{len(prompts)} prompts are too few for steps of {choices.prompts} prompts")
     import trl
