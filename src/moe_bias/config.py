@@ -536,6 +536,14 @@ class EvalSettings(ModelSettings):
     endpoint_timeout: float = Field(600.0, gt=0, description="seconds that one request may take")
     endpoint_retries: int = Field(5, ge=0, description="times that a failed request is sent again, ever later")
 
+    @field_validator("adapter", "endpoint_model")
+    @classmethod
+    def _each_once(cls, names: list[str]) -> list[str]:
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"{name!r} stands there twice")
+        return names
+
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         """Errors' contexts name the fields, so that `describe_error` can say where they came from."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from safetensors import safe_open
 from torch import nn
 
@@ -53,12 +54,8 @@ class EvalArm:
 def arms_of(adapters: Sequence[str], with_base: bool) -> list[EvalArm]:
     """The model first, if asked for, then the adapters, called after their folders where these differ.
 
-    Raises UserError where an adapter is missing, damaged, listed twice, or puts tokens of its own before
-    the prompt.
+    Raises UserError where an adapter is missing, damaged, or puts tokens of its own before the prompt.
     """
-    for adapter in adapters:
-        if adapters.count(adapter) > 1:
-            raise UserError(f"--adapter lists {adapter!r} twice")
     short = [Path(adapter).name for adapter in adapters]
     names = short if len({BASE, *short}) > len(short) else adapters
     found = [_arm(name, adapter) for name, adapter in zip(names, adapters, strict=True)]
@@ -114,18 +111,26 @@ def _arm(name: str, adapter: str) -> EvalArm:
         assert config.hidden_size is not None
         assert config.vocab_size is not None
         parameters = config.layer_config().num_parameters(config.hidden_size, config.vocab_size)
-    elif PeftConfig.from_pretrained(str(folder)).is_prompt_learning:
-        raise UserError(
-            f"adapter {adapter!r} is of type {method}, which puts tokens of its own before the prompt; serve it, and "
-            "measure it with --endpoint"
-        )
     else:
-        parameters = _entries(weights)
+        parameters = _trained_entries(weights, _config_of_other_method(folder, adapter))
     with weights.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return EvalArm(name, adapter, method, parameters, digest)
 
 
-def _entries(weights: Path) -> int:
+def _config_of_other_method(folder: Path, adapter: str) -> Any:
+    config: Any = PeftConfig.from_pretrained(str(folder))
+    if config.is_prompt_learning:
+        raise UserError(
+            f"adapter {adapter!r} is of type {config.peft_type.value}, which puts tokens of its own before the prompt; "
+            "serve it, and measure it with --endpoint"
+        )
+    return config
+
+
+def _trained_entries(weights: Path, config: Any) -> int:
+    """The adapter's own, and whole modules that were trained; PEFT saves an embedding with adapters at it, too."""
+    own = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
     with safe_open(weights, "pt") as file:
-        return sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        names = [name for name in file.keys() if own in name or getattr(config, "modules_to_save", None)]  # noqa: SIM118
+        return sum(prod(file.get_slice(name).get_shape()) for name in names)

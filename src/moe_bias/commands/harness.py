@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -31,7 +32,9 @@ def run(arguments: Sequence[str]) -> None:
         sys.argv = before
 
 
+@cache
 def _register_model() -> None:
+    """The harness refuses a second model of the same name."""
     from lm_eval.api.registry import register_model
     from lm_eval.models.huggingface import HFLM
     from peft import PeftModel

@@ -33,7 +33,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class TextAnswer:
-    """An answer as text, its tokens with the end token (None: a server did not tell), and whether it came to its end."""
+    """An answer as text, its tokens, end token included (None: a server did not tell), and whether it was not cut."""
 
     text: str
     tokens: int | None
