@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 
 from conftest import tiny_model
+from moe_bias import MoEBiasConfig
 from moe_bias.cli import main
 from moe_bias.commands import eval_model
 from moe_bias.config import UserError
@@ -16,6 +17,7 @@ from moe_bias.evaluation.samples import Sample, SampleFile
 from moe_bias.rollout.decoding import TextAnswer
 from moe_bias.tasks import conversations, mathematics
 from moe_bias.tasks.benchmarks import BENCHMARKS, ProblemSet
+from moe_bias.tasks.catalogue import make_task
 from moe_bias.tasks.grader import Grader
 from moe_bias.tasks.mathematics import MathematicsTask
 from moe_bias.tasks.task import Problem
@@ -221,8 +223,6 @@ def test_a_tasks_problems_are_those_that_a_run_with_this_seed_holds_out(ground):
     assert main([*COMMON, *more]) == 0
     record = json.loads(Path("out/record.json").read_text())
     assert record["problems"]["count"] == 2
-    from moe_bias.tasks.catalogue import make_task
-
     held_out = make_task("products", {}, small=True).problems(5, 5)[3:]
     numbered = ProblemSet("products", make_task("products", {}), held_out, ["1", "2"])
     assert record["problems"]["digest"] == numbered.digest()
@@ -242,9 +242,6 @@ def test_a_tasks_problems_are_those_that_a_run_with_this_seed_holds_out(ground):
             "--output o --data problems.jsonl --adapter adapter,adapter",
             "adapter from --adapter is ['adapter', 'adapter']: 'adapter' stands",
         ),
-        ("--output o --data problems.jsonl --adapter prefix", "adapter 'prefix' is of type PREFIX_TUNING, which puts"),
-        ("--output o --data problems.jsonl --adapter wide", "the adapter in 'wide' is of another model"),
-        ("--output o --data problems.jsonl --adapter wide-lora", "adapter 'wide-lora' does not fit the model ("),
         ("--output o --data problems.jsonl --no-base", "--no-base without --adapter leaves nothing to measure"),
         ("--output o --data problems.jsonl --max-new-tokens 200", "--max-new-tokens 200 and the longest prompt of"),
         ("--output o --data empty-gold.jsonl", "problem 'q1' of empty-gold.jsonl has an empty gold answer"),
@@ -263,19 +260,36 @@ def test_mistakes_are_told_before_any_answer(ground, more, sentence, capsys):
     )
     write(ground / "no-gold.jsonl", [{"problem": "w5"}])
     write(ground / "one.jsonl", [{"problem": "w5", "answer": "1"}])
-    wide = tiny_model("llama", hidden_size=32)
-    get_peft_model(wide, LoraConfig(target_modules=["q_proj"])).save_pretrained("wide-lora")
-    get_peft_model(
-        tiny_model("llama"), PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
-    ).save_pretrained("prefix")
-    config = json.loads((ground / "adapter" / "adapter_config.json").read_text())
-    save_adapter(ground / "wide", "model")
-    wide_support = [token for token in config["support"] if token < 97]
-    (ground / "wide" / "adapter_config.json").write_text(
-        json.dumps({**config, "support": wide_support, "vocab_size": 98})
-    )
     assert complaint(capsys, *COMMON, *more.split()).startswith(sentence)
     assert not Path("o/samples.jsonl").exists()
+
+
+def save_prefix():
+    prefix = PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    get_peft_model(tiny_model("llama"), prefix).save_pretrained("odd")
+
+
+def save_wide():
+    adapted = get_peft_model(tiny_model("llama", hidden_size=32), MoEBiasConfig(num_experts=3))
+    adapted.save_pretrained("odd")
+
+
+def save_wide_lora():
+    get_peft_model(tiny_model("llama", hidden_size=32), LoraConfig(target_modules=["q_proj"])).save_pretrained("odd")
+
+
+@pytest.mark.parametrize(
+    ("save", "sentence"),
+    [
+        (save_prefix, "adapter 'odd' is of type PREFIX_TUNING, which puts tokens of its own before the prompt; serve"),
+        (save_wide, "the adapter in 'odd' is of another model: its hidden states and vocabulary are 32 and 97 wide"),
+        (save_wide_lora, "adapter 'odd' does not fit the model ("),
+    ],
+)
+def test_adapters_that_do_not_fit_are_refused_before_any_answer(ground, save, sentence, capsys):
+    save()
+    assert complaint(capsys, *words_to("out", "--adapter", "adapter,odd")).startswith(sentence)
+    assert not Path("out/samples.jsonl").exists()
 
 
 def test_other_settings_are_refused_in_the_same_folder(ground, capsys):

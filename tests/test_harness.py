@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+from peft import get_peft_model
+from transformers import AutoTokenizer
 
 from conftest import VOCABULARY, tiny_model
+from moe_bias import MoEBiasConfig
 from moe_bias.backbone import find_head
 from moe_bias.cli import main
 from moe_bias.commands.policy import policy_of, saved_layer
@@ -105,15 +107,8 @@ def test_numbers_of_base_and_adapter_are_ours(tasks, kind):
 
 
 def test_a_padded_vocabulary_keeps_its_adapter(tasks):
-    from transformers import AutoTokenizer
-
-    torch.manual_seed(0)
     tiny_model("llama", vocab_size=VOCABULARY + 3).save_pretrained("model")  # the tokenizer has 97 words
     assert len(AutoTokenizer.from_pretrained("model")) == VOCABULARY
-    from peft import get_peft_model
-
-    from moe_bias import MoEBiasConfig
-
     get_peft_model(tiny_model("llama", vocab_size=VOCABULARY + 3), MoEBiasConfig()).save_pretrained("padded")
     perplexity, _ = measured("out", "--model", "moe-bias", "--model_args", "pretrained=model,peft=padded,dtype=float32")
     alone, _ = measured("alone", "--model", "moe-bias", "--model_args", "pretrained=model,dtype=float32")

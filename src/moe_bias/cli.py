@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command with these arguments (default: the process's own); returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        if _is_passed_on(words):
+        if is_passed_on(words):
             _lm_eval(words[1:])
         else:
             _run(build_parser().parse_args(words))
@@ -88,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _is_passed_on(words: Sequence[str]) -> bool:
+def is_passed_on(words: Sequence[str]) -> bool:
     """Whether what follows the first word is for the lm-evaluation-harness to read."""
     return words[:1] == [LM_EVAL] and not {*words[1:]} <= {"-h", "--help"}
 

@@ -112,17 +112,19 @@ def _arm(name: str, adapter: str) -> EvalArm:
         assert config.vocab_size is not None
         parameters = config.layer_config().num_parameters(config.hidden_size, config.vocab_size)
     else:
-        parameters = _trained_entries(weights, _config_of_other_method(folder, adapter))
+        parameters = _trained_entries(weights, _config_of_other_method(folder, method, adapter))
     with weights.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return EvalArm(name, adapter, method, parameters, digest)
 
 
-def _config_of_other_method(folder: Path, adapter: str) -> Any:
+def _config_of_other_method(folder: Path, method: str, adapter: str) -> Any:
+    if method not in PEFT_TYPE_TO_PREFIX_MAPPING:
+        raise UserError(f"adapter {adapter!r} is of type {method!r}, which the installed PEFT does not know")
     config: Any = PeftConfig.from_pretrained(str(folder))
     if config.is_prompt_learning:
         raise UserError(
-            f"adapter {adapter!r} is of type {config.peft_type.value}, which puts tokens of its own before the prompt; "
+            f"adapter {adapter!r} is of type {method}, which puts tokens of its own before the prompt; "
             "serve it, and measure it with --endpoint"
         )
     return config

@@ -40,7 +40,7 @@ def _register_model() -> None:
     from peft import PeftModel
 
     @register_model("moe-bias")
-    class MoEBiasLM(HFLM):  # type: ignore[misc,unused-ignore]
+    class MoEBiasLM(HFLM):
         """A transformers model, and an adapter on it as it is."""
 
         def __init__(self, pretrained: str, **kwargs: Any) -> None:
