@@ -32,8 +32,7 @@ dataset_path: json
 dataset_kwargs: {{data_files: {{test: {data}}}, cache_dir: {cache}}}
 test_split: test
 doc_to_text: "{{{{text}}}}"
-doc_to_target: "{{{{target}}}}"
-target_delimiter: " "
+doc_to_target: "{target}"
 output_type: {output}
 metric_list: [{{metric: {metric}}}]
 generation_kwargs: {generation}
@@ -70,16 +69,24 @@ def tasks(folder, model):
     write(folder / "rows.jsonl", rows)
     common = {"data": folder / "rows.jsonl", "cache": folder / "cache"}
     (folder / "tasks").mkdir()
-    likelihood = TASK.format(name="likely", output="loglikelihood", metric="perplexity", generation="null", **common)
+    likelihood = TASK.format(
+        name="likely",
+        target=" {{target}}",  # for likelihoods the harness puts no space before it
+        output="loglikelihood",
+        metric="perplexity",
+        generation="null",
+        **common,
+    )
     (folder / "tasks" / "likely.yaml").write_text(likelihood)
     greedy = TASK.format(
         name="spoken",
+        target="{{answer}}",
         output="generate_until",
         metric="exact_match",
         generation="{until: [], max_gen_toks: 5, do_sample: false}",
         **common,
     )
-    (folder / "tasks" / "spoken.yaml").write_text(greedy.replace("{{target}}", "{{answer}}"))
+    (folder / "tasks" / "spoken.yaml").write_text(greedy)
     return folder
 
 
