@@ -143,7 +143,7 @@ def hangs(number, handler):
 
 def test_a_server_that_stops_answering_in_the_middle(serve, capsys):
     server = serve(hangs)
-    limits = ["--endpoint-timeout", "0.4", "--endpoint-retries", "1"]
+    limits = ["--endpoint-timeout", "1.5", "--endpoint-retries", "1"]
     sentence = complaint(capsys, *words_to(server, "out", *limits))
     assert sentence.startswith(f"{server.url} gives no answers of 'm' (Request timed out.")
     assert sentence.endswith(

@@ -240,7 +240,7 @@ def test_a_tasks_problems_are_those_that_a_run_with_this_seed_holds_out(ground):
         ("--output o --data problems.jsonl --adapter nowhere/at-all", "'nowhere/at-all' is neither a folder nor an"),
         (
             "--output o --data problems.jsonl --adapter adapter,adapter",
-            "adapter from --adapter is ['adapter', 'adapter']: 'adapter' stands",
+            "adapter from --adapter is 'adapter,adapter': 'adapter' stands there twice",
         ),
         ("--output o --data problems.jsonl --no-base", "--no-base without --adapter leaves nothing to measure"),
         ("--output o --data problems.jsonl --max-new-tokens 200", "--max-new-tokens 200 and the longest prompt of"),

@@ -118,7 +118,7 @@ class Asker:
     def _ask_batch(
         self, model: nn.Module, head: Head, policies: dict[str, Policy], batch: range, left: set[int], bar: Meter
     ) -> None:
-        prompts, seeds = ([values[number] for number in batch] for values in (self.prompts, self.seeds))
+        prompts, seeds = [self.prompts[number] for number in batch], [self.seeds[number] for number in batch]
         found = sampled_answers(model, head, prompts, list(policies.values()), self.choices, seeds, bar)
         for number, by_policy in zip(batch, found, strict=True):
             if number in left:

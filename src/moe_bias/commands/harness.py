@@ -43,6 +43,8 @@ def _register_model() -> None:
     class MoEBiasLM(HFLM):
         """A transformers model, and an adapter on it as it is."""
 
+        _model: Any
+
         def __init__(self, pretrained: str, **kwargs: Any) -> None:
             super().__init__(resolve_model(pretrained), **kwargs)
 
