@@ -28,7 +28,7 @@ from tables import filled
 
 import draw_curves
 import draw_growth
-from moe_bias.cli import COMMANDS, GROUPS, PROGRAM, build_parser
+from moe_bias.cli import COMMANDS, GROUPS, PROGRAM, build_parser, is_passed_on
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "commands.md"
@@ -82,6 +82,8 @@ def stale_commands() -> Iterator[str]:
 
 
 def _parses(arguments: list[str]) -> bool:
+    if is_passed_on(arguments):
+        return True
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             build_parser().parse_args(arguments)

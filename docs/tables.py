@@ -68,6 +68,24 @@ def sft() -> str:
     )
 
 
+def evaluation() -> str:
+    """What `eval` measured of each arm on each set of problems."""
+    records = [_read(path) for path in sorted(RECORDS.glob("eval/*.json"))]
+    headings = [
+        "problems",
+        "samples",
+        "arm",
+        "accuracy",
+        "change to base",
+        "one of all",
+        "majority",
+        "tokens",
+        "cut off",
+    ]
+    rows = [_arm_row(record, arm) for record in records for arm in record["arms"]]
+    return _table(headings, rows) + f"\n% with 95% intervals over problems; {_machine(records[0])}.\n"
+
+
 def extraction() -> str:
     """Speed of extraction over backbone and one product with the output embedding."""
     record = _latest("extract")
@@ -224,6 +242,26 @@ def _demo_row(record: dict[str, Any]) -> list[str]:
         *(_interval(arm["accuracy"], ".0%") for arm in (base, static, moe_bias)),
         *(f"{arm['tokens']['value']:.0f}" for arm in (base, moe_bias)),
     ]
+
+
+def _arm_row(record: dict[str, Any], arm: dict[str, Any]) -> list[str]:
+    problems, samples = record["problems"], record["protocol"]["samples"]
+    change = arm["change"].get(record["arms"][0]["name"])
+    return [
+        f"{problems['count']} of `{Path(problems['name']).stem}`",
+        str(samples),
+        f"`{arm['name']}`",
+        _percent(arm["accuracy"], ".1f"),
+        "" if change is None else _percent(change, "+.1f"),
+        "" if samples == 1 else _percent(arm["pass_at"][str(samples)], ".1f"),
+        "" if samples == 1 else _percent(arm["majority"], ".1f"),
+        f"{arm['tokens']['value']:.0f}",
+        f"{arm['cut']:.0%}",
+    ]
+
+
+def _percent(estimate: dict[str, float], form: str) -> str:
+    return _interval({key: 100 * estimate[key] for key in ("value", "low", "high")}, form)
 
 
 def _sweep_row(row: dict[str, Any]) -> list[str]:
@@ -396,6 +434,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "decode": decode,
     "demo-output": demo_output,
     "demo-tasks": demo_tasks,
+    "evaluation": evaluation,
     "extract": extraction,
     "growth": growth,
     "rl-signal": rl_signal,

@@ -31,7 +31,7 @@ def adapter(folder):
 
 
 def words(*more, source=DATA, output="out", adapters="adapter"):
-    return ["analyze", *source.split(), "--adapters", adapters, "--output", output, *more]
+    return ["analyze", *source.split(), "--adapter", adapters, "--output", output, *more]
 
 
 def record_of(output="out"):
@@ -191,7 +191,7 @@ def test_sampled_answers_are_not_sampled_again(problems, monkeypatch):
     [
         (["--store", "store", "--task", "products"], "--store store and --task products exclude each other"),
         (["--rho", "1"], "rho from --rho is '1'"),
-        (["--adapters", "nowhere"], "'nowhere' is neither a folder nor an adapter that the Hub delivered"),
+        (["--adapter", "nowhere"], "'nowhere' is neither a folder nor an adapter that the Hub delivered"),
         (["--data", "", "--problems", "problems.jsonl", "--held-out", "0.5"], "--held-out 0.5 does not apply"),
         (["--data", ""], "one of --store, --data, --task and --problems is required"),
         (["--store", "nowhere"], "'nowhere' holds no feature store"),

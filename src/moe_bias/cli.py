@@ -25,11 +25,13 @@ from moe_bias.config import (
     ArmsSettings,
     CompareSettings,
     DemoSettings,
+    EvalSettings,
     ExtractSettings,
     GenerateSettings,
     InspectSettings,
     InspectTextSettings,
     Interrupted,
+    LmEvalSettings,
     ParamsSettings,
     ReportSettings,
     Settings,
@@ -43,6 +45,7 @@ from moe_bias.config import (
 )
 
 PROGRAM = "moe-bias"
+LM_EVAL = "lm-eval"
 USER_ERROR = 2
 INTERRUPTED = 130
 
@@ -59,8 +62,12 @@ class Command:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command with these arguments (default: the process's own); returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        _run(build_parser().parse_args(argv))
+        if is_passed_on(words):
+            _lm_eval(words[1:])
+        else:
+            _run(build_parser().parse_args(words))
     except KeyboardInterrupt as interrupt:
         saved = str(interrupt) if isinstance(interrupt, Interrupted) else "nothing was saved"
         return _exit_with(INTERRUPTED, f"interrupted: {saved}")
@@ -82,6 +89,11 @@ def build_parser() -> argparse.ArgumentParser:
         source: CliSettingsSource[Any] = CliSettingsSource(command.settings, root_parser=leaf, cli_parse_args=False)
         leaf.set_defaults(command=command, source=source)
     return parser
+
+
+def is_passed_on(words: Sequence[str]) -> bool:
+    """Whether what follows the first word is for the lm-evaluation-harness to read."""
+    return words[:1] == [LM_EVAL] and not {*words[1:]} <= {"-h", "--help"}
 
 
 def _group(parser: argparse.ArgumentParser) -> Any:
@@ -189,6 +201,18 @@ def _analyze(settings: AnalyzeSettings) -> None:
     analyze.run(settings)
 
 
+def _eval(settings: EvalSettings) -> None:
+    from moe_bias.commands import evaluate
+
+    evaluate.run(settings)
+
+
+def _lm_eval(arguments: Sequence[str]) -> None:
+    from moe_bias.commands import harness
+
+    harness.run(arguments)
+
+
 def _generate(settings: GenerateSettings) -> None:
     from moe_bias.commands import generate
 
@@ -231,6 +255,8 @@ COMMANDS = (
     Command("arms", ArmsSettings, _arms),
     Command("compare", CompareSettings, _compare),
     Command("analyze", AnalyzeSettings, _analyze),
+    Command("eval", EvalSettings, _eval),
+    Command(LM_EVAL, LmEvalSettings, lambda settings: _lm_eval([]), argument="ARGUMENTS"),
     Command("generate", GenerateSettings, _generate, argument="PROMPT"),
     Command("params", ParamsSettings, _params),
     Command("inspect", InspectSettings, _inspect, argument="ADAPTER"),

@@ -511,7 +511,7 @@ class AnalyzeSettings(ModelSettings, TextSettings, TaskSettings):
     was extracted from.
     """
 
-    adapters: Names = Field(min_length=1, description="adapter folders or Hub ids, such as one,two")
+    adapter: Names = Field(min_length=1, description="adapter folders or Hub ids, such as one,two")
     output: Path = Field(description="folder of the analysis; adapters that are done in it are not read again")
     task: str = Field("", description="'general_points', or a task of reasoning-gym, whose answers are looked at")
     held_out: float | None = Field(
@@ -556,6 +556,84 @@ class AnalyzeSettings(ModelSettings, TextSettings, TaskSettings):
         if self.samples_answers:
             return ("held_out", "features", "keep_features", "max_length")
         return ("features", "keep_features") if self.store else ()
+
+
+class EvalSettings(ModelSettings):
+    """Measure a model and its adapters on benchmarks or tasks; answers are kept and can be graded again."""
+
+    benchmark: str = Field("", description="'aime24', 'aime25', 'amc23', 'math500' or 'gsm8k', from the Hub")
+    data: str = Field("", description="JSON Lines file or Hub data set of questions and gold answers")
+    split: str = Field("test", description="split of a Hub data set given as --data")
+    question_column: str = Field("", description="column of the questions in --data; none: its usual names")
+    gold_column: str = Field("", description="column of the gold answers, such as reward_model.ground_truth")
+    task: str = Field("", description="'general_points', or a task of reasoning-gym")
+    task_options: dict[str, TaskOption] = Field({}, description="options of the task; --task-options max_terms=3")
+    easy: bool = Field(True, description="options that suit models of 135M parameters, where the task has such")
+    train_problems: int = Field(
+        600, ge=0, description="problems of a task to leave out first: those that a run with this seed trains on"
+    )
+    limit: int | None = Field(
+        None, ge=2, description="so many problems, drawn with the seed; none: all of them, and 200 of a task"
+    )
+    adapter: Names = Field(
+        [], description="adapters to measure, folders or Hub ids as A,B; of MoE-Bias or another PEFT method"
+    )
+    base: bool = Field(True, description="measure the model without an adapter too")
+    samples: int | None = Field(None, ge=1, description="samples of each problem; none: as usual for the benchmark")
+    temperature: float | None = Field(None, ge=0, description="0 is greedy; none: as usual for the benchmark")
+    top_p: float = Field(1.0, gt=0, le=1, description="sample from the fewest tokens that hold this probability")
+    max_new_tokens: int | None = Field(None, ge=1, description="token limit; none: as usual for the benchmark")
+    prompt_template: str = Field(
+        "", description="user's turn with {question} in it; none: asks for the answer in a box where a task does not"
+    )
+    chat: bool = Field(True, description="put the prompt into the chat template")
+    seed: int = Field(0, ge=0, description="seed of the samples, and of which problems are drawn")
+    batch_size: int = Field(
+        64, ge=1, description="answers in one forward pass, or asked for at a time; at least those of one problem"
+    )
+    output: Path = Field(description="folder of samples and record; a run that was begun there is gone on with")
+    regrade: bool = Field(False, description="grade the samples in --output again, without the model")
+    endpoint: str = Field("", description="URL of a server that speaks OpenAI's protocol, in place of --model")
+    endpoint_model: Names = Field([], description="models there, as A,B; the first is the base of the comparison")
+    endpoint_timeout: float = Field(600.0, gt=0, description="seconds that one request may take")
+    endpoint_retries: int = Field(5, ge=0, description="times that a failed request is sent again, ever later")
+
+    @field_validator("adapter", "endpoint_model")
+    @classmethod
+    def _each_once(cls, names: list[str]) -> list[str]:
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"{name!r} stands there twice")
+        return names
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        """Errors' contexts name the fields, so that `describe_error` can say where they came from."""
+        given = {name: getattr(self, name) for name in ("benchmark", "data", "task") if getattr(self, name)}
+        if not given:
+            raise PydanticCustomError("source", "one of --benchmark, --data and --task is required")
+        if len(given) > 1:
+            both = " and ".join(f"{_option(name)} {{{name}}}" for name in given)
+            raise PydanticCustomError("source", f"{both} exclude each other; give one", given)
+        return self
+
+    @model_validator(mode="after")
+    def _one_engine(self) -> Self:
+        if bool(self.endpoint) != bool(self.endpoint_model):
+            raise PydanticCustomError("engine", "--endpoint and --endpoint-model belong together; give both")
+        if self.endpoint and self.adapter:
+            raise PydanticCustomError(
+                "engine",
+                "--adapter {adapter} does not apply to --endpoint; name the server's model of it in --endpoint-model",
+                {"adapter": ",".join(self.adapter)},
+            )
+        if not (self.endpoint or self.base or self.adapter):
+            raise PydanticCustomError("engine", "--no-base without --adapter leaves nothing to measure; give --adapter")
+        return self
+
+
+class LmEvalSettings(Settings):
+    """Run EleutherAI's lm-evaluation-harness, which knows the method then; all arguments are passed on to it."""
 
 
 class GenerateSettings(ModelSettings):

@@ -102,8 +102,8 @@ def greedy_answered(
 
 def _layers(settings: AnalyzeSettings, head: Head) -> list[MoEBiasLayer]:
     """Of the adapters; the last thing that can be wrong, so that from here on the folder is this analysis's."""
-    layers = [saved_layer(name, head).layer.eval() for name in settings.adapters]
-    named = zip(settings.adapters, layers, strict=True)
+    layers = [saved_layer(name, head).layer.eval() for name in settings.adapter]
+    named = zip(settings.adapter, layers, strict=True)
     contents = {f"adapter {name}": digest(layer.state_dict().values()) for name, layer in named}
     begin(settings.output, settings.model_dump(mode="json"), contents)
     return layers

@@ -38,13 +38,13 @@ def run(settings: AnalyzeSettings) -> None:
     another analysis; Interrupted on Ctrl-C, saying how many adapters are done.
     """
     refuse_other_settings(settings.output, settings.model_dump(mode="json"))
-    folders = [adapter_folder(name) for name in settings.adapters]
+    folders = [adapter_folder(name) for name in settings.adapter]
     console = report_console()
     paths = [settings.output / FOLDER / f"{number}.json" for number in range(len(folders))]
     try:
         with opened(settings, console) as matter:
             marks = mark(matter.text, vocabulary_classes(matter.tokenizer, matter.head.vocab_size), settings.rho)
-            for path, name, folder, layer in zip(paths, settings.adapters, folders, matter.layers, strict=True):
+            for path, name, folder, layer in zip(paths, settings.adapter, folders, matter.layers, strict=True):
                 if not path.is_file():
                     write_json(path, _adapter(matter, marks, layer, name, folder, settings))
             record = _record(matter, marks, settings) | {"adapters": [_read(path) for path in paths]}

@@ -21,6 +21,7 @@ from moe_bias.config import UserError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+MOE_BIAS = str(PEFT_TYPE.value)
 
 
 def read_saved(name: str) -> tuple[MoEBiasConfig, dict[str, Tensor]]:
@@ -44,14 +45,22 @@ def adapter_folder(name: str) -> Path:
 
     Raises UserError where there is none, or one of another method.
     """
+    folder, method = adapter_of_any_method(name)
+    if method != MOE_BIAS:
+        raise UserError(f"{name!r} is an adapter of type {method!r}, not of {MOE_BIAS}")
+    return folder
+
+
+def adapter_of_any_method(name: str) -> tuple[Path, str]:
+    """The folder of a PEFT adapter, downloaded if it is on the Hub, and its method's name.
+
+    Raises UserError where there is none.
+    """
     folder = Path(name) if Path(name).is_dir() else _download(name)
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():
             raise UserError(f"{name!r} has no {file}: it is not a saved adapter")
-    method = _method(folder / CONFIG_FILE)
-    if method != str(PEFT_TYPE.value):
-        raise UserError(f"{name!r} is an adapter of type {method!r}, not of {PEFT_TYPE.value}")
-    return folder
+    return folder, str(_method(folder / CONFIG_FILE))
 
 
 def _method(path: Path) -> object:

@@ -61,3 +61,14 @@ def ratio_of_sums(numerator: Floats, denominator: Floats, seed: int = 0) -> Esti
 def mean(values: Floats, seed: int = 0) -> Estimate:
     """The mean over problems, resampled by problem."""
     return ratio_of_sums(values, np.ones_like(values), seed)
+
+
+def share(values: Floats, seed: int = 0) -> Estimate:
+    """The mean over problems of a share of each, resampled by problem.
+
+    Where every problem has 0, or every one 1, resampling sees no spread at all; Wilson's interval, with
+    problems as trials, stands there instead.
+    """
+    if np.all(values == values[0]) and values[0] in (0.0, 1.0):
+        return wilson(int(values.sum()), len(values))
+    return mean(values, seed)

@@ -31,6 +31,15 @@ class Answer:
     finished: bool
 
 
+@dataclass(frozen=True)
+class TextAnswer:
+    """An answer as text, its tokens, end token included (None: a server did not tell), and whether it was not cut."""
+
+    text: str
+    tokens: int | None
+    finished: bool
+
+
 @dataclass
 class _Rows:
     """The rows still running: their number, cache, attention mask (B, L) and next token (B,)."""

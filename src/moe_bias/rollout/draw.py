@@ -38,6 +38,14 @@ def draw(logits_BV: Tensor, uniform_B: Tensor) -> Draws:
     return Draws(token, log_prob, entropy)
 
 
+def nucleus(logits_BV: Tensor, top_p: float) -> Tensor:
+    """The logits, and -inf off the fewest most likely tokens that together hold `top_p` (arXiv 1904.09751)."""
+    ordered_BV, token_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
+    mass_BV = ordered_BV.softmax(-1, dtype=torch.float64)
+    is_off_BV = mass_BV.cumsum(-1) - mass_BV >= top_p
+    return torch.empty_like(logits_BV).scatter_(-1, token_BV, ordered_BV.masked_fill_(is_off_BV, -torch.inf))
+
+
 def _draw(logits_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     centred_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)).clamp_(min=LOWEST_LOG_PROB)
     mass_BV = centred_BV.exp()

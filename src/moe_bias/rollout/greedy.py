@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from moe_bias.backbone import Head
 from moe_bias.progress import meter
 from moe_bias.rollout.decoding import Answer, answer_batch, longest_first
-from moe_bias.rollout.policy import Policy
+from moe_bias.rollout.policy import Policy, tokens_by_policy
 
 
 def greedy_answers(
@@ -40,7 +39,8 @@ def greedy_answers(
     assert len(later) == len(policies)
 
     def choose(hidden_BD: Tensor, number_B: Tensor, step: int) -> Tensor:
-        return _next_token(head, hidden_BD, number_B % len(policies), policies if step == 0 else later)
+        now = policies if step == 0 else later
+        return tokens_by_policy(head, hidden_BD, number_B % len(policies), now, _most_likely)
 
     answers: list[list[Answer]] = [[Answer([], False)] * len(prompts) for _ in policies]
     with meter(description, len(prompts) * len(policies), "answers") as bar:
@@ -59,11 +59,5 @@ def greedy_answers(
     return answers
 
 
-def _next_token(head: Head, hidden_BD: Tensor, policy_B: Tensor, policies: Sequence[Policy]) -> Tensor:
-    logits_BV = head.logits(hidden_BD)
-    token_B = torch.zeros_like(policy_B)
-    for number, policy in enumerate(policies):
-        mine = (policy_B == number).nonzero().squeeze(-1)
-        if len(mine):
-            token_B[mine] = policy(hidden_BD[mine], logits_BV[mine]).argmax(-1)
-    return token_B
+def _most_likely(logits_BV: Tensor, place_B: Tensor) -> Tensor:
+    return logits_BV.argmax(-1)

@@ -5,15 +5,18 @@ Shapes: B rows, D hidden, V vocabulary, M support.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
-from moe_bias.backbone import HeadTransform
+from moe_bias.backbone import Head, HeadTransform
 from moe_bias.layer import MoEBiasLayer, entropy_from_logits
 
 Policy = Callable[[Tensor, Tensor], Tensor]
 """From hidden states (B, D) and final base logits (B, V), which it leaves alone, to the policy's logits (B, V)."""
+Pick = Callable[[Tensor, Tensor], Tensor]
+"""From a policy's logits (B, V) and the places (B,) of their rows in the batch to tokens (B,)."""
 
 
 def base_policy(hidden_BD: Tensor, logits_BV: Tensor) -> Tensor:
@@ -39,3 +42,14 @@ def adapted_logits(
         return logits_BV + transform.reachable(logits_BV, move_BM)
     logits_BM = logits_BV.index_select(-1, layer.support)
     return logits_BV.index_copy(-1, layer.support, logits_BM + transform.reachable(logits_BM, move_BM))
+
+
+def tokens_by_policy(head: Head, hidden_BD: Tensor, policy_B: Tensor, policies: Sequence[Policy], pick: Pick) -> Tensor:
+    """The next token of each row (B,), picked from the logits of the row's own policy, whose number `policy_B` has."""
+    logits_BV = head.logits(hidden_BD)
+    token_B = torch.zeros_like(policy_B)
+    for number, policy in enumerate(policies):
+        mine = (policy_B == number).nonzero().squeeze(-1)
+        if len(mine):
+            token_B[mine] = pick(policy(hidden_BD[mine], logits_BV[mine]), mine)
+    return token_B

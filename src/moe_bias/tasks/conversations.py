@@ -80,12 +80,13 @@ def read_conversations(source: str, split: str) -> list[Conversation]:
     return [_conversation(row, f"row {number} of {source}") for number, row in enumerate(rows, 1)]
 
 
-def read_rows(source: str, split: str) -> Sequence[Any]:
+def read_rows(source: str, split: str, configuration: str | None = None) -> Sequence[Any]:
     """The rows of a JSON Lines file or of a Hub data set's split, whatever stands in them.
 
+    `configuration` names a part of a Hub data set that has several.
     Raises UserError on a source that is missing or empty, and on a file that is not JSON Lines.
     """
-    rows = _file_rows(Path(source)) if Path(source).is_file() else _hub_rows(source, split)
+    rows = _file_rows(Path(source)) if Path(source).is_file() else _hub_rows(source, split, configuration)
     if not len(rows):
         raise UserError(f"{source} has no rows")
     return rows
@@ -176,13 +177,13 @@ def _file_rows(path: Path) -> list[Mapping[str, Any]]:
     return rows
 
 
-def _hub_rows(name: str, split: str) -> Sequence[Mapping[str, Any]]:
+def _hub_rows(name: str, split: str, configuration: str | None) -> Sequence[Mapping[str, Any]]:
     if name.endswith((".jsonl", ".json")):
         raise UserError(f"{name} is not a file")
     from datasets import load_dataset
 
     try:
-        rows: Sequence[Mapping[str, Any]] = load_dataset(name, split=split)
+        rows: Sequence[Mapping[str, Any]] = load_dataset(name, configuration, split=split)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{name!r} is neither a file nor a data set that the Hub delivered ({reason})") from error

@@ -66,13 +66,14 @@ def data_task(
     columns: Columns | None = None,
     instruction: str = INSTRUCTION,
     grader: Grader | None = None,
+    configuration: str | None = None,
 ) -> MathematicsTask:
-    """The problems of a JSON Lines file, or of a Hub data set's split.
+    """The problems of a JSON Lines file, or of a Hub data set's split and configuration.
 
     `instruction` follows every question, except one that comes as a message and so says what it wants.
     Raises UserError on a source that cannot be read and on a row without question or gold answer.
     """
-    rows = enumerate(read_rows(source, split), 1)
+    rows = enumerate(read_rows(source, split, configuration), 1)
     chosen = columns or Columns()
     problems = [read_problem(row, f"row {number} of {source}", chosen, instruction) for number, row in rows]
     different = {problem.question: problem for problem in reversed(problems)}

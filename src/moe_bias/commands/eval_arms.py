@@ -1,0 +1,138 @@
+"""The arms of `eval`: the model, and each adapter on it; which adapter that was, and answers under it.
+
+MoE-Bias adapters leave the backbone alone, so the model and all of them answer in one batch. An
+adapter of another PEFT method changes the backbone: it is put on the model, answers alone, and is
+taken off again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from safetensors import safe_open
+from torch import nn
+
+from moe_bias.backbone import Head, output_embedding
+from moe_bias.commands.policy import policy_of, saved_layer
+from moe_bias.commands.saved import MOE_BIAS, WEIGHTS_FILE, adapter_of_any_method, read_saved
+from moe_bias.config import UserError
+from moe_bias.records import write_json
+from moe_bias.rollout.policy import Policy, base_policy
+
+BASE = "base"
+FILE = "arms.json"
+
+
+@dataclass(frozen=True)
+class EvalArm:
+    """An arm by its name in samples and records: the adapter as it was given, its method, parameters and digest.
+
+    Of the model itself, and of a server's models, only the name is known.
+    """
+
+    name: str
+    adapter: str | None = None
+    method: str | None = None
+    parameters: int | None = None
+    digest: str | None = None
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether the frozen backbone serves this arm: the model itself, or a MoE-Bias adapter."""
+        return self.method in (None, MOE_BIAS)
+
+
+def arms_of(adapters: Sequence[str], with_base: bool) -> list[EvalArm]:
+    """The model first, if asked for, then the adapters, called after their folders where these differ.
+
+    Raises UserError where an adapter is missing, damaged, or puts tokens of its own before the prompt.
+    """
+    short = [Path(adapter).name for adapter in adapters]
+    names = short if len({BASE, *short}) > len(short) else adapters
+    found = [_arm(name, adapter) for name, adapter in zip(names, adapters, strict=True)]
+    return [EvalArm(BASE), *found] if with_base else found
+
+
+def refuse_changed_arms(folder: Path, arms: Sequence[EvalArm]) -> None:
+    """Writes down which adapters the folder's samples are of.
+
+    Raises UserError where an adapter of the same name was another when its samples were drawn.
+    """
+    path = folder / FILE
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for arm in arms:
+        if arm.name in before and before[arm.name]["digest"] != arm.digest:
+            raise UserError(
+                f"adapter {arm.adapter!r} is not the one that {str(folder)!r} has samples of; give another --output"
+            )
+    write_json(path, {**before, **{arm.name: asdict(arm) for arm in arms}})
+
+
+def layer_policies(arms: Sequence[EvalArm], head: Head) -> list[Policy]:
+    """The policy of each arm on the frozen model. Raises UserError on an adapter that does not fit it."""
+    return [
+        base_policy if arm.adapter is None else policy_of(saved_layer(arm.adapter, head).layer, head) for arm in arms
+    ]
+
+
+@contextmanager
+def adapted(model: Any, head: Head, arm: EvalArm) -> Iterator[tuple[nn.Module, Head]]:
+    """The model with another method's adapter on it while the block runs, and its output embedding.
+
+    Raises UserError where the adapter does not fit the model.
+    """
+    folder = adapter_of_any_method(str(arm.adapter))[0]
+    try:
+        wrapped: Any = PeftModel.from_pretrained(model, str(folder)).eval()
+    except (ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"adapter {arm.adapter!r} does not fit the model ({reason})") from error
+    try:
+        inner = wrapped.get_base_model()
+        yield inner, Head(output_embedding(inner), head.transform)
+    finally:
+        wrapped.unload()
+
+
+def _arm(name: str, adapter: str) -> EvalArm:
+    folder, method = adapter_of_any_method(adapter)
+    weights = folder / WEIGHTS_FILE
+    if method == MOE_BIAS:
+        config, _ = read_saved(adapter)
+        assert config.hidden_size is not None
+        assert config.vocab_size is not None
+        parameters = config.layer_config().num_parameters(config.hidden_size, config.vocab_size)
+    else:
+        parameters = _trained_entries(weights, _config_of_other_method(folder, method, adapter))
+    with weights.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return EvalArm(name, adapter, method, parameters, digest)
+
+
+def _config_of_other_method(folder: Path, method: str, adapter: str) -> Any:
+    if method not in PEFT_TYPE_TO_PREFIX_MAPPING:
+        raise UserError(f"adapter {adapter!r} is of type {method!r}, which the installed PEFT does not know")
+    config: Any = PeftConfig.from_pretrained(str(folder))
+    if config.is_prompt_learning:
+        raise UserError(
+            f"adapter {adapter!r} is of type {method}, which puts tokens of its own before the prompt; "
+            "serve it, and measure it with --endpoint"
+        )
+    return config
+
+
+def _trained_entries(weights: Path, config: Any) -> int:
+    """The adapter's own, and whole modules that were trained; PEFT saves an embedding with adapters at it, too."""
+    own = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
+    with safe_open(weights, "pt") as file:
+        names = [name for name in file.keys() if own in name or getattr(config, "modules_to_save", None)]  # noqa: SIM118
+        return sum(prod(file.get_slice(name).get_shape()) for name in names)

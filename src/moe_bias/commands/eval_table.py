@@ -1,0 +1,82 @@
+"""The tables of `eval`, as they are printed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from moe_bias.evaluation.scores import Score
+from moe_bias.evaluation.statistics import Estimate
+from moe_bias.tasks.benchmarks import ProblemSet, Protocol
+
+
+def print_scores(console: Console, found: Sequence[Score], protocol: Protocol, problems: ProblemSet) -> None:
+    """Prints what each arm scores, by level and subject where the problems have them, and changes between arms."""
+    console.print(_scores(found, protocol, problems))
+    for column in found[0].groups:
+        console.print(_by_group(found, column))
+    if len(found) > 2:
+        console.print(_changes(found))
+
+
+def _scores(found: Sequence[Score], protocol: Protocol, problems: ProblemSet) -> Table:
+    n, first = protocol.samples, found[0]
+    table = Table(title=_title(protocol, problems), title_justify="left")
+    table.add_column("arm", overflow="fold")
+    headings = [f"avg@{n}", f"change to {first.name}"] if len(found) > 1 else [f"avg@{n}"]
+    if first.majority is not None:
+        headings += [f"pass@{n}", f"maj@{n}"]
+    for heading in (*headings, "tokens", "cut off", "no answer read"):
+        table.add_column(heading, justify="right")
+    for score in found:
+        cells = [percent(score.accuracy)]
+        if len(found) > 1:
+            cells.append(percent(score.change[first.name], "+.1f") if score.change else "-")
+        if score.majority is not None:
+            cells += [percent(score.pass_at[str(n)]), percent(score.majority)]
+        length = "-" if score.tokens is None else f"{score.tokens.value:,.0f}"
+        unread = score.failures["unparseable"] + score.failures["timed out"]
+        table.add_row(score.name, *cells, length, f"{score.cut:.0%}", f"{unread:.0%}")
+    return table
+
+
+def _title(protocol: Protocol, problems: ProblemSet) -> str:
+    drawn = (
+        "greedy answers"
+        if protocol.temperature == 0
+        else (f"{protocol.samples} samples each at temperature {protocol.temperature:g}, top-p {protocol.top_p:g}")
+    )
+    return (
+        f"{problems.name}: {len(problems.problems)} problems, {drawn}, at most {protocol.max_new_tokens:,} tokens;\n"
+        "% [95% interval over problems], changes paired by problem"
+    )
+
+
+def _by_group(found: Sequence[Score], column: str) -> Table:
+    table = Table(title=f"By {column}; with fewer than two problems it is left out", title_justify="left")
+    table.add_column(column, overflow="fold")
+    table.add_column("problems", justify="right")
+    for score in found:
+        table.add_column(score.name, justify="right")
+    for value, group in found[0].groups[column].items():
+        table.add_row(value, str(group.problems), *(percent(score.groups[column][value].accuracy) for score in found))
+    return table
+
+
+def _changes(found: Sequence[Score]) -> Table:
+    table = Table(title="Change of accuracy to each arm before, in points", title_justify="left")
+    table.add_column("arm", overflow="fold")
+    for before in found[:-1]:
+        table.add_column(f"to {before.name}", justify="right")
+    for score in found[1:]:
+        cells = (percent(score.change[arm.name], "+.1f") if arm.name in score.change else "" for arm in found[:-1])
+        table.add_row(score.name, *cells)
+    return table
+
+
+def percent(estimate: Estimate, form: str = ".1f") -> str:
+    """In percent with its interval below."""
+    value, low, high = (format(100 * part, form) for part in (estimate.value, estimate.low, estimate.high))
+    return f"{value}\n[{low}, {high}]"

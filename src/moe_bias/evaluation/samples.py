@@ -1,0 +1,98 @@
+"""Answers with their verdicts as a run keeps them: `samples.jsonl`, a line of JSON for each.
+
+The lines of a problem are added together, and a problem counts as answered by an arm when all its
+lines are there: what a killed run left of a problem is dropped, and the problem answered again. Lines
+are read one at a time, so that the file may be larger than memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from moe_bias.config import UserError
+from moe_bias.records import write_parts
+from moe_bias.tasks.verdict import Outcome
+
+FILE = "samples.jsonl"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One answer of an arm to a problem: `number` counts from 0, `tokens` None is unknown, `finished` False was cut."""
+
+    problem: str
+    arm: str
+    number: int
+    outcome: Outcome
+    answer: str | None
+    tokens: int | None
+    finished: bool
+    text: str
+
+    @property
+    def is_correct(self) -> bool:
+        """Whether the outcome is `correct`."""
+        return self.outcome == "correct"
+
+
+class SampleFile:
+    """The samples of a run in its folder, `samples` of each arm and problem."""
+
+    def __init__(self, folder: Path, samples: int) -> None:
+        self.path = folder / FILE
+        self._samples = samples
+
+    def read(self) -> Iterator[Sample]:
+        """Every whole line. Raises UserError on a damaged one; a last line without its end is left out."""
+        if not self.path.is_file():
+            return
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):
+                    return
+                try:
+                    yield Sample(**json.loads(line))
+                except (ValueError, TypeError) as error:
+                    raise UserError(
+                        f"line {number} of {self.path} is damaged ({error}); remove the line to have its problem "
+                        "answered again"
+                    ) from error
+
+    def answered(self) -> dict[str, set[str]]:
+        """The problems that each arm has answered in full; lines of others are removed from the file."""
+        counts = Counter((sample.arm, sample.problem) for sample in self.read())
+        whole = {key for key, count in counts.items() if count == self._samples}
+        if len(whole) < len(counts) or not self._ends_whole():
+            self.rewrite(sample for sample in self.read() if (sample.arm, sample.problem) in whole)
+        found: dict[str, set[str]] = {}
+        for arm, problem in whole:
+            found.setdefault(arm, set()).add(problem)
+        return found
+
+    def append(self, samples: Sequence[Sample]) -> None:
+        """Adds all samples of a problem, which are on the disk when this returns."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab") as file:
+            file.write(b"".join(map(_line, samples)))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def rewrite(self, samples: Iterable[Sample]) -> None:
+        """Replaces the file whole; `samples` may come from `read`."""
+        write_parts(self.path, map(_line, samples))
+
+    def _ends_whole(self) -> bool:
+        if not self.path.is_file() or self.path.stat().st_size == 0:
+            return True
+        with self.path.open("rb") as file:
+            file.seek(-1, os.SEEK_END)
+            return file.read() == b"\n"
+
+
+def _line(sample: Sample) -> bytes:
+    return (json.dumps(asdict(sample)) + "\n").encode()
