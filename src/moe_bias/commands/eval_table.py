@@ -25,10 +25,10 @@ def _scores(found: Sequence[Score], protocol: Protocol, problems: ProblemSet) ->
     n, first = protocol.samples, found[0]
     table = Table(title=_title(protocol, problems), title_justify="left")
     table.add_column("arm", overflow="fold")
-    headings = [f"avg@{n}", f"change to {first.name}"] if len(found) > 1 else [f"avg@{n}"]
+    headings = [f"avg@{n}", f"to {first.name}"] if len(found) > 1 else [f"avg@{n}"]
     if first.majority is not None:
         headings += [f"pass@{n}", f"maj@{n}"]
-    for heading in (*headings, "tokens", "cut off", "no answer read"):
+    for heading in (*headings, "tokens", "cut", "unread"):
         table.add_column(heading, justify="right")
     for score in found:
         cells = [percent(score.accuracy)]
@@ -49,8 +49,9 @@ def _title(protocol: Protocol, problems: ProblemSet) -> str:
         else (f"{protocol.samples} samples each at temperature {protocol.temperature:g}, top-p {protocol.top_p:g}")
     )
     return (
-        f"{problems.name}: {len(problems.problems)} problems, {drawn}, at most {protocol.max_new_tokens:,} tokens;\n"
-        "% [95% interval over problems], changes paired by problem"
+        f"{problems.name}: {len(problems.problems)} problems\n"
+        f"{drawn}, at most {protocol.max_new_tokens:,} tokens\n"
+        "% [95% interval over problems], change paired by problem; cut by the limit, unread by the grader"
     )
 
 

@@ -14,7 +14,7 @@ from moe_bias.tasks.benchmarks import ProblemSet
 from moe_bias.tasks.verdict import Verdict
 
 GRADED_CHARACTERS = 20_000
-"""Only so much of an answer's end is graded: reading 100,000 tokens takes a grader longer than its limit."""
+"""Only so much of an answer's end is graded: in 400,000, dollar signs alone keep a grader busy for 20 seconds."""
 _GRADED_AT_ONCE = 64
 
 
