@@ -80,16 +80,17 @@ def test_sampled_tokens_are_counted_with_their_end_tokens():
         def note(self, text):
             self.text = text
 
-    bar, given = Bar(), []
+    bar, given, steps = Bar(), [], []
 
     def reward(prompts, texts):
         given.append((prompts, texts))
         return [1, 0]
 
-    watch = _Watch(reward, bar, torch.device("cpu"))
+    watch = _Watch(reward, bar, torch.device("cpu"), steps.append)
     turns = [[{"role": "assistant", "content": "w5 w6"}], [{"role": "assistant", "content": ""}]]
     assert watch.reward(CHATS[:2], turns, [[5, 6, 2], [2]], trainer_state=None) == [1.0, 0.0]
     watch.on_step_end()
+    assert steps == [1]
     assert given == [(CHATS[:2], ["w5 w6", ""])]
     assert (watch.sampled_tokens, watch.mean_rewards, bar.text) == (4, [0.5], "reward 0.500")
 
@@ -198,7 +199,7 @@ def test_too_few_prompts_are_refused():
 
 def test_without_trl_the_message_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(grpo_trainer_module, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install trl"):
+    with pytest.raises(UserError, match=r"pip install 'moe-bias\[compare\]'"):
         trained(TINY)
 
 

@@ -197,8 +197,8 @@ def test_the_theme_follows_the_system_until_it_is_chosen(page):
     paper = "getComputedStyle(document.body).backgroundColor"
     light = page.evaluate(paper)
     page.emulate_media(color_scheme="dark")
-    dark = page.evaluate(paper)
-    assert dark != light
+    page.wait_for_function("document.documentElement.dataset.theme === 'dark'")
+    assert page.evaluate(paper) != light
     page.get_by_role("button", name="Light theme").click()
     assert page.evaluate(paper) == light
     page.emulate_media(media="print")
