@@ -113,8 +113,8 @@ def policies(task: str) -> str:
     rows = record["rows"]
     sets = in_order(rows[0]["accuracy"])
     others = [name for name in AGAINST if any(name in row["change"] for row in rows)]
-    headings = ["arm", "parameters", *sets, *(f"held out, to `{name}`" for name in others)]
-    return _table(headings, (_policy_row(row, sets, others) for row in rows)) + _seeds(record)
+    headings = ["arm", "seeds", "parameters", *sets, *(f"held out, to `{name}`" for name in others)]
+    return _table(headings, (_policy_row(row, sets, others) for row in rows)) + f"\n{_machine(record)}.\n"
 
 
 def policy_costs(task: str) -> str:
@@ -122,7 +122,7 @@ def policy_costs(task: str) -> str:
     record = _read(RECORDS / "compare" / task / "table.json")
     headings = ["arm", "tokens sampled", "seconds", "of it updating", "process's peak memory"]
     rows = [row for row in record["rows"] if row["seconds"]]
-    return _table(headings, (_policy_costs_row(row) for row in rows)) + _seeds(record)
+    return _table(headings, (_policy_costs_row(row) for row in rows)) + f"\nMeans over seeds; {_machine(record)}.\n"
 
 
 def rl_signal() -> str:
@@ -289,7 +289,7 @@ def _cell_row(row: dict[str, Any], arms: bool) -> list[str]:
 def _policy_row(row: dict[str, Any], sets: Sequence[str], others: Sequence[str]) -> list[str]:
     changes = [_percent(row["change"][name], "+.1f") if name in row["change"] else "" for name in others]
     accuracies = [_percent(row["accuracy"][name], ".1f") for name in sets]
-    return [f"`{row['name']}`", f"{row['parameters']:,}", *accuracies, *changes]
+    return [f"`{row['name']}`", str(row["seeds"]), f"{row['parameters']:,}", *accuracies, *changes]
 
 
 def _policy_costs_row(row: dict[str, Any]) -> list[str]:
@@ -311,10 +311,6 @@ def _trial_row(record: dict[str, Any]) -> list[str]:
 
 def _percent(estimate: dict[str, float], form: str) -> str:
     return _interval({key: 100 * value for key, value in estimate.items()}, form)
-
-
-def _seeds(record: dict[str, Any]) -> str:
-    return f"\nMeans over {len(record['settings']['seeds'])} seeds; {_machine(record)}.\n"
 
 
 _ANALYSIS_ROWS = (

@@ -106,6 +106,7 @@ def runs(tmp_path_factory) -> list[Path]:
         RECORDS / "demo" / "products.json",
         write(tmp_path / "measured" / "record.json", evaluation()).parent,
         write(tmp_path / "analysed" / "analysis.json", analysis()).parent,
+        RECORDS / "analysis" / "products.json",
         write(tmp_path / "tokens.json", tokens),
     ]
 
@@ -138,7 +139,7 @@ def test_kinds_are_told_by_what_is_in_a_record(runs):
     kinds = [record.kind for record in read_records(runs)]
     assert kinds == [
         *(Kind.SUPERVISED, Kind.POLICY, Kind.ARMS, Kind.CELLS),
-        *(Kind.DEMO, Kind.EVALUATION, Kind.ANALYSIS, Kind.INSPECTION),
+        *(Kind.DEMO, Kind.EVALUATION, Kind.ANALYSIS, Kind.ANALYSIS, Kind.INSPECTION),
     ]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from moe_bias.analysis.answers import BASE
 from moe_bias.report import figures
 from moe_bias.report.content import (
     Block,
@@ -188,11 +189,11 @@ def _continued(fork: Mapping[str, Any], side: str) -> str:
 
 
 def _accuracy(one: _Adapter) -> Plot:
-    answers, content = one.found["answers"], one.record.content
-    rows = [("base", estimate_of(content["base_accuracy"]))]
-    rows += [(arm, estimate_of(value)) for arm, value in answers["accuracy"].items()]
+    found = {arm: estimate_of(value) for arm, value in one.found["answers"]["accuracy"].items()}
+    rows = sorted(found.items(), key=lambda row: row[0] != BASE)
     drawn = figures.intervals(rows, "% of the problems", "{:.1f}", scale=100)
-    title = f"Greedy accuracy on {content['text']['name']}: base, adapted, and adapted at one stratum only"
+    text = one.record.content["text"]["name"]
+    title = f"Greedy accuracy on {text}: base, adapted, and adapted at one stratum only"
     return Plot(one.file("accuracy"), title, drawn)
 
 
