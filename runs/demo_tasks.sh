@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The demonstration on many tasks of reasoning-gym, smaller than its default so that the lot takes
-# about half an hour on two cores: where does a frozen model gain from a layer at its output, and
-# where not? Records go to records/demo; `uv run python docs/generate.py` then
+# about half an hour on two cores, and without reinforcement learning, for which a minute leaves no
+# time: where does a frozen model gain from a layer at its output, and where not? Records go to records/demo; `uv run python docs/generate.py` then
 # makes the table of docs/LOG.md from them.
 #
 #   runs/demo_tasks.sh [TASK...]
@@ -17,8 +17,8 @@ out=runs/out/demo_tasks
 for task in "${tasks[@]}"; do
   printf '\n== %s\n' "$task"
   rm -rf "$out/$task"
-  uv run moe-bias demo --task "$task" --train-problems 300 --test-problems 100 --max-new-tokens 128 \
-    --output "$out/$task"
+  uv run moe-bias demo --task "$task" --train-problems 300 --warm-problems 300 --test-problems 100 \
+    --max-new-tokens 128 --minutes 1 --output "$out/$task"
   mkdir -p records/demo
   cp "$out/$task/record.json" "records/demo/$task.json"
 done

@@ -33,7 +33,7 @@ from moe_bias.rollout.greedy import greedy_answers
 from moe_bias.training.rl import PolicyTrainer, Watching
 from moe_bias.training.sft import Prepared
 
-MEASURING_SECONDS = 60
+MEASURING_SECONDS = 90
 """Kept free for the answers to the held-out problems, which come after the training."""
 
 
