@@ -23,7 +23,7 @@ def test_demo_from_the_command_to_an_adapter_that_loads(tmp_path, capsys):
     assert "10 held-out problems" in printed
     assert "Reinforcement learning made 1 steps" in printed
     record = json.loads((output / "record.json").read_text())
-    assert [arm["name"] for arm in record["arms"]] == ["base", "static", "moe-bias", "moe-bias, then RL"]
+    assert [arm["name"] for arm in record["arms"]] == ["base", "static", "moe-bias", "moe-bias + RL"]
     assert record["arms"][2]["nll"]["value"] < record["arms"][0]["nll"]["value"]
     assert len(record["samples"]) == 10
     model, tokenizer = load_model(ModelSettings(device="cpu"))

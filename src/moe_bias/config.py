@@ -481,7 +481,7 @@ class DemoSettings(ModelSettings, RewardSettings, WarmPolicySettings):
     output: Path = Field(Path("moe-bias-demo"), description="folder that the adapter is saved in")
     minutes: float = Field(8.0, gt=0, description="reinforcement learning ends early to keep the whole below this")
     warm_problems: int = Field(100, ge=1, description="worked answers for the supervised phase")
-    steps: int = Field(20, ge=1, description="steps of reinforcement learning, where there is time for them")
+    steps: int = Field(14, ge=1, description="steps of reinforcement learning, where there is time for them")
     max_new_tokens: int = Field(192, ge=1, description="token limit of an answer, the same for every arm")
     resamples: int = Field(0, ge=0, description="times that a step samples more problems for those of equal rewards")
 

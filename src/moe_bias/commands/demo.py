@@ -33,8 +33,8 @@ from moe_bias.rollout.greedy import greedy_answers
 from moe_bias.training.rl import PolicyTrainer, Watching
 from moe_bias.training.sft import Prepared
 
-MEASURING_SECONDS = 90
-"""Kept free for the answers to the held-out problems, which come after the training."""
+MEASURING_SECONDS = 130
+"""Kept free for the last step and the answers to the held-out problems, which come after the training."""
 
 
 def run(settings: DemoSettings) -> None:
@@ -54,7 +54,7 @@ def run(settings: DemoSettings) -> None:
         "moe-bias": warm_layer(ground, prepared, settings, "training MoE-Bias"),
     }
     trained, reinforced = _reinforced(ground, layers["moe-bias"], settings, started)
-    layers["moe-bias, then RL"] = trained
+    layers["moe-bias + RL"] = trained
     arms, samples = _measure(ground, prepared, layers, settings)
     save_layer(trained, settings.output, ground.model, prepared.fork_coverage)
     report = DemoReport(

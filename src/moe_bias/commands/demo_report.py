@@ -18,7 +18,7 @@ from moe_bias.evaluation.comparison import Arm
 from moe_bias.evaluation.statistics import Estimate
 from moe_bias.layer import MoEBiasLayer
 
-WIDTH_OF_A_FILE = 100
+WIDTH_OF_A_FILE = 108
 """Columns where standard output is no terminal, which would give 80."""
 SHOWN_ANSWERS = 3
 SHOWN_TOKENS = 4
@@ -118,7 +118,7 @@ def _arms_table(arms: Sequence[Arm], settings: DemoSettings) -> Table:
         title_justify="left",
     )
     for heading in ("arm", "parameters", "NLL per token", "accuracy", "tokens", "cut off"):
-        table.add_column(heading, justify="left" if heading == "arm" else "right", no_wrap=True)
+        table.add_column(heading, justify="left" if heading == "arm" else "right")
     for arm in arms:
         table.add_row(
             arm.name,
