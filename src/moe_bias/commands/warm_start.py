@@ -13,6 +13,18 @@ from moe_bias.training.sft import Prepared, fit, fresh_layer, prepare
 
 MAX_LENGTH = 1024
 """Longer worked answers are cut here, in tokens with the prompt."""
+_SHARED = (
+    "num_experts",
+    "top_k",
+    "entropy_gate",
+    "load_balance_weight",
+    "support",
+    "normalisation",
+    "gate_alpha",
+    "gate_beta",
+    "seed",
+)
+"""Settings that the supervised phase has in common with what follows it."""
 
 
 def worked_examples(ground: Ground, problems: Sequence[Problem]) -> list[Example]:
@@ -56,16 +68,3 @@ def warm_settings(settings: WarmPolicySettings) -> TrainingSettings:
         expert_rate=settings.warm_expert_rate,
         router_rate=settings.warm_router_rate,
     )
-
-
-_SHARED = (
-    "num_experts",
-    "top_k",
-    "entropy_gate",
-    "load_balance_weight",
-    "support",
-    "normalisation",
-    "gate_alpha",
-    "gate_beta",
-    "seed",
-)
