@@ -183,3 +183,9 @@ def test_compare_refuses_at_once_what_an_arm_could_not_finish(ground, capsys, mo
     assert main(["compare", *COMMON.split(), *REWARDED.split(), "--output", "out", *more]) == 2
     assert sentence in capsys.readouterr().err
     assert not (ground / "out" / "arms").exists()
+
+
+def test_compare_refuses_a_supervised_arm_without_a_phase_to_go_on_from(ground, capsys):
+    words = ["compare", *COMMON.split(), *REWARDED.split(), "--warm-problems", "0", "--arms", "moe-bias-sft"]
+    assert main([*words, "--output", "out"]) == 2
+    assert "moe-bias-sft goes on from a supervised phase: leave it out" in capsys.readouterr().err

@@ -66,6 +66,8 @@ def prepare_stage(settings: CompareSettings, names: Sequence[str]) -> Stage:
         _grpo_choices(LORA, settings)
     ground = prepare_ground(settings, settings, seed=0)
     _check_worked(ground, settings, names)
+    if SUPERVISED in names and not settings.warm_problems:
+        raise UserError(f"{SUPERVISED} goes on from a supervised phase: leave it out, or set --warm-problems above 0")
     tests = {HELD_OUT: (ground.task, ground.test)}
     if settings.shifted_task or settings.shifted_options:
         options = {**settings.task_options, **settings.shifted_options}
