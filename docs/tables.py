@@ -156,7 +156,7 @@ def analysis(stem: str) -> str:
     rows.append(["entropy of expert use", *(f"{stratum['expert_entropy']:.3f}" for stratum in strata.values())])
     known = adapter["mutual_information"]
     told = ", ".join(f"{name} {value['nats']:.3f} of at most {value['at_most']:.3f}" for name, value in known.items())
-    overlap = _interval({key: 100 * value for key, value in adapter["overlap"].items()}, ".1f")
+    overlap = _percent(adapter["overlap"], ".1f")
     return (
         _table(["means over tokens, nats", *(f"{name} tokens" for name in strata)], rows)
         + f"\n{text['examples']:,} examples; high: base entropy of at least {text['threshold']:.2f} nats. "

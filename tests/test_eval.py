@@ -1,6 +1,7 @@
 """`moe-bias eval` on a tiny model: cut short and gone on with, graded again, other methods' adapters, refusals."""
 
 import json
+from operator import itemgetter
 from pathlib import Path
 
 import pytest
@@ -117,7 +118,7 @@ def test_a_run_that_was_cut_goes_on_to_the_same_samples(ground, kept):
     path.write_bytes(content[: int(kept * len(content))])
     Path("cut/record.json").unlink()
     assert main(words_to("cut", *SAMPLED, "--adapter", "adapter")) == 0
-    order = lambda line: (line["arm"], line["problem"], line["number"])  # noqa: E731
+    order = itemgetter("arm", "problem", "number")
     assert sorted(lines(Path("cut")), key=order) == sorted(lines(Path("whole")), key=order)
     assert len(lines(Path("cut"))) == 2 * 5 * 2
     records = [json.loads((Path(name) / "record.json").read_text()) for name in ("whole", "cut")]
