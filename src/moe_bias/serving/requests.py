@@ -92,7 +92,6 @@ def _check_engine(config: VllmConfig) -> None:
             )
 
 
-
 @cache
 def _versions() -> tempfile.TemporaryDirectory[str]:
     """Where this process keeps versions; the folder goes when the process ends."""
