@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HIDDEN, VOCABULARY, randomise
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conftest import HIDDEN, VOCABULARY, randomise
 from moe_bias.backbone import HeadTransform, adapted_logits
 from moe_bias.config import LayerConfig
 from moe_bias.layer import MoEBiasLayer, entropy_from_logits
@@ -31,7 +31,9 @@ def batch(rows, seed=0):
     return hidden_BD, 3 * torch.randn(rows, VOCABULARY, dtype=torch.float64, generator=generator)
 
 
-@given(whose=st.lists(st.one_of(st.none(), st.integers(0, 3)), min_size=1, max_size=9), cap=st.sampled_from([None, 5.0]))
+@given(
+    whose=st.lists(st.one_of(st.none(), st.integers(0, 3)), min_size=1, max_size=9), cap=st.sampled_from([None, 5.0])
+)
 def test_a_mixed_batch_is_each_row_by_itself(whose, cap):
     made, transform = tenants(), HeadTransform(cap=cap)
     hidden_BD, raw_BV = batch(len(whose))

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import HIDDEN, VOCABULARY, randomise, tiny_model
 
+from conftest import HIDDEN, VOCABULARY, randomise, tiny_model
 from moe_bias.adapter.files import save_layer
 from moe_bias.config import LayerConfig, UserError
 from moe_bias.layer import MoEBiasLayer
@@ -68,13 +68,15 @@ def test_files_are_read_once_until_they_change(served, monkeypatch):
 
 @pytest.mark.parametrize("name", ["three", "../adapters/one", "one/", ".", "", "/etc"])
 def test_unknown_names_are_refused_with_those_there_are(served, name):
-    with pytest.raises(UserError, match="there is no adapter .* on this server; there is 'one'"):
+    with pytest.raises(UserError, match=r"there is no adapter .* on this server; there is 'one'"):
         served.version(name)
 
 
 def test_an_adapter_of_another_model_is_refused(served, tmp_path):
     write(tmp_path / "adapters" / "wide", hidden=HIDDEN + 1)
-    with pytest.raises(UserError, match=f"'wide' cannot be served: .*hidden_size {HIDDEN + 1}, the model has {HIDDEN}"):
+    with pytest.raises(
+        UserError, match=rf"'wide' cannot be served: .*hidden_size {HIDDEN + 1}, the model has {HIDDEN}"
+    ):
         served.version("wide")
 
 
@@ -114,5 +116,5 @@ def test_damage_is_refused_until_it_is_mended(served, tmp_path, damage):
 
 
 def test_a_folder_that_is_none_is_refused(tmp_path):
-    with pytest.raises(UserError, match="'.*absent', where adapters are to be served from, is not a folder"):
+    with pytest.raises(UserError, match=r"'.*absent', where adapters are to be served from, is not a folder"):
         AdapterFolder(tmp_path / "absent", tmp_path / "versions", HIDDEN, VOCABULARY)
