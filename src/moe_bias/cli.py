@@ -34,6 +34,7 @@ from moe_bias.config import (
     LmEvalSettings,
     ParamsSettings,
     ReportSettings,
+    ServeSettings,
     Settings,
     SweepSettings,
     TrainRLSettings,
@@ -213,6 +214,12 @@ def _lm_eval(arguments: Sequence[str]) -> None:
     harness.run(arguments)
 
 
+def _serve(settings: ServeSettings) -> None:
+    from moe_bias.commands import serve
+
+    serve.run(settings)
+
+
 def _generate(settings: GenerateSettings) -> None:
     from moe_bias.commands import generate
 
@@ -257,6 +264,7 @@ COMMANDS = (
     Command("analyze", AnalyzeSettings, _analyze),
     Command("eval", EvalSettings, _eval),
     Command(LM_EVAL, LmEvalSettings, lambda settings: _lm_eval([]), argument="ARGUMENTS"),
+    Command("serve", ServeSettings, _serve, argument="-- ARGUMENTS"),
     Command("generate", GenerateSettings, _generate, argument="PROMPT"),
     Command("params", ParamsSettings, _params),
     Command("inspect", InspectSettings, _inspect, argument="ADAPTER"),
