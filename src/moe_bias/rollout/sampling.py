@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moe_bias.backbone import Head
+from moe_bias.backbone import Head, adapted_logits
 from moe_bias.config import UserError
 from moe_bias.features.extract import Features, place_in_example, support_columns
 from moe_bias.features.writer import in_bytes
@@ -23,7 +23,6 @@ from moe_bias.layer import MoEBiasLayer, entropy_from_logits
 from moe_bias.progress import Meter, meter
 from moe_bias.rollout.decoding import Answer, answer_batch, longest_first
 from moe_bias.rollout.draw import draw
-from moe_bias.rollout.policy import adapted_logits
 from moe_bias.rollout.sampler import Rollouts, SamplingChoices
 from moe_bias.support import RestScalars, VocabularySplit, base_scalars, split_vocabulary
 

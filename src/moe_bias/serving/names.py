@@ -33,7 +33,7 @@ class AdapterNames:
 
     def __init__(self, app: Application) -> None:
         """Raises UserError where MOE_BIAS_ADAPTERS is not set."""
-        folder = ServingSettings().adapters
+        folder = ServingSettings.model_validate({}).adapters
         if folder is None:
             raise UserError("MOE_BIAS_ADAPTERS is not set: it names the folder of the adapters to serve")
         self._app, self._folder = app, folder

@@ -44,7 +44,7 @@ class AdapterFolder:
         self._lock = Lock()
 
     def names(self) -> list[str]:
-        """The adapters that are there now, fit to be served or not."""
+        """See `adapter_names`."""
         return adapter_names(self._folder)
 
     def version(self, name: str) -> Path:
@@ -110,7 +110,7 @@ class AdapterFolder:
 
 
 def adapter_names(folder: Path) -> list[str]:
-    """The adapters that are in a folder, fit to be served or not."""
+    """The adapters that are in a folder now, fit to be served or not."""
     return sorted(path.parent.name for path in folder.glob(f"[!.]*/{CONFIG_NAME}"))
 
 
