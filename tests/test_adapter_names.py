@@ -131,6 +131,8 @@ def test_where_a_name_is_split(folder, name, base, adapter):
     [
         {"model": "tiny", "vllm_xargs": {"moe_bias": "law"}},
         {"model": "tiny:chat"},
+        {"model": "tiny:"},
+        {"model": "tiny", "use_beam_search": True},
         {"model": "other:math"},
         {"model": "a-lora"},
         {"model": ["tiny:math"]},
@@ -163,6 +165,14 @@ def test_two_different_adapters_are_refused(folder):
     assert (start["status"], error["code"], server.asked) == (400, 400, [])
     assert "'math'" in error["message"]
     assert "'law'" in error["message"]
+
+
+@pytest.mark.parametrize("asked", [{"model": "tiny:math"}, {"model": "tiny", "vllm_xargs": {"moe_bias": "math"}}])
+def test_beam_search_is_refused_which_would_drop_the_adapter(folder, asked):
+    server = Server()
+    start, body = post(server, {**asked, "use_beam_search": True})
+    assert (start["status"], server.asked) == (400, [])
+    assert "leave use_beam_search out" in json.loads(body["body"])["error"]["message"]
 
 
 @pytest.mark.parametrize("root_path", ["", "/behind/a/proxy"])

@@ -8,7 +8,8 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from urllib.error import URLError
@@ -32,12 +33,13 @@ PATIENCE = 300
 
 @dataclass
 class Server:
-    """A server in a session of processes of its own, so that all of it can be ended."""
+    """A server whose processes are a session of their own, so that all of them can be ended."""
 
     model: Path
     adapters: Path
     port: int
     log: Path
+    _started: list[subprocess.Popen] = field(default_factory=list)
 
     def start(self):
         words = ["serve", "--model", self.model, "--adapters", self.adapters, "--served-name", BASE]
@@ -46,10 +48,10 @@ class Server:
         words += ["--chat-template", "{{ messages[0].content }}"]
         command = [sys.executable, "-c", "from moe_bias.cli import main; raise SystemExit(main())", *map(str, words)]
         with self.log.open("w") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+            self._started.append(subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True))
         ends = time.monotonic() + PATIENCE
         while not self._is_up():
-            assert self._process.poll() is None, self.log.read_text()[-3000:]
+            assert self._started[-1].poll() is None, self.log.read_text()[-3000:]
             assert time.monotonic() < ends, self.log.read_text()[-3000:]
             time.sleep(0.2)
 
@@ -61,17 +63,15 @@ class Server:
 
     def end(self, number):
         """The exit code after a signal to the process that was started."""
-        self._process.send_signal(number)
-        return self._process.wait(PATIENCE)
+        self._started[-1].send_signal(number)
+        return self._started[-1].wait(PATIENCE)
 
     def remove(self):
-        """Whatever is left of it."""
-        if self._process.poll() is None:
-            self.end(signal.SIGKILL)
-        try:
-            os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            return
+        """Whatever is left: vLLM's engine outlives a server that is killed."""
+        for process in self._started:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait(PATIENCE)
 
     @property
     def client(self):
@@ -155,6 +155,8 @@ def test_names_that_cannot_be_answered(client):
         complete(client, "tiny:routted", PROMPTS[0])
     with pytest.raises(openai.BadRequestError, match=r"the adapter 'whole' and vllm_xargs\.moe_bias for 'static'"):
         complete(client, "tiny:whole", PROMPTS[0], vllm_xargs={"moe_bias": "static"})
+    with pytest.raises(openai.BadRequestError, match="beam search forgets"):
+        complete(client, "tiny:whole", PROMPTS[0], use_beam_search=True)
     with pytest.raises(openai.NotFoundError, match="`large:whole` does not exist"):
         complete(client, "large:whole", PROMPTS[0])
 
@@ -199,7 +201,7 @@ def test_an_adapter_is_replaced_under_load(client, server, served, tmp_path):
 
 
 def test_killed_restarted_and_interrupted(client, server):
-    """A kill leaves nothing behind that keeps a server from starting with the same answers; Ctrl-C ends it in order."""
+    """After a kill a new server starts in the same place and gives the same answers; Ctrl-C ends it in order."""
     before = [complete(client, *each) for each in product(NAMES, PROMPTS[:4])]
     assert server.end(signal.SIGKILL) == -signal.SIGKILL
     with pytest.raises(openai.APIConnectionError):

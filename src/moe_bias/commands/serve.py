@@ -7,6 +7,7 @@ signals reach it and its exit code is the command's.
 from __future__ import annotations
 
 import os
+import shlex
 import socket
 import sys
 from importlib.util import find_spec
@@ -37,7 +38,7 @@ def run(settings: ServeSettings) -> None:
         console.print(Text(f"Requests for it are refused until it is mended: {damage}"), soft_wrap=True)
     model = resolve_model(settings.model)
     words = [sys.executable, "-m", SERVER, *_arguments(settings, model), *settings.arguments]
-    console.print(Text(f"Starting vLLM's server: {' '.join(words[1:])}"), soft_wrap=True)
+    console.print(Text(f"Starting vLLM's server: {shlex.join(words)}"), soft_wrap=True)
     os.execve(words[0], words, {**os.environ, **_variables(settings)})
 
 

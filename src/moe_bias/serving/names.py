@@ -89,29 +89,42 @@ class AdapterNames:
 
 
 def with_adapter(body: bytes, served: Sequence[str]) -> bytes:
-    """The request with `BASE:ADAPTER` taken apart; the very same bytes where the name is none such.
+    """The request with `BASE:ADAPTER` taken apart; the very same bytes where its model is none such.
 
-    Raises UserError where `vllm_xargs` asks for another adapter than the name does.
+    Raises UserError where `vllm_xargs` asks for another adapter than the name does, and on beam search with
+    an adapter. What else is wrong with a request vLLM says itself.
     """
+    request = _mapping(body)
+    base, adapter = _split(str(request.get("model")), served)
+    asked = request.get("vllm_xargs") or {}
+    if not isinstance(asked, dict):
+        return body
+    if adapter:
+        asked = {"moe_bias": adapter, **asked}
+        if asked["moe_bias"] != adapter:
+            raise UserError(
+                f"model {request['model']!r} asks for the adapter {adapter!r} and vllm_xargs.moe_bias for "
+                f"{asked['moe_bias']!r}; give one of them"
+            )
+    if "moe_bias" in asked and request.get("use_beam_search"):
+        raise UserError("vLLM's beam search forgets which adapter a request asks for; leave use_beam_search out")
+    return json.dumps({**request, "model": base, "vllm_xargs": asked}).encode() if adapter else body
+
+
+def _mapping(body: bytes) -> dict[str, Any]:
+    """The request, or an empty one where the body is no JSON object."""
     try:
         request = json.loads(body)
-        base, adapter = _split(str(request["model"]), served)
-        arguments = {"moe_bias": adapter} | (request.get("vllm_xargs") or {})
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return body  # vLLM says what is wrong with it
-    if arguments["moe_bias"] != adapter:
-        raise UserError(
-            f"model {request['model']!r} asks for the adapter {adapter!r} and vllm_xargs.moe_bias for "
-            f"{arguments['moe_bias']!r}; give one of them"
-        )
-    return json.dumps({**request, "model": base, "vllm_xargs": arguments}).encode()
+    except (ValueError, RecursionError):
+        return {}
+    return request if isinstance(request, dict) else {}
 
 
 def _split(model: str, served: Sequence[str]) -> tuple[str, str]:
-    """BASE and ADAPTER. Raises ValueError where the name is not made of a served one and an adapter's."""
+    """BASE and ADAPTER; the model itself and nothing where it is a served name, or starts with none."""
     bases = [base for base in served if model.startswith(f"{base}:")]
     if model in served or not bases:
-        raise ValueError(f"{model!r} names no adapter")
+        return model, ""
     base = max(bases, key=len)
     return base, model.removeprefix(f"{base}:")
 
