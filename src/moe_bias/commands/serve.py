@@ -47,7 +47,7 @@ def _check_port(host: str, port: int) -> None:
     try:
         socket.create_server((host, port), family=family).close()
     except OSError as error:
-        raise UserError(f"nothing can listen at --host {host} --port {port}: {error.strerror}") from error
+        raise UserError(f"a server cannot listen at --host {host} --port {port}, choose others: {error.strerror}") from error
 
 
 def _damages(folder: Path) -> list[str]:
