@@ -277,7 +277,7 @@ COMMANDS = (
     Command("analyze", AnalyzeSettings, _analyze),
     Command("eval", EvalSettings, _eval),
     Command(LM_EVAL, LmEvalSettings, lambda settings: _lm_eval([]), argument="ARGUMENTS"),
-    Command(SERVE, ServeSettings, _serve, argument="-- ARGUMENTS"),
+    Command(SERVE, ServeSettings, _serve, argument="[-- ARGUMENTS]"),
     Command("generate", GenerateSettings, _generate, argument="PROMPT"),
     Command("params", ParamsSettings, _params),
     Command("inspect", InspectSettings, _inspect, argument="ADAPTER"),

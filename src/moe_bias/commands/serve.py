@@ -47,7 +47,8 @@ def _check_port(host: str, port: int) -> None:
     try:
         socket.create_server((host, port), family=family).close()
     except OSError as error:
-        raise UserError(f"a server cannot listen at --host {host} --port {port}, choose others: {error.strerror}") from error
+        place = f"--host {host} --port {port}"
+        raise UserError(f"a server cannot listen at {place}, choose others: {error.strerror}") from error
 
 
 def _damages(folder: Path) -> list[str]:
