@@ -235,6 +235,34 @@ def decode() -> str:
     return _table(headings, rows) + _where(record)
 
 
+def serving() -> str:
+    """Many tenants on one model in vLLM: speed over the plain model and over LoRA, and what the cache did."""
+    record = _latest("serving")
+    headings = [
+        "tenants",
+        "tokens/s",
+        "over plain",
+        "over LoRA",
+        "first token",
+        "prompt tokens from the cache",
+        "cache",
+    ]
+    rows = []
+    for name, arm in record["results"].items():
+        first, found, held = (
+            median(turn[key] for turn in arm["turns"]) for key in ("first_token", "hit_rate", "cache_bytes")
+        )
+        over = [_times(arm[key]) if key in arm else "" for key in ("ratio_to_plain", "ratio_to_lora")]
+        speed = f"{median(arm['rates']):,.0f}"
+        rows.append([name, speed, *over, f"{first:.1f} s", f"{found:.1%}", f"{held / 2**20:,.0f} MiB"])
+    options = record["options"]
+    load = (
+        f"{options['requests']} requests at once, {options['system_tokens']:,} common tokens, answers of "
+        f"{options['new_tokens']}; {options['dtype']}; vLLM {record['vllm']}."
+    )
+    return _table(headings, rows) + _where(record) + load + "\n"
+
+
 def _demo_row(record: dict[str, Any]) -> list[str]:
     base, static, moe_bias = record["arms"]
     return [
@@ -425,6 +453,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "rl-signal": rl_signal,
     "rl-trials": rl_trials,
     "rl-update": rl_update,
+    "serving": serving,
     "sft-gsm8k": sft,
     "sweep-products": sweep_products,
     "train-step": train_step,

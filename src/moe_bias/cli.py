@@ -10,6 +10,7 @@ traceback.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +35,7 @@ from moe_bias.config import (
     LmEvalSettings,
     ParamsSettings,
     ReportSettings,
+    ServeSettings,
     Settings,
     SweepSettings,
     TrainRLSettings,
@@ -46,6 +48,7 @@ from moe_bias.config import (
 
 PROGRAM = "moe-bias"
 LM_EVAL = "lm-eval"
+SERVE = "serve"
 USER_ERROR = 2
 INTERRUPTED = 130
 
@@ -67,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_passed_on(words):
             _lm_eval(words[1:])
         else:
-            _run(build_parser().parse_args(words))
+            own, passed_on = split_at_dashes(words)
+            _run(build_parser().parse_args(own), passed_on)
     except KeyboardInterrupt as interrupt:
         saved = str(interrupt) if isinstance(interrupt, Interrupted) else "nothing was saved"
         return _exit_with(INTERRUPTED, f"interrupted: {saved}")
@@ -96,6 +100,14 @@ def is_passed_on(words: Sequence[str]) -> bool:
     return words[:1] == [LM_EVAL] and not {*words[1:]} <= {"-h", "--help"}
 
 
+def split_at_dashes(words: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """The words of this program, and those after `--` where they are for vLLM's server to read."""
+    if words[:1] != [SERVE] or "--" not in words:
+        return words, ()
+    place = words.index("--")
+    return words[:place], words[place + 1 :]
+
+
 def _group(parser: argparse.ArgumentParser) -> Any:
     return parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
@@ -106,8 +118,10 @@ def _subparser(group: Any, word: str, argument: str, summary: str, parent: str =
     return parser
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def _run(arguments: argparse.Namespace, passed_on: Sequence[str]) -> None:
     given = vars(arguments)
+    if passed_on:  # as JSON, or commas and brackets in them would be read as parts of a list
+        given["arguments"] = json.dumps(passed_on)
     command: Command = given.pop("command")
     source: CliSettingsSource[Any] = given.pop("source")
     settings = _settings(command.settings, source, given)
@@ -213,6 +227,12 @@ def _lm_eval(arguments: Sequence[str]) -> None:
     harness.run(arguments)
 
 
+def _serve(settings: ServeSettings) -> None:
+    from moe_bias.commands import serve
+
+    serve.run(settings)
+
+
 def _generate(settings: GenerateSettings) -> None:
     from moe_bias.commands import generate
 
@@ -257,6 +277,7 @@ COMMANDS = (
     Command("analyze", AnalyzeSettings, _analyze),
     Command("eval", EvalSettings, _eval),
     Command(LM_EVAL, LmEvalSettings, lambda settings: _lm_eval([]), argument="ARGUMENTS"),
+    Command(SERVE, ServeSettings, _serve, argument="[-- ARGUMENTS]"),
     Command("generate", GenerateSettings, _generate, argument="PROMPT"),
     Command("params", ParamsSettings, _params),
     Command("inspect", InspectSettings, _inspect, argument="ADAPTER"),

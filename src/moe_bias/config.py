@@ -645,6 +645,21 @@ class LmEvalSettings(Settings):
     """Run EleutherAI's lm-evaluation-harness, which knows the method then; all arguments are passed on to it."""
 
 
+class ServeSettings(ServingSettings):
+    """Serve a model and the adapters of a folder by vLLM's server, which speaks OpenAI's protocol."""
+
+    arguments: CliPositionalArg[list[str]] = Field([], description="arguments of vLLM's server, after --")
+    model: str = Field(BUNDLED_MODEL, description="Hub id, folder, or 'bundled' (SmolLM2-135M-Instruct)")
+    adapters: Path = Field(description="folder of the adapters, one folder each; they may change while it serves")
+    served_name: str = Field("", description="the model's name to clients; none: its Hub id, or its folder's name")
+    host: str = Field("127.0.0.1", description="address to listen at; 0.0.0.0: all of this machine")
+    port: int = Field(8000, ge=1, le=65535, description="port to listen at")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="weights' type")
+    cache_memory: ByteSize | None = Field(
+        None, gt=0, description="memory of the KV cache, such as 4GiB; none: what vLLM takes, on a CPU 4GiB"
+    )
+
+
 class GenerateSettings(ModelSettings):
     """Answer a prompt with an adapter, streaming, beside the plain model if asked."""
 

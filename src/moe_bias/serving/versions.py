@@ -44,8 +44,8 @@ class AdapterFolder:
         self._lock = Lock()
 
     def names(self) -> list[str]:
-        """The adapters that are there now, fit to be served or not."""
-        return sorted(path.parent.name for path in self._folder.glob(f"[!.]*/{CONFIG_NAME}"))
+        """See `adapter_names`."""
+        return adapter_names(self._folder)
 
     def version(self, name: str) -> Path:
         """The folder of the version that the adapter's files are in now.
@@ -107,6 +107,11 @@ class AdapterFolder:
             else:
                 stamps.append((status.st_mtime_ns, status.st_size, status.st_ino))
         return tuple(stamps)
+
+
+def adapter_names(folder: Path) -> list[str]:
+    """The adapters that are in a folder now, fit to be served or not."""
+    return sorted(path.parent.name for path in folder.glob(f"[!.]*/{CONFIG_NAME}"))
 
 
 def read_version(version: Path, hidden_size: int, vocab_size: int) -> MoEBiasLayer:

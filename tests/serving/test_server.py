@@ -1,0 +1,211 @@
+"""`moe-bias serve`, driven by OpenAI's own client: names, many requests at once, files that change, a kill."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from .conftest import ADAPTERS, WITHOUT_VLLM, write_adapter
+
+pytest.importorskip("vllm", reason=WITHOUT_VLLM)
+import openai
+
+BASE = "tiny"
+NAMES = (BASE, *(f"{BASE}:{name}" for name in ADAPTERS))
+PROMPTS = [f"{number} times {number + 3} is " for number in range(16)]
+PATIENCE = 300
+"""Seconds that a start may take; several processes import vLLM."""
+
+
+@dataclass
+class Server:
+    """A server whose processes are a session of their own, so that all of them can be ended."""
+
+    model: Path
+    adapters: Path
+    port: int
+    log: Path
+    _started: list[subprocess.Popen] = field(default_factory=list)
+
+    def start(self):
+        words = ["serve", "--model", self.model, "--adapters", self.adapters, "--served-name", BASE]
+        words += ["--port", self.port, "--dtype", "float32", "--cache-memory", "64MiB"]
+        words += ["--", "--enforce-eager", "--max-model-len", 256, "--distributed-executor-backend", "uni"]
+        words += ["--chat-template", "{{ messages[0].content }}"]
+        command = [sys.executable, "-c", "from moe_bias.cli import main; raise SystemExit(main())", *map(str, words)]
+        with self.log.open("w") as log:
+            self._started.append(subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True))
+        ends = time.monotonic() + PATIENCE
+        while not self._is_up():
+            assert self._started[-1].poll() is None, self.log.read_text()[-3000:]
+            assert time.monotonic() < ends, self.log.read_text()[-3000:]
+            time.sleep(0.2)
+
+    def _is_up(self):
+        try:
+            return urlopen(f"http://127.0.0.1:{self.port}/health").status == 200
+        except URLError:
+            return False
+
+    def end(self, number):
+        """The exit code after a signal to the process that was started."""
+        self._started[-1].send_signal(number)
+        return self._started[-1].wait(PATIENCE)
+
+    def remove(self):
+        """Whatever is left: vLLM's engine outlives a server that is killed."""
+        for process in self._started:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait(PATIENCE)
+
+    @property
+    def client(self):
+        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def server(served, tmp_path_factory):
+    root = tmp_path_factory.mktemp("server")
+    adapters = shutil.copytree(served[1], root / "adapters")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    started = Server(served[0], adapters, port, root / "log")
+    try:
+        started.start()
+        yield started
+    finally:
+        started.remove()
+
+
+@pytest.fixture
+def client(server):
+    return server.client
+
+
+def complete(client, model, prompt, tokens=12, stream=False, **extra):
+    choices = {"temperature": 0, "max_tokens": tokens, "extra_body": {"ignore_eos": True, **extra}}
+    answer = client.completions.create(model=model, prompt=prompt, stream=stream, **choices)
+    return "".join(chunk.choices[0].text for chunk in answer) if stream else answer.choices[0].text
+
+
+def replace_adapter(folder, made):
+    """The weights, each file in one step, as training writes them."""
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        beside = folder / f".{file}"
+        shutil.copy(made / file, beside)
+        beside.replace(folder / file)
+
+
+def test_every_adapter_is_a_model(client, server):
+    cards = {card.id: card for card in client.models.list()}
+    assert set(cards) == set(NAMES)
+    assert cards["tiny:routed"].parent == BASE
+    assert cards["tiny:routed"].root == str(server.adapters / "routed")
+    assert client.models.retrieve("tiny:static").id == "tiny:static"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("tiny:absent")
+
+
+def test_64_at_once_get_what_each_gets_alone(client):
+    asked = list(product(NAMES, PROMPTS))
+    alone = [complete(client, *each) for each in asked]
+    assert len({tuple(alone[place : place + 16]) for place in range(0, 64, 16)}) == len(NAMES)
+    with ThreadPoolExecutor(64) as pool:
+        together = pool.map(lambda each: complete(client, *each[1], stream=each[0] % 2 == 0), enumerate(asked))
+        assert list(together) == alone
+
+
+def test_a_name_is_short_for_the_argument(client):
+    named = [complete(client, "tiny:whole", prompt) for prompt in PROMPTS]
+    assert named == [complete(client, BASE, prompt, vllm_xargs={"moe_bias": "whole"}) for prompt in PROMPTS]
+    weak = [complete(client, "tiny:whole", prompt, vllm_xargs={"moe_bias_strength": 0.0}) for prompt in PROMPTS]
+    assert weak == [complete(client, BASE, prompt) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_other_answers_know_names_too(client, stream):
+    for model in NAMES:
+        expected = complete(client, model, PROMPTS[0])
+        turns = [{"role": "user", "content": PROMPTS[0]}]
+        choices = {"temperature": 0, "max_tokens": 12, "extra_body": {"ignore_eos": True}}
+        answer = client.chat.completions.create(model=model, messages=turns, stream=stream, **choices)
+        if stream:
+            assert "".join(chunk.choices[0].delta.content or "" for chunk in answer) == expected
+        else:
+            assert answer.choices[0].message.content == expected
+
+
+def test_names_that_cannot_be_answered(client):
+    with pytest.raises(openai.BadRequestError, match="there is no adapter 'routted' on this server; there is 'routed'"):
+        complete(client, "tiny:routted", PROMPTS[0])
+    with pytest.raises(openai.BadRequestError, match=r"the adapter 'whole' and vllm_xargs\.moe_bias for 'static'"):
+        complete(client, "tiny:whole", PROMPTS[0], vllm_xargs={"moe_bias": "static"})
+    with pytest.raises(openai.BadRequestError, match="beam search forgets"):
+        complete(client, "tiny:whole", PROMPTS[0], use_beam_search=True)
+    with pytest.raises(openai.NotFoundError, match="`large:whole` does not exist"):
+        complete(client, "large:whole", PROMPTS[0])
+
+
+def test_a_corrupt_adapter_is_refused_and_no_one_else_notices(client, server):
+    expected = {each: complete(client, *each) for each in product(NAMES, PROMPTS[:4])}
+    broken = shutil.copytree(server.adapters / "routed", server.adapters / "broken")
+    (broken / "adapter_model.safetensors").write_bytes(b"\xff" * 1000)
+    try:
+        with ThreadPoolExecutor(32) as pool:
+            refused = [pool.submit(complete, client, "tiny:broken", PROMPTS[0]) for _ in range(8)]
+            answers = {each: pool.submit(complete, client, *each) for each in expected}
+            assert {each: answer.result() for each, answer in answers.items()} == expected
+            for request in refused:
+                with pytest.raises(openai.BadRequestError, match="'broken' cannot be served"):
+                    request.result()
+    finally:
+        shutil.rmtree(broken)
+
+
+def test_an_adapter_is_replaced_under_load(client, server, served, tmp_path):
+    """Answers that have begun end with the old version, and new ones begin with the new."""
+    model = AutoModelForCausalLM.from_pretrained(served[0], dtype=torch.float32)
+    write_adapter(tmp_path / "new", model, ADAPTERS["static"], seed=11)
+    shutil.copytree(server.adapters / "static", server.adapters / "changing")
+    name, prompt, tokens = "tiny:changing", PROMPTS[0], 200
+    old = complete(client, name, prompt, tokens)
+    others = {each: complete(client, *each) for each in product(NAMES, PROMPTS[:4])}
+    with ThreadPoolExecutor(32) as pool:
+        begun = client.completions.create(
+            model=name, prompt=prompt, stream=True, temperature=0, max_tokens=tokens, extra_body={"ignore_eos": True}
+        )
+        first = next(begun).choices[0].text
+        answers = {each: pool.submit(complete, client, *each) for each in others}
+        replace_adapter(server.adapters / "changing", tmp_path / "new")
+        new = pool.submit(complete, client, name, prompt, tokens)
+        assert first + "".join(chunk.choices[0].text for chunk in begun) == old
+        assert {each: answer.result() for each, answer in answers.items()} == others
+        assert new.result() != old
+    shutil.copytree(tmp_path / "new", server.adapters / "same")
+    assert complete(client, "tiny:same", prompt, tokens) == new.result()
+
+
+def test_killed_restarted_and_interrupted(client, server):
+    """After a kill a new server starts in the same place and gives the same answers; Ctrl-C ends it in order."""
+    before = [complete(client, *each) for each in product(NAMES, PROMPTS[:4])]
+    assert server.end(signal.SIGKILL) == -signal.SIGKILL
+    with pytest.raises(openai.APIConnectionError):
+        complete(client, BASE, PROMPTS[0])
+    server.start()
+    assert [complete(client, *each) for each in product(NAMES, PROMPTS[:4])] == before
+    assert server.end(signal.SIGINT) == 0
