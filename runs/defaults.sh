@@ -35,7 +35,9 @@ for text in gsm8k python; do
 done
 sweep gsm8k 2e-2 together "gate_alpha=0,1 top_k=2,4 epochs=4,8" "gate_alpha=0 top_k=2 epochs=4"
 sweep gsm8k 2e-2 epochs "epochs=2,4,8,16 expert_dropout=0,0.2" "epochs=4 expert_dropout=0"
-sweep gsm8k 2e-2 support "support=own,auto:1024,auto:2048" "support=own"
+for text in gsm8k python; do
+  sweep $text 2e-2 support "support=own,auto:1024,auto:2048" "support=own"
+done
 
 # LoRA takes hours on as many tokens as MoE-Bias: it is run on 100,000 of them, and for as long as MoE-Bias takes.
 uv run moe-bias arms --store "$stores/gsm8k" --data "$gsm8k" "${common[@]}" --epochs 4 --expert-rate 2e-2 --gate-alpha 0 \
