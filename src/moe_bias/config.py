@@ -185,6 +185,18 @@ class LayerSettings(LayerOptions):
     enabled: bool = Field(True, description="apply the layer at all")
 
 
+class ServingSettings(Settings):
+    """The `MOE_BIAS_*` variables of the plugin of vLLM; without MOE_BIAS_ADAPTERS it does nothing."""
+
+    adapters: Path | None = Field(None, description="folder of the adapters, one folder each")
+    adapter_memory: ByteSize = Field(
+        ByteSize(2**30), gt=0, description="memory that loaded adapters may take, such as 1GiB"
+    )
+    spool: Path | None = Field(
+        None, description="folder of record files; without it nothing is kept of requests for training"
+    )
+
+
 class ModelSettings(Settings):
     """Which model, where and in which precision."""
 

@@ -25,10 +25,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from moe_bias.backbone import Head
+from moe_bias.backbone import Head, adapted_logits
 from moe_bias.features.extract import Features, chunk_rows
 from moe_bias.layer import Mixture, MoEBiasLayer, entropy_from_logits
-from moe_bias.rollout.policy import adapted_logits
 from moe_bias.support import PolicyStats, full_log_prob, full_stats, reduced_stats
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from moe_bias.backbone import Head, HeadTransform
+from moe_bias.backbone import Head, HeadTransform, adapted_logits
 from moe_bias.layer import MoEBiasLayer, entropy_from_logits
 
 Policy = Callable[[Tensor, Tensor], Tensor]
@@ -31,17 +31,6 @@ def layer_policy(layer: MoEBiasLayer, transform: HeadTransform) -> Policy:
         return adapted_logits(layer, transform, hidden_BD, entropy_from_logits(logits_BV), logits_BV)
 
     return policy
-
-
-def adapted_logits(
-    layer: MoEBiasLayer, transform: HeadTransform, hidden_BD: Tensor, entropy_B: Tensor, logits_BV: Tensor
-) -> Tensor:
-    """Final logits (B, V) under the layer, from the base's final logits and their entropy in nats."""
-    move_BM = layer.strength * layer(hidden_BD, entropy_B).bias
-    if layer.support is None:
-        return logits_BV + transform.reachable(logits_BV, move_BM)
-    logits_BM = logits_BV.index_select(-1, layer.support)
-    return logits_BV.index_copy(-1, layer.support, logits_BM + transform.reachable(logits_BM, move_BM))
 
 
 def tokens_by_policy(head: Head, hidden_BD: Tensor, policy_B: Tensor, policies: Sequence[Policy], pick: Pick) -> Tensor:

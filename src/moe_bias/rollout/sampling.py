@@ -15,12 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moe_bias.backbone import Head
+from moe_bias.backbone import Head, adapted_logits
 from moe_bias.layer import MoEBiasLayer, entropy_from_logits
 from moe_bias.progress import Meter, meter
 from moe_bias.rollout.decoding import Answer, answer_batch, longest_first
 from moe_bias.rollout.draw import draw
-from moe_bias.rollout.policy import adapted_logits
 from moe_bias.rollout.sampler import (
     BUFFER_BYTES,
     Rollouts,

@@ -1,0 +1,1 @@
+"""MoE-Bias on vLLM: one frozen model, one KV cache, and an adapter for each request."""

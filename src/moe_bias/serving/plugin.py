@@ -1,0 +1,80 @@
+"""What vLLM calls in each of its processes before it starts: the plugin `moe_bias`.
+
+Logits processors are told neither the engine nor the model they work for, so two places of vLLM are
+followed: where requests come in, to check them against the adapters that are served, and where a model
+has been loaded, to follow its head. Without MOE_BIAS_ADAPTERS both are as they were.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from vllm import SamplingParams
+from vllm.config import ModelConfig, VllmConfig
+from vllm.exceptions import VLLMValidationError
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.v1.engine.input_processor import InputProcessor
+
+from moe_bias.backbone import HeadTransform
+from moe_bias.config import ServingSettings, UserError
+from moe_bias.serving.head import follow, head_layer
+from moe_bias.serving.processor import processor_of
+from moe_bias.serving.requests import Gate, gate_of
+
+
+def register() -> None:
+    """Makes vLLM apply MoE-Bias adapters; a second call changes nothing."""
+    if not hasattr(InputProcessor.__init__, "__wrapped__"):
+        InputProcessor.__init__ = _with_gate(InputProcessor.__init__)
+        BaseModelLoader.load_model = _with_head_followed(BaseModelLoader.load_model)
+
+
+def _with_gate(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def init(self: InputProcessor, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        gate = gate_of(vllm_config)
+        original(self, vllm_config, *args, **kwargs)
+        if gate is not None:
+            self.validate_logits_processors_params = _admitting(gate, self.validate_logits_processors_params)
+
+    return init
+
+
+def _admitting(gate: Gate, then: Callable[[SamplingParams], None]) -> Callable[[SamplingParams], None]:
+    def validate(params: SamplingParams) -> None:
+        try:
+            gate.admit(params)
+        except UserError as error:
+            raise VLLMValidationError(str(error)) from error
+        then(params)
+
+    return validate
+
+
+def _with_head_followed(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def load_model(
+        self: BaseModelLoader, vllm_config: VllmConfig, model_config: ModelConfig, *args: Any, **kwargs: Any
+    ) -> Any:
+        model = original(self, vllm_config, model_config, *args, **kwargs)
+        if ServingSettings.model_validate({}).adapters is not None and model_config.runner_type != "pooling":
+            follow(head_layer(model, model_config), _ProcessorOf(vllm_config))
+        return model
+
+    return load_model
+
+
+class _ProcessorOf:
+    """Hands on to an engine's processor, which the second runner makes after it has loaded the model."""
+
+    def __init__(self, config: VllmConfig) -> None:
+        self._config = config
+
+    def on_head(self, hidden_BD: Tensor, logits_BV: Tensor, transform: HeadTransform) -> None:
+        """See `HeadReader`."""
+        processor = processor_of(self._config)
+        if processor is not None:
+            processor.on_head(hidden_BD, logits_BV, transform)

@@ -1,0 +1,123 @@
+"""The logits processor that vLLM loads: knows which rows of a batch belong to which adapter.
+
+vLLM has two generations of model runners with interfaces of their own; one class has both, since a
+package registers one. In the first, rows follow the batch, which is told before the head runs: the
+logits are moved right at the head, and everything later (log-probabilities, grammars, penalties) is
+the adapted model's. In the second, rows are told after the head: hidden states and base entropies are
+kept there, and the logits are moved where processors run.
+
+Shapes: B rows, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+from vllm import SamplingParams
+from vllm.config import VllmConfig
+from vllm.v1.sample.logits_processor import BatchUpdate
+from vllm.v1.sample.logits_processor import LogitsProcessor as FirstRunner
+from vllm.v1.sample.logits_processor.builtin import process_dict_updates
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as SecondRunner
+
+from moe_bias.backbone import HeadTransform
+from moe_bias.config import ServingSettings
+from moe_bias.layer import MoEBiasLayer, entropy_from_logits
+from moe_bias.serving.pool import AdapterPool
+from moe_bias.serving.requests import NAME, STRENGTH, VERSION
+from moe_bias.serving.rows import Tenant, TenantRows, move_rows, rows_by_tenant
+from moe_bias.serving.versions import read_version
+
+_PROCESSORS: WeakValueDictionary[int, MoEBiasLogitsProcessor] = WeakValueDictionary()
+"""By the identity of their engine's config: an engine's model is loaded by other code than its processors."""
+
+
+def processor_of(config: VllmConfig) -> MoEBiasLogitsProcessor | None:
+    """The processor of an engine in this process, once there is one."""
+    return _PROCESSORS.get(id(config))
+
+
+class MoEBiasLogitsProcessor(FirstRunner, SecondRunner):
+    """Applies to each row the adapter that its request names; requests without one are not touched."""
+
+    def __init__(self, vllm_config: VllmConfig, device_or_state: Any, is_pin_memory: bool = False) -> None:
+        """The first runner gives its device, the second the state of its requests."""
+        model = vllm_config.model_config
+        sizes = model.get_hidden_size(), model.get_vocab_size()
+        self._device = device_or_state if isinstance(device_or_state, torch.device) else device_or_state.device
+        self._pool = AdapterPool(
+            lambda version: read_version(version, *sizes).to(self._device),
+            ServingSettings.model_validate({}).adapter_memory,
+        )
+        self._second_runner = vllm_config.use_v2_model_runner
+        self._tenants: dict[int, Tenant] = {}
+        self._groups: list[TenantRows] = []
+        self._due = False
+        self._seen: tuple[Tensor, Tensor, HeadTransform] | None = None
+        _PROCESSORS[id(vllm_config)] = self
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        """Raises ValueError on a request for an adapter that no gate has admitted."""
+        asked = sampling_params.extra_args or {}
+        if NAME in asked and VERSION not in asked:
+            raise ValueError(
+                f"no adapters are served here, so {NAME} = {asked[NAME]!r} cannot be applied; "
+                "start the server with MOE_BIAS_ADAPTERS=FOLDER (and with the plugin 'moe_bias', if VLLM_PLUGINS is set)"
+            )
+
+    def is_argmax_invariant(self) -> bool:
+        """The first runner: nothing is left to do after the head."""
+        return True
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        """The first runner, before each forward pass: requests that came, went or moved to another row."""
+        if process_dict_updates(self._tenants, batch_update, lambda params, *_: self._tenant(params)):
+            self._groups = rows_by_tenant(self._tenants, self._device)
+        self._due = True
+
+    def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
+        """The second runner: a request in a slot, which may have been another's."""
+        tenant = self._tenant(sampling_params)
+        if tenant is None:
+            self._tenants.pop(req_idx, None)
+        else:
+            self._tenants[req_idx] = tenant
+        return tenant is not None
+
+    def on_head(self, hidden_BD: Tensor, logits_BV: Tensor, transform: HeadTransform) -> None:
+        """See `HeadReader`."""
+        if self._second_runner:
+            self._seen = (hidden_BD, entropy_from_logits(logits_BV), transform) if self._tenants else None
+        elif self._due:  # later calls of the step are for log-probabilities of prompts
+            self._due = False
+            move_rows(logits_BV, hidden_BD, self._groups, transform)
+
+    def apply(self, logits: Tensor, ctx: LogitsContext | None = None) -> Tensor:
+        """The first runner's logits as they are, the second's with the tenants' rows moved."""
+        if ctx is None:
+            assert not (self._due and self._groups), "the model's head has not run in this step"
+            return logits
+        slots = ctx.idx_mapping_np.tolist()
+        tenants = {row: self._tenants[slot] for row, slot in enumerate(slots) if slot in self._tenants}
+        if not tenants:
+            return logits
+        assert self._seen is not None, "the model's head has not run in this step"
+        hidden_BD, entropy_B, transform = self._seen
+        assert len(logits) == len(slots) == len(hidden_BD), "rows of logits are not those of the requests"
+        move_rows(logits, hidden_BD, rows_by_tenant(tenants, self._device), transform, entropy_B)
+        return logits
+
+    def _tenant(self, params: SamplingParams) -> Tenant | None:
+        asked = params.extra_args or {}
+        if NAME not in asked:
+            return None
+        version = Path(asked[VERSION])
+        layer: MoEBiasLayer = self._pool.get(version)
+        strength = asked.get(STRENGTH)
+        return Tenant(version, layer.strength if strength is None else float(strength), layer)
