@@ -15,11 +15,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from moe_bias.layer import MoEBiasLayer, entropy_from_logits
-from moe_bias.serving.recording import RecordFile, RowLayout
+from moe_bias.serving.recording import RecordFile
 from moe_bias.serving.rows import Tenant
 from moe_bias.support import VocabularySplit, base_scalars, split_vocabulary
 
@@ -63,9 +64,7 @@ def recorded_rows(recordings: Mapping[int, Recording], vocab_size: int, device: 
 
 
 @contextmanager
-def recorded(
-    groups: Sequence[RecordedRows], hidden_BD: Tensor, logits_BV: Tensor, layout: RowLayout
-) -> Iterator[None]:
+def recorded(groups: Sequence[RecordedRows], hidden_BD: Tensor, logits_BV: Tensor) -> Iterator[None]:
     """Writes the rows of a step: the logits are the base's on entry, and the policy's on exit."""
     base = [_base_scalars(group, logits_BV[group.row_R]) for group in groups]
     yield
@@ -74,9 +73,9 @@ def recorded(
         place_R = [len(recording.tokens) for recording in group.recordings]
         ordinal_R = torch.tensor(place_R, device=logits_BV.device) + 1
         scalars_RK = torch.stack([column.double() for column in (ordinal_R, *columns, policy_R)], dim=-1)
-        rows_R = layout.packed(scalars_RK, hidden_BD[group.row_R])
+        rows_R = group.recordings[0].file.layout.packed(scalars_RK, hidden_BD[group.row_R])
         for recording, place, row in zip(group.recordings, place_R, rows_R, strict=True):
-            _write(recording.file, place, row.tobytes())
+            _write(recording.file, place, row)
 
 
 def _base_scalars(group: RecordedRows, logits_RV: Tensor) -> tuple[Tensor, ...]:
@@ -96,7 +95,7 @@ def _split(layer: MoEBiasLayer, vocab_size: int, device: torch.device) -> Vocabu
     return split_vocabulary(support_M.to(device), vocab_size)
 
 
-def _write(file: RecordFile, place: int, row: bytes) -> None:
+def _write(file: RecordFile, place: int, row: np.void) -> None:
     """An engine serves others too: what a client's file does not take is told in the log, and seen by the client."""
     try:
         file.write(place, row)

@@ -124,12 +124,13 @@ class Spool:
             number = os.open(self.folder / name, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError as error:
             raise UserError(f"the record file {name!r} cannot be opened in MOE_BIAS_SPOOL: {error.strerror}") from error
-        file = RecordFile(number, self.layout.row.itemsize)
+        file = RecordFile(number, self.layout)
         found, needed = os.fstat(number), rows * self.layout.row.itemsize
         if not stat.S_ISREG(found.st_mode) or found.st_size != needed:
+            kept = f"{self.layout.hidden_size} numbers of {str(self.layout.dtype).removeprefix('torch.')}"
             raise UserError(
-                f"the record file {name!r} has {found.st_size} bytes, and {rows} tokens of this server's model "
-                f"({self.layout.hidden_size} wide, kept in {str(self.layout.dtype).removeprefix('torch.')}) need {needed}"
+                f"the record file {name!r} has {found.st_size} bytes; {rows} tokens of this server's model, whose hidden "
+                f"states are {kept}, need {needed}"
             )
         return file
 
@@ -137,10 +138,10 @@ class Spool:
 class RecordFile:
     """An open file to write rows to; it is closed when nothing refers to it."""
 
-    def __init__(self, number: int, row_bytes: int) -> None:
-        self._number, self._row_bytes = number, row_bytes
+    def __init__(self, number: int, layout: RowLayout) -> None:
+        self.layout, self._number = layout, number
         weakref.finalize(self, os.close, number)
 
-    def write(self, place: int, row: bytes) -> None:
+    def write(self, place: int, row: np.void) -> None:
         """Overwrites a row. Raises OSError where there is no room."""
-        os.pwrite(self._number, row, place * self._row_bytes)
+        os.pwrite(self._number, row.tobytes(), place * row.itemsize)
