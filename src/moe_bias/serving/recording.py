@@ -129,8 +129,8 @@ class Spool:
         if not stat.S_ISREG(found.st_mode) or found.st_size != needed:
             kept = f"{self.layout.hidden_size} numbers of {str(self.layout.dtype).removeprefix('torch.')}"
             raise UserError(
-                f"the record file {name!r} has {found.st_size} bytes; {rows} tokens of this server's model, whose hidden "
-                f"states are {kept}, need {needed}"
+                f"the record file {name!r} has {found.st_size} bytes; {rows} tokens of this server's model, whose "
+                f"hidden states are {kept}, need {needed}"
             )
         return file
 

@@ -1,9 +1,10 @@
 """What a request may ask for, checked where it comes in.
 
 `SamplingParams.extra_args` (over HTTP `vllm_xargs`) has the adapter's name in `moe_bias`, and perhaps a
-strength in `moe_bias_strength`. A client on the same machine may name in `moe_bias_record` a file that
-what training needs of the answer is written to (see `recording`). The check puts the folder of the adapter's version beside them, which
-is what a worker goes by: it runs in another process, and perhaps much later.
+strength in `moe_bias_strength`; a client on the same machine may name a file in `moe_bias_record`, which
+what training needs of the answer is written to (see `recording`). The check puts the folder of the
+adapter's version beside them, which is what a worker goes by: it runs in another process, and perhaps
+much later.
 """
 
 from __future__ import annotations
