@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
-from playwright.sync_api import sync_playwright
 from transformers import (
     CohereConfig,
     Gemma2Config,
@@ -93,6 +92,8 @@ def chromium() -> Iterator[Any]:
     program = shutil.which("chromium")
     if program is None:
         pytest.skip("no chromium is installed: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
         yield browser

@@ -1,0 +1,105 @@
+"""vLLM's engine against transformers and PEFT: the same tokens and the same logits, whatever else is in the batch."""
+
+import random
+
+import pytest
+import torch
+
+from .conftest import VOCABULARY, WITHOUT_VLLM, running
+
+pytest.importorskip("vllm", reason=WITHOUT_VLLM)
+from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
+
+from .asking import NAMES, ask, check_against_transformers, greedy, prompts, reference_log_probs
+
+
+@pytest.fixture(scope="module")
+def engine(served):
+    with running(*served) as started:
+        yield started
+
+
+def test_mixed_batches_are_those_of_transformers(engine, reference):
+    check_against_transformers(engine, reference)
+
+
+def test_each_adapter_changes_answers(engine):
+    """Or the comparison above would show nothing."""
+    answers = [ask(engine, [(prompt, greedy(name)) for prompt in prompts(8)]) for name in NAMES]
+    texts = [tuple(tuple(answer.token_ids) for answer in each) for each in answers]
+    assert len(set(texts)) == len(NAMES)
+
+
+def test_strength_scales_the_bias(engine, reference, served):
+    prompt = prompts(1)[0]
+    params = greedy("whole", tokens=1, logprobs=-1)
+    params.extra_args["moe_bias_strength"] = 0.0
+    (answer,) = ask(engine, [(prompt, params)])
+    expected = reference_log_probs(reference(None), prompt, answer.token_ids)
+    found = torch.tensor([[answer.logprobs[0][token].logprob for token in range(VOCABULARY)]])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_random_joins_leaves_and_cancellations(engine):
+    """2,000 requests that come in bursts, some of them cancelled: each answer is the one it gets alone."""
+    draw = random.Random(0)
+    kinds = [(prompt, name, draw.randrange(1, 20)) for prompt in prompts(40, seed=1) for name in NAMES]
+    alone = {place: ask(engine, [(kind[0], greedy(*kind[1:]))])[0].token_ids for place, kind in enumerate(kinds)}
+    core, running_now, asked, checked, cancelled = engine.llm_engine, {}, 0, 0, 0
+    while asked < 2000 or running_now:
+        for _ in range(min(draw.randrange(12), 2000 - asked)):
+            place = draw.randrange(len(kinds))
+            prompt, name, tokens = kinds[place]
+            core.add_request(f"r{asked}", {"prompt_token_ids": prompt}, greedy(name, tokens))
+            running_now[f"r{asked}"] = place
+            asked += 1
+        if running_now and draw.random() < 0.2:
+            gone = draw.choice(list(running_now))
+            core.abort_request([gone])
+            del running_now[gone]
+            cancelled += 1
+        for output in core.step():
+            if output.finished and output.request_id in running_now:
+                assert output.outputs[0].token_ids == alone[running_now.pop(output.request_id)]
+                checked += 1
+    assert checked + cancelled == 2000
+    assert cancelled > 20
+
+
+def test_grammars_mask_what_the_adapter_has_moved(engine, reference):
+    """The gate reads the entropy of the unmasked base; tokens that a grammar forbids stay forbidden."""
+    digits = torch.tensor(engine.get_tokenizer().convert_tokens_to_ids(list("0123456789")))
+    for name in NAMES:
+        prompt = prompts(1, seed=5)[0]
+        params = greedy(name, tokens=6, structured_outputs=StructuredOutputsParams(regex="[0-9]{6}"))
+        (answer,) = ask(engine, [(prompt, params)])
+        expected = reference_log_probs(reference(name), prompt, answer.token_ids)
+        assert list(answer.token_ids) == digits[expected[:, digits].argmax(-1)].tolist()
+
+
+def test_samples_follow_their_seed_whatever_is_beside_them(engine):
+    prompt = prompts(1)[0]
+    sampled = SamplingParams(temperature=1, max_tokens=12, seed=7, ignore_eos=True, extra_args={"moe_bias": "routed"})
+    (alone,) = ask(engine, [(prompt, sampled)])
+    *_, among_others = ask(engine, [*((other, greedy("whole")) for other in prompts(5)), (prompt, sampled)])
+    assert among_others.token_ids == alone.token_ids
+
+
+@pytest.mark.parametrize(
+    ("arguments", "choices", "reason"),
+    [
+        ({"moe_bias": "routted"}, {}, "no adapter 'routted' on this server; there is 'routed'"),
+        ({"moe_bias": 3}, {}, "must be the name of an adapter, got 3"),
+        ({"moe_bias": "../adapters/routed"}, {}, "there is no adapter '../adapters/routed'"),
+        ({"moe_bias": "routed", "moe_bias_strength": "much"}, {}, "must be a finite number, got 'much'"),
+        ({"moe_bias": "routed", "moe_bias_strength": float("nan")}, {}, "must be a finite number, got nan"),
+        ({"moe_bias_strength": 1.0}, {}, "must be the name of an adapter, got None"),
+        ({"moe_bias": "routed", "moe_bias_strenth": 1.0}, {}, "unknown argument 'moe_bias_strenth'"),
+        ({"moe_bias": "routed"}, {"prompt_logprobs": 1}, "prompt_logprobs are those of the plain model"),
+    ],
+)
+def test_bad_requests_are_refused_before_any_work(engine, arguments, choices, reason):
+    params = SamplingParams(max_tokens=1, extra_args=arguments, **choices)
+    with pytest.raises(ValueError, match="(?s)" + reason.replace("..", r"\.\.")):
+        ask(engine, [(prompts(1)[0], params)])

@@ -1,0 +1,67 @@
+"""Engines that are started in different ways: what must not matter to answers, and what is refused."""
+
+import pytest
+
+from .conftest import VOCABULARY, WITHOUT_VLLM, running
+
+pytest.importorskip("vllm", reason=WITHOUT_VLLM)
+from .asking import NAMES, ask, check_against_transformers, greedy, metric, prompts, reference_log_probs
+
+
+def test_requests_without_an_adapter_are_the_plain_model_bit_for_bit(served):
+    asked = [(prompt, greedy(None, logprobs=-1)) for prompt in prompts(8)]
+    others = [(prompt, greedy("whole")) for prompt in prompts(8, seed=1)]
+    with running(served[0], None) as plain:
+        without = ask(plain, [*asked, *((prompt, greedy(None)) for prompt, _ in others)])[:8]
+    with running(*served) as engine:
+        among_adapted = ask(engine, [*asked, *others])[:8]
+    for left, right in zip(among_adapted, without, strict=True):
+        assert left.token_ids == right.token_ids
+        assert [log_probs_of(step) for step in left.logprobs] == [log_probs_of(step) for step in right.logprobs]
+
+
+def log_probs_of(step):
+    return [step[token].logprob for token in range(VOCABULARY)]
+
+
+def test_chunked_prefill_changes_nothing(served, reference):
+    with running(*served, max_num_batched_tokens=16, max_num_seqs=8) as chunked:
+        check_against_transformers(chunked, reference)
+
+
+def test_preemption_changes_nothing(served, reference):
+    with running(*served, kv_cache_memory_bytes=2**19, enable_prefix_caching=False) as cramped:
+        check_against_transformers(cramped, reference, count=48)
+        assert metric(cramped, "vllm:num_preemptions") > 0
+
+
+def test_prefixes_are_shared_by_all_adapters_and_the_plain_model(served, reference):
+    shared = prompts(1, seed=3)[0] * 40
+    with running(*served) as engine:
+        block = engine.llm_engine.vllm_config.cache_config.block_size
+        shared = (shared * block)[: 1 * block]
+        for place, name in enumerate(NAMES):
+            before = metric(engine, "vllm:prefix_cache_hits")
+            ask(engine, [([*shared, 5 + place], greedy(name))])
+            hits = metric(engine, "vllm:prefix_cache_hits") - before
+            assert hits == (0 if place == 0 else len(shared))
+        (answer,) = ask(engine, [([*shared, 9], greedy("routed"))])
+    expected = reference_log_probs(reference("routed"), [*shared, 9], answer.token_ids)
+    assert list(answer.token_ids) == expected.argmax(-1).tolist()
+
+
+def test_without_a_folder_requests_for_adapters_are_refused(served):
+    with running(served[0], None) as plain, pytest.raises(ValueError, match="no adapters are served here"):
+        ask(plain, [(prompts(1)[0], greedy("routed"))])
+
+
+@pytest.mark.parametrize(
+    ("choices", "reason"),
+    [
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative decoding"),
+        ({"enable_lora": True}, "LoRA"),
+    ],
+)
+def test_settings_that_pass_adapters_by_are_refused_at_start(served, choices, reason):
+    with pytest.raises(ValueError, match=reason), running(*served, **choices):
+        pass
