@@ -1,10 +1,7 @@
 """The sampler on vLLM: what it keeps is what transformers computes on the same tokens, and its weights are swapped."""
 
-import os
-from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,10 +23,11 @@ from .conftest import HIDDEN, VOCABULARY, WITHOUT_VLLM, running
 pytest.importorskip("vllm", reason=WITHOUT_VLLM)
 from vllm import SamplingParams
 
+from moe_bias.adapter import save_layer
 from moe_bias.rollout.engines import LocalEngine
 from moe_bias.rollout.vllm import VllmSampler
 
-from .asking import metric, prompts
+from .asking import ask, metric, prompts
 
 STOPS = [5, 6, 7]
 CHOICES = SamplingChoices(temperature=1.0, max_new_tokens=12, group=3, batch_size=4, stop_ids=STOPS)
@@ -47,18 +45,26 @@ def layer_of(support=tuple(range(2, 60)), seed=1, **changes):
     return layer
 
 
+class WithoutSeeds(LocalEngine):
+    """On a CPU vLLM 0.32 cannot cut the prompt of a request that has a seed."""
+
+    def answers(self, requests, choices):
+        return super().answers([replace(request, seed=None) for request in requests], choices)
+
+
 @contextmanager
-def sampling(served, model, folder, **choices):
+def sampling(served, model, folder, kind=LocalEngine, **choices):
     """A sampler on an engine of its own, and that engine."""
+    choices = {"logprobs_mode": "processed_logprobs", "enable_chunked_prefill": kind is WithoutSeeds, **choices}
     adapters, spool = folder / "adapters", folder / "spool"
     adapters.mkdir()
     spool.mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOE_BIAS_SPOOL", str(spool))
-        with running(served[0], adapters, logprobs_mode="processed_logprobs", **choices) as engine:
+        with running(served[0], adapters, **choices) as engine:
             head = find_head(model)[1]
             layout = RowLayout.of_model(head.hidden_size, head.dtype)
-            yield VllmSampler(LocalEngine(engine), model, head, adapters, Spool(spool, layout)), engine
+            yield VllmSampler(kind(engine), model, head, adapters, Spool(spool, layout)), engine
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +125,7 @@ def test_what_is_kept_is_what_transformers_computes(started, model, temperature,
 def test_new_weights_count_at_once_and_the_prefix_cache_stays(started, model):
     sampler, engine = started
     block = engine.llm_engine.vllm_config.cache_config.block_size
-    asked = [(prompts(1, seed=3)[0] * block)[:block] + [9]]
+    asked = [[*(prompts(1, seed=3)[0] * block)[:block], 9]]
     choices = replace(CHOICES, max_new_tokens=4, group=1)
     sampler.sample(asked, layer_of(), choices, 0)
     for seed in (2, 3):
@@ -137,13 +143,89 @@ def test_seeds_decide_samples(started):
 
 
 @pytest.mark.parametrize(
-    "choices",
-    [{"max_num_batched_tokens": 16, "max_num_seqs": 8}, {"kv_cache_memory_bytes": 2**19, "enable_prefix_caching": False}],
+    ("kind", "choices"),
+    [
+        (WithoutSeeds, {"max_num_batched_tokens": 16, "max_num_seqs": 8}),
+        (LocalEngine, {"kv_cache_memory_bytes": 2**19, "enable_prefix_caching": False}),
+        (WithoutSeeds, {"kv_cache_memory_bytes": 2**19, "enable_prefix_caching": False, "max_num_batched_tokens": 32}),
+    ],
 )
-def test_chunks_and_preemption_keep_the_same_rows(served, model, tmp_path, choices):
+def test_chunks_and_preemption_keep_the_same_rows(served, model, tmp_path, kind, choices):
     layer, asked = layer_of(), prompts(24)
-    with sampling(served, model, tmp_path, **choices) as (sampler, engine):
+    with sampling(served, model, tmp_path, kind, **choices) as (sampler, engine):
         rollouts = sampler.sample(asked, layer, replace(CHOICES, max_new_tokens=30, stop_ids=[]), 0)
         preempted = metric(engine, "vllm:num_preemptions")
-    assert preempted > 0 or "max_num_seqs" in choices
+    assert preempted > 0 or "kv_cache_memory_bytes" not in choices
     check_against_transformers(model, layer, asked, rollouts)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"logprobs_mode": "raw_logprobs"}, "start the server with --logprobs-mode processed_logprobs"),
+        ({"enable_chunked_prefill": True}, "start the server with --no-enable-chunked-prefill"),
+    ],
+)
+def test_engines_that_could_not_be_right_are_refused(served, model, tmp_path, settings, reason):
+    with sampling(served, model, tmp_path, **settings) as (sampler, _), pytest.raises(UserError, match=reason):
+        sampler.sample(prompts(1), layer_of(), CHOICES, 0)
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ("../outside", "no plain file name"),
+        ("/etc/passwd", "no plain file name"),
+        ("missing", "cannot be opened in MOE_BIAS_SPOOL: No such file"),
+        ("short", "has 8 bytes; 3 tokens of this server's model, whose hidden states are 64 numbers of float32"),
+        ("linked", "cannot be opened in MOE_BIAS_SPOOL"),
+    ],
+)
+def test_records_go_nowhere_but_into_files_made_for_them(started, tmp_path, record, reason):
+    sampler, engine = started
+    spool = sampler.spool.folder
+    (spool / "short").write_bytes(b"12345678")
+    outside = tmp_path / "outside"
+    outside.write_bytes(b"untouched")
+    (spool / "linked").symlink_to(outside)
+    save_layer(layer_of(), sampler.adapters / sampler.name, sampler.model)
+    arguments = {"moe_bias": sampler.name, "moe_bias_record": record}
+    params = SamplingParams(max_tokens=3, seed=0, extra_args=arguments)
+    with pytest.raises(ValueError, match=reason):
+        ask(engine, [(prompts(1)[0], params)])
+    assert outside.read_bytes() == b"untouched"
+    sampler.spool.remove(["short", "linked"])
+
+
+def test_a_record_that_goes_away_harms_nobody_else(started, model):
+    """An engine that serves others goes on; the client is told."""
+    sampler, engine = started
+
+    class Removing(LocalEngine):
+        def answers(self, requests, choices):
+            sampler.spool.remove([requests[0].arguments["moe_bias_record"]])
+            return super().answers(requests, choices)
+
+    with pytest.raises(UserError, match="cannot be opened in MOE_BIAS_SPOOL"):
+        replace(sampler, engine=Removing(engine)).sample(prompts(2), layer_of(), CHOICES, 0)
+    layer, asked = layer_of(), prompts(2)
+    check_against_transformers(model, layer, asked, sampler.sample(asked, layer, CHOICES, 0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"first_token_only": True}, "sample with transformers"),
+        ({"temperature": 0.001}, "vLLM samples at 0.01 in place of temperature = 0.001"),
+        ({"max_new_tokens": 10**7}, "buffer_bytes = 4.0 GiB cannot hold"),
+    ],
+)
+def test_choices_that_cannot_be_sampled_by_are_refused(started, changes, sentence):
+    with pytest.raises(UserError, match=sentence):
+        started[0].sample(prompts(2), layer_of(), replace(CHOICES, **changes), 0)
+
+
+def test_a_full_disk_is_seen_before_sampling(started):
+    sampler = replace(started[0], buffer_bytes=2**62)
+    with pytest.raises(UserError, match=r"bytes free, and the samples could need \d"):
+        sampler.sample(prompts(2), layer_of(), replace(CHOICES, max_new_tokens=10**12), 0)

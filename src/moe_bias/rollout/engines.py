@@ -28,10 +28,10 @@ BLOCK_TOKENS = 32
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """A prompt's token ids, the seed of its answer, and what the plugin is told of it."""
+    """A prompt's token ids, the seed of its answer (None: any), and what the plugin is told of it."""
 
     prompt: list[int]
-    seed: int
+    seed: int | None
     arguments: Mapping[str, Any]
 
 
@@ -168,9 +168,10 @@ class EngineChoices:
 def local_engine(choices: EngineChoices, adapters: Path, spool: Path) -> LocalEngine:
     """Loads the model into an engine of this process, which serves these folders. Raises UserError without vLLM."""
     refuse_without_vllm()
-    # vLLM is told where adapters and records are as a server is; in a process of its own it could not be told later.
-    os.environ.update(MOE_BIAS_ADAPTERS=str(adapters), MOE_BIAS_SPOOL=str(spool), VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    os.environ.update(MOE_BIAS_ADAPTERS=str(adapters), MOE_BIAS_SPOOL=str(spool))
+    os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_USE_V2_MODEL_RUNNER="0")
     from vllm import LLM
+    from vllm.platforms import current_platform
 
     return LocalEngine(
         LLM(
@@ -180,6 +181,7 @@ def local_engine(choices: EngineChoices, adapters: Path, spool: Path) -> LocalEn
             kv_cache_memory_bytes=choices.cache_bytes,
             block_size=BLOCK_TOKENS,
             logprobs_mode="processed_logprobs",
+            enable_chunked_prefill=not current_platform.is_cpu(),  # there it cannot be had together with seeds
             distributed_executor_backend="uni",
             generation_config="vllm",
             seed=0,

@@ -29,14 +29,15 @@ NAME, STRENGTH, VERSION, RECORD = "moe_bias", "moe_bias_strength", "moe_bias_ver
 class Gate:
     """The adapters that requests to one engine may name, and how the engine treats log-probabilities.
 
-    `spool` is where requests may be recorded, and `hinders_recording` names a setting that they may not
-    be recorded with.
+    `spool` is where requests may be recorded; what hinders that, or hinders a seed beside it, says how to
+    start the engine instead.
     """
 
     folder: AdapterFolder
     adapts_logprobs: bool
     spool: Spool | None = None
     hinders_recording: str | None = None
+    hinders_seeds: str | None = None
 
     def admit(self, params: SamplingParams) -> None:
         """Adds the version to the arguments of a request that names an adapter; leaves others alone.
@@ -75,8 +76,9 @@ class Gate:
             raise UserError(
                 f"{RECORD!r} is refused: this server keeps nothing of requests without MOE_BIAS_SPOOL=FOLDER"
             )
-        if self.hinders_recording is not None:
-            raise UserError(f"{RECORD!r} is refused: start the server with {self.hinders_recording}")
+        hindrance = self.hinders_recording or (self.hinders_seeds if params.seed is not None else None)
+        if hindrance is not None:
+            raise UserError(f"{RECORD!r} is refused: start the server with {hindrance}")
         if params.n > 1 or params.temperature == 0:
             raise UserError(f"{RECORD!r} is for one sample at a temperature above 0; ask for each sample by itself")
         self.spool.open(record, params.max_tokens or 0)
@@ -98,7 +100,7 @@ def gate_of(config: VllmConfig) -> Gate | None:
     adapts_logprobs = not config.use_v2_model_runner or model.logprobs_mode.startswith("processed")
     layout = RowLayout.of_model(model.get_hidden_size(), model.dtype)
     spool = None if settings.spool is None else Spool(settings.spool, layout)
-    return Gate(folder, adapts_logprobs, spool, _hinders_recording(config))
+    return Gate(folder, adapts_logprobs, spool, _hinders_recording(config), _hinders_seeds(config))
 
 
 def _hinders_recording(config: VllmConfig) -> str | None:
@@ -107,6 +109,13 @@ def _hinders_recording(config: VllmConfig) -> str | None:
         return "VLLM_USE_V2_MODEL_RUNNER=0: the second runner's steps are not recorded"
     if config.model_config.logprobs_mode != "processed_logprobs":
         return "--logprobs-mode processed_logprobs: others are not of the distribution that is sampled"
+    return None
+
+
+def _hinders_seeds(config: VllmConfig) -> str | None:
+    """How to start an engine that could end when a request with a seed comes; vLLM rewinds generators of GPUs only."""
+    if config.device_config.device_type == "cpu" and config.scheduler_config.enable_chunked_prefill:
+        return "--no-enable-chunked-prefill: on a CPU vLLM ends when it cuts the prompt of a request with a seed"
     return None
 
 
