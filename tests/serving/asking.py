@@ -38,10 +38,10 @@ def reference_log_probs(model: Any, prompt: list[int], answer: list[int]) -> tor
     return logits[len(prompt) - 1 : -1].log_softmax(-1)
 
 
-def check_against_transformers(engine: Any, reference: Any, count: int = 32, **choices: Any) -> None:
+def check_against_transformers(engine: Any, reference: Any, count: int = 32, tokens: int = 12) -> None:
     """Mixed requests with every logit returned: tokens are the reference's arg-max, log-probs within 1e-4."""
     asked = [(prompt, NAMES[place % len(NAMES)]) for place, prompt in enumerate(prompts(count))]
-    answers = ask(engine, [(prompt, greedy(name, logprobs=-1, **choices)) for prompt, name in asked])
+    answers = ask(engine, [(prompt, greedy(name, tokens, logprobs=-1)) for prompt, name in asked])
     for (prompt, name), answer in zip(asked, answers, strict=True):
         expected = reference_log_probs(reference(name), prompt, answer.token_ids)
         assert list(answer.token_ids) == expected.argmax(-1).tolist()

@@ -29,7 +29,7 @@ class HeadReader(Protocol):
         ...
 
 
-def head_layer(model: nn.Module, model_config: ModelConfig) -> LogitsProcessor:
+def head_layer(model: Any, model_config: ModelConfig) -> LogitsProcessor:
     """The layer that makes the model's logits.
 
     Raises UserError where the model's logits are not that layer's output as it is.

@@ -77,7 +77,7 @@ class MoEBiasLogitsProcessor(FirstRunner, SecondRunner):
         if NAME in asked and VERSION not in asked:
             raise ValueError(
                 f"no adapters are served here, so {NAME} = {asked[NAME]!r} cannot be applied; "
-                "start the server with MOE_BIAS_ADAPTERS=FOLDER (and with the plugin 'moe_bias', if VLLM_PLUGINS is set)"
+                "start the server with MOE_BIAS_ADAPTERS=FOLDER, and with the plugin moe_bias where VLLM_PLUGINS is set"
             )
 
     def is_argmax_invariant(self) -> bool:

@@ -1,0 +1,33 @@
+"""Models that change their logits after the output embedding: adapted logits are those of transformers."""
+
+import pytest
+import torch
+from peft import PeftModel
+
+from conftest import VOCABULARY as CHARACTERS
+from conftest import tiny_model
+
+from .conftest import ADAPTERS, VOCABULARY, WITHOUT_VLLM, running, write_adapter, write_tokenizer
+
+pytest.importorskip("vllm", reason=WITHOUT_VLLM)
+from .asking import ask, greedy, prompts, reference_log_probs
+
+SIZES = {"hidden_size": 64, "num_attention_heads": 2, "vocab_size": VOCABULARY, "eos_token_id": 1, "bos_token_id": None}
+
+
+@pytest.mark.parametrize("name", ["gemma2", "granite", "cohere"])
+def test_logits_after_a_soft_cap_or_a_scale(name, tmp_path):
+    assert CHARACTERS != VOCABULARY
+    changes = {"head_dim": 32, "attn_logit_softcapping": None} if name == "gemma2" else {}
+    model = tiny_model(name, **SIZES, **changes)
+    model.save_pretrained(tmp_path / "model")
+    write_tokenizer(tmp_path / "model")
+    write_adapter(tmp_path / "adapters" / "routed", model, ADAPTERS["routed"])
+    adapted = PeftModel.from_pretrained(model, tmp_path / "adapters" / "routed").eval()
+    asked = prompts(6)
+    with running(tmp_path / "model", tmp_path / "adapters", max_model_len=128) as engine:
+        answers = ask(engine, [(prompt, greedy("routed", logprobs=-1)) for prompt in asked])
+    for prompt, answer in zip(asked, answers, strict=True):
+        expected = reference_log_probs(adapted, prompt, answer.token_ids)
+        found = torch.tensor([[step[token].logprob for token in range(VOCABULARY)] for step in answer.logprobs])
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)

@@ -1,0 +1,51 @@
+"""Adapters in a worker's memory."""
+
+from pathlib import Path
+
+from moe_bias.config import LayerConfig
+from moe_bias.layer import MoEBiasLayer
+from moe_bias.serving.pool import AdapterPool, layer_bytes
+
+ONE, TWO, THREE = Path("1"), Path("2"), Path("3")
+
+
+def pool_of(count):
+    """A pool with room for `count` layers, and the versions that it has loaded."""
+    loaded = []
+
+    def load(version):
+        loaded.append(version)
+        return MoEBiasLayer(LayerConfig(num_experts=3, support=(1, 2)), 5, 7)
+
+    return AdapterPool(load, count * layer_bytes(load(ONE))), loaded
+
+
+def test_bytes_of_a_layer_are_those_of_its_tensors():
+    # Router 3 x 5, experts 3 x 2, gate 2, mean and scale 5 each: 33 float32; the support: 2 int64.
+    assert layer_bytes(MoEBiasLayer(LayerConfig(num_experts=3, support=(1, 2)), 5, 7)) == 33 * 4 + 2 * 8
+
+
+def test_a_layer_is_loaded_once_while_there_is_room():
+    pool, loaded = pool_of(2)
+    loaded.clear()
+    assert pool.get(ONE) is pool.get(ONE)
+    pool.get(TWO)
+    pool.get(ONE)
+    assert loaded == [ONE, TWO]
+
+
+def test_the_one_not_asked_for_the_longest_goes_first():
+    pool, loaded = pool_of(2)
+    loaded.clear()
+    for version in (ONE, TWO, ONE, THREE, ONE, TWO):
+        pool.get(version)
+    assert loaded == [ONE, TWO, THREE, TWO]
+    assert pool.held_bytes == 2 * layer_bytes(pool.get(ONE))
+
+
+def test_one_layer_is_held_beyond_the_budget():
+    pool, loaded = pool_of(0)
+    loaded.clear()
+    for version in (ONE, ONE, TWO):
+        pool.get(version)
+    assert loaded == [ONE, TWO]

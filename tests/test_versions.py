@@ -1,0 +1,120 @@
+"""Adapters in a served folder: versions, replacement, damage."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from conftest import HIDDEN, VOCABULARY, randomise, tiny_model
+from moe_bias.adapter.files import save_layer
+from moe_bias.config import LayerConfig, UserError
+from moe_bias.layer import MoEBiasLayer
+from moe_bias.serving.versions import AdapterFolder, read_version
+
+
+def write(folder, seed=1, hidden=HIDDEN, **choices):
+    layer = MoEBiasLayer(LayerConfig(**{"num_experts": 3, **choices}), hidden, VOCABULARY)
+    randomise(layer, seed=seed)
+    save_layer(layer, folder, tiny_model())
+    return layer
+
+
+@pytest.fixture
+def served(tmp_path):
+    """A folder with two adapters, as a server sees it."""
+    write(tmp_path / "adapters" / "one")
+    write(tmp_path / "adapters" / "two", seed=2)
+    return AdapterFolder(tmp_path / "adapters", tmp_path / "versions", HIDDEN, VOCABULARY)
+
+
+def test_names_are_the_folders_that_hold_a_config(served, tmp_path):
+    (tmp_path / "adapters" / "empty").mkdir()
+    (tmp_path / "adapters" / ".hidden").mkdir()
+    shutil.copy(tmp_path / "adapters" / "one" / "adapter_config.json", tmp_path / "adapters" / ".hidden")
+    assert served.names() == ["one", "two"]
+
+
+def test_a_version_is_the_layer_that_was_saved(served, tmp_path):
+    layer = write(tmp_path / "adapters" / "one", seed=5, support=(3, 9, 40), strength=0.5)
+    read = read_version(served.version("one"), HIDDEN, VOCABULARY)
+    assert read.config == layer.config
+    for name, tensor in layer.state_dict().items():
+        assert torch.equal(read.state_dict()[name], tensor)
+    assert not any(parameter.requires_grad for parameter in read.parameters())
+
+
+def test_a_version_outlives_its_files(served, tmp_path):
+    before = served.version("one")
+    kept = {file.name: file.read_bytes() for file in before.iterdir()}
+    write(tmp_path / "adapters" / "one", seed=7)
+    after = served.version("one")
+    shutil.rmtree(tmp_path / "adapters" / "one")
+    assert after != before
+    assert {file.name: file.read_bytes() for file in before.iterdir()} == kept
+
+
+def test_the_same_files_are_the_same_version_under_any_name(served, tmp_path):
+    shutil.copytree(tmp_path / "adapters" / "one", tmp_path / "adapters" / "three")
+    assert served.version("one") == served.version("three") == served.version("one")
+    assert served.version("one") != served.version("two")
+
+
+def test_files_are_read_once_until_they_change(served, monkeypatch):
+    first = served.version("one")
+    monkeypatch.setattr(AdapterFolder, "_copy", lambda *_: pytest.fail("read again"))
+    assert served.version("one") == first
+
+
+@pytest.mark.parametrize("name", ["three", "../adapters/one", "one/", ".", "", "/etc"])
+def test_unknown_names_are_refused_with_those_there_are(served, name):
+    with pytest.raises(UserError, match=r"there is no adapter .* on this server; there is 'one'"):
+        served.version(name)
+
+
+def test_an_adapter_of_another_model_is_refused(served, tmp_path):
+    write(tmp_path / "adapters" / "wide", hidden=HIDDEN + 1)
+    with pytest.raises(
+        UserError, match=rf"'wide' cannot be served: .*hidden_size {HIDDEN + 1}, the model has {HIDDEN}"
+    ):
+        served.version("wide")
+
+
+def damage_weights(folder):
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+def damage_config(folder):
+    (folder / "adapter_config.json").write_text("{")
+
+
+def name_another_method(folder):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "NONE_SUCH"}))
+
+
+def empty_config(folder):
+    (folder / "adapter_config.json").write_text("[]")
+
+
+def remove_weights(folder):
+    (folder / "adapter_model.safetensors").unlink()
+
+
+@pytest.mark.parametrize("damage", [damage_weights, damage_config, name_another_method, empty_config, remove_weights])
+def test_damage_is_refused_until_it_is_mended(served, tmp_path, damage):
+    good = served.version("one")
+    backup = shutil.copytree(tmp_path / "adapters" / "one", tmp_path / "backup")
+    damage(tmp_path / "adapters" / "one")
+    for _ in range(2):
+        with pytest.raises(UserError, match="'one' cannot be served"):
+            served.version("one")
+    assert served.version("two").is_dir()
+    shutil.copytree(backup, tmp_path / "adapters" / "one", dirs_exist_ok=True)
+    assert served.version("one") == good
+
+
+def test_a_folder_that_is_none_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"'.*absent', where adapters are to be served from, is not a folder"):
+        AdapterFolder(tmp_path / "absent", tmp_path / "versions", HIDDEN, VOCABULARY)
