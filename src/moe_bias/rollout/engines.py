@@ -78,6 +78,7 @@ class LocalEngine:
 
     def _ask(self, name: str, request: SampleRequest, choices: SamplingChoices) -> None:
         from vllm import SamplingParams
+        from vllm.exceptions import VLLMClientError
         from vllm.sampling_params import RequestOutputKind
 
         params = SamplingParams(
@@ -93,7 +94,7 @@ class LocalEngine:
         )
         try:
             self._engine.add_request(name, {"prompt_token_ids": request.prompt}, params)
-        except ValueError as error:
+        except VLLMClientError as error:
             raise UserError(f"vLLM refuses to sample: {error}") from error
 
 
