@@ -158,12 +158,17 @@ class ServerEngine:
 
 @dataclass(frozen=True)
 class EngineChoices:
-    """What an engine of this process is made of: model, type of its weights, and what it may take."""
+    """What an engine of this process is made of.
+
+    `dtype` is the weights' type by its name in torch, `longest` the tokens of the longest prompt and answer
+    together, `cache_bytes` the memory of the key-value cache.
+    """
 
     model: str
     dtype: str
     longest: int
     cache_bytes: int
+    trust_remote_code: bool = False
 
 
 def local_engine(choices: EngineChoices, adapters: Path, spool: Path) -> LocalEngine:
@@ -171,6 +176,7 @@ def local_engine(choices: EngineChoices, adapters: Path, spool: Path) -> LocalEn
     refuse_without_vllm()
     os.environ.update(MOE_BIAS_ADAPTERS=str(adapters), MOE_BIAS_SPOOL=str(spool))
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_USE_V2_MODEL_RUNNER="0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from vllm import LLM
     from vllm.platforms import current_platform
 
@@ -178,6 +184,7 @@ def local_engine(choices: EngineChoices, adapters: Path, spool: Path) -> LocalEn
         LLM(
             choices.model,
             dtype=choices.dtype,
+            trust_remote_code=choices.trust_remote_code,
             max_model_len=choices.longest,
             kv_cache_memory_bytes=choices.cache_bytes,
             block_size=BLOCK_TOKENS,
