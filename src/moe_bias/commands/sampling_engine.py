@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,13 +12,12 @@ from moe_bias.commands.policy import Ground, sampler_of, sampling_choices
 from moe_bias.config import ServingSettings, TrainRLSettings, UserError
 from moe_bias.features.extract import run_backbone
 from moe_bias.layer import MoEBiasLayer
-from moe_bias.rollout.engines import EngineChoices, LocalEngine, ServerEngine, local_engine, refuse_without_vllm
+from moe_bias.rollout.engines import EngineChoices, ServerEngine, refuse_without_vllm
 from moe_bias.rollout.sampler import Sampler
-from moe_bias.rollout.vllm import VllmSampler, check_choices
+from moe_bias.rollout.vllm import VllmSampler, check_choices, local_sampler
 from moe_bias.serving.recording import RowLayout, Spool
 from moe_bias.tasks.conversations import Example
 
-SHARED_MEMORY = Path("/dev/shm")
 TRIAL_TOKENS = 8
 FARTHEST = 0.1
 """Hidden states of one model computed twice in bfloat16 are a hundredth of their norm apart."""
@@ -42,29 +40,30 @@ def opened_sampler(settings: TrainRLSettings, ground: Ground, layer: MoEBiasLaye
     if settings.engine == "transformers":
         yield sampler_of(settings, ground)
         return
-    with ExitStack() as stack:
-        engine: LocalEngine | ServerEngine
-        if settings.endpoint:
-            adapters, spool = _shared_folders()
-            engine = ServerEngine(settings.endpoint)
-        else:
-            adapters = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moe-bias-")))
-            memory = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
-            spool = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moe-bias-", dir=memory)))
-            engine = local_engine(_engine_choices(settings, ground), adapters, spool)
-        layout = RowLayout.of_model(ground.head.hidden_size, ground.head.dtype)
-        budget = int(settings.sample_budget)
-        sampler = VllmSampler(engine, ground.model, ground.head, adapters, Spool(spool, layout), budget)
-        stack.callback(sampler.close)
+    with _server_sampler(settings, ground) if settings.endpoint else _local_sampler(settings, ground) as sampler:
         _refuse_another_model(sampler, settings, ground, layer)
         yield sampler
 
 
-def _engine_choices(settings: TrainRLSettings, ground: Ground) -> EngineChoices:
+@contextmanager
+def _server_sampler(settings: TrainRLSettings, ground: Ground) -> Iterator[VllmSampler]:
+    adapters, records = _shared_folders()
+    spool = Spool(records, RowLayout.of_model(ground.head.hidden_size, ground.head.dtype))
+    engine, budget = ServerEngine(settings.endpoint), int(settings.sample_budget)
+    sampler = VllmSampler(engine, ground.model, ground.head, adapters, spool, budget)
+    try:
+        yield sampler
+    finally:
+        sampler.close()
+
+
+def _local_sampler(settings: TrainRLSettings, ground: Ground) -> AbstractContextManager[VllmSampler]:
     longest = max(len(prompt) for prompt in ground.train.prompts) + settings.max_new_tokens
-    dtype = str(ground.model.dtype).removeprefix("torch.")
     memory = int(settings.engine_memory)
-    return EngineChoices(resolve_model(settings.model), dtype, longest, memory, settings.trust_remote_code)
+    choices = EngineChoices(
+        resolve_model(settings.model), ground.model.dtype, longest, memory, settings.trust_remote_code
+    )
+    return local_sampler(ground.model, ground.head, choices, int(settings.sample_budget))
 
 
 def _shared_folders() -> tuple[Path, Path]:

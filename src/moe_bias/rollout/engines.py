@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
 
+import torch
+
 from moe_bias.config import UserError
 from moe_bias.rollout.endpoint import EndpointError, openai_client, reason
 from moe_bias.rollout.sampler import SamplingChoices
@@ -160,12 +162,12 @@ class ServerEngine:
 class EngineChoices:
     """What an engine of this process is made of.
 
-    `dtype` is the weights' type by its name in torch, `longest` the tokens of the longest prompt and answer
+    `dtype` is the type of its weights, `longest` the tokens of the longest prompt and answer
     together, `cache_bytes` the memory of the key-value cache.
     """
 
     model: str
-    dtype: str
+    dtype: torch.dtype
     longest: int
     cache_bytes: int
     trust_remote_code: bool = False

@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from uuid import uuid4
 
 import torch
@@ -31,7 +33,7 @@ from moe_bias.config import UserError
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.progress import meter
 from moe_bias.rollout.decoding import Answer
-from moe_bias.rollout.engines import Engine, SampledTokens, SampleRequest
+from moe_bias.rollout.engines import Engine, EngineChoices, SampledTokens, SampleRequest, local_engine
 from moe_bias.rollout.sampler import (
     BUFFER_BYTES,
     Rollouts,
@@ -40,9 +42,10 @@ from moe_bias.rollout.sampler import (
     check_prompts,
     rollouts_of,
 )
-from moe_bias.serving.recording import Spool
+from moe_bias.serving.recording import RowLayout, Spool
 from moe_bias.support import RestScalars
 
+SHARED_MEMORY = Path("/dev/shm")
 LOWEST_TEMPERATURE = 0.01
 """vLLM raises temperatures below this one to it."""
 
@@ -139,6 +142,21 @@ class VllmSampler:
         """The drawn tokens' base logits (T,) at temperature 1, on the CPU."""
         token_t = torch.tensor(token_ids, device=self.head.device)
         return self.head.token_logits(hidden_tD.to(self.head.device), token_t).cpu()
+
+
+@contextmanager
+def local_sampler(
+    model: PreTrainedModel, head: Head, choices: EngineChoices, buffer_bytes: int = BUFFER_BYTES
+) -> Iterator[VllmSampler]:
+    """A sampler on an engine of this process, with folders of its own, the record files in memory where it can be.
+
+    Raises UserError where vLLM is not installed. A process has one engine in its life.
+    """
+    memory = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
+    with TemporaryDirectory(prefix="moe-bias-") as adapters, TemporaryDirectory(dir=memory) as records:
+        engine = local_engine(choices, Path(adapters), Path(records))
+        layout = RowLayout.of_model(head.hidden_size, head.dtype)
+        yield VllmSampler(engine, model, head, Path(adapters), Spool(Path(records), layout), buffer_bytes)
 
 
 def check_choices(choices: SamplingChoices) -> None:
