@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from moe_bias.analysis.quantities import QUANTITIES
 from moe_bias.evaluation.policy_arms import AGAINST, in_order
 
 RECORDS = Path(__file__).parent.parent / "records"
@@ -149,16 +150,17 @@ def analysis(stem: str) -> str:
     adapter, text = record["adapters"][0], record["text"]
     strata = adapter["strata"]
     rows = [["tokens", *(f"{stratum['tokens']:,}" for stratum in strata.values())]]
-    for heading, name, form, factor in _ANALYSIS_ROWS:
+    for name, row in QUANTITIES.items():
         means = [stratum["means"][name] for stratum in strata.values()]
-        rows.append([heading, *(_interval({key: factor * mean[key] for key in mean}, form) for mean in means)])
+        cells = [_interval({key: row.factor * mean[key] for key in mean}, row.form[2:-1]) for mean in means]
+        rows.append([row.heading.strip().replace("|", "\\|"), *cells])
     rows.append(["largest \\|b\\|", *(f"{stratum['bias_max']:.1f}" for stratum in strata.values())])
     rows.append(["entropy of expert use", *(f"{stratum['expert_entropy']:.3f}" for stratum in strata.values())])
     known = adapter["mutual_information"]
     told = ", ".join(f"{name} {value['nats']:.3f} of at most {value['at_most']:.3f}" for name, value in known.items())
     overlap = _percent(adapter["overlap"], ".1f")
     return (
-        _table(["means over tokens, nats", *(f"{name} tokens" for name in strata)], rows)
+        _table(["means over tokens", *(f"{name} tokens" for name in strata)], rows)
         + f"\n{text['examples']:,} examples; high: base entropy of at least {text['threshold']:.2f} nats. "
         f"Overlap of the top {text['rho']:.0%}: {overlap}%.\n"
         f"Nats that the expert of a routed slot tells of its token: {told}. {_machine(record)}.\n"
@@ -311,19 +313,6 @@ def _trial_row(record: dict[str, Any]) -> list[str]:
 
 def _percent(estimate: dict[str, float], form: str) -> str:
     return _interval({key: 100 * value for key, value in estimate.items()}, form)
-
-
-_ANALYSIS_ROWS = (
-    ("base entropy", "base_entropy", ".3f", 1),
-    ("adapted entropy", "adapted_entropy", ".3f", 1),
-    ("KL to the base", "kl", ".3f", 1),
-    ("change of the text's log-probability", "log_prob_change", "+.3f", 1),
-    ("mean \\|b\\|", "bias_mean", ".3f", 1),
-    ("gate w", "weight", ".3f", 1),
-    ("choice changes, % of tokens", "flipped", ".1f", 100),
-    ("to the token in the text, %", "mended", ".1f", 100),
-    ("away from it, %", "spoiled", ".1f", 100),
-)
 
 
 _STEP_ARMS = {

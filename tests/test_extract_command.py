@@ -103,6 +103,8 @@ def test_parts_extracted_apart_have_one_support_and_join(model, data, capsys):
         printed = extracted(capsys, model, data, part[0], "--support", "auto:30", "--shard", part)
         assert f"part {part}: 60 completion tokens of 10 examples" in printed
     assert len(FeatureStore.open("1", "2")) == 120
+    extracted(capsys, model, data, "2-again", "--support", "1", "--shard", "2/2")
+    assert len(FeatureStore.open("1", "2-again")) == 120
     extracted(capsys, model, data, "held-out", "--support", "1")
     assert FeatureStore.open("held-out").support.tolist() == FeatureStore.open("1").support.tolist()
 

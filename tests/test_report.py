@@ -216,6 +216,15 @@ def test_what_a_record_lacks_is_not_told(tmp_path):
     assert with_interval(Estimate(0.5, float("nan"), float("nan")), "{:.1f}") == "0.5"
 
 
+def test_the_cost_of_supervised_training_is_summed_over_its_steps(tmp_path):
+    # 512 tokens at 256 tokens/s and 128 at 64: 640 tokens in 2 + 2 seconds; an evaluation before them costs none.
+    path = write(tmp_path / "sft" / "record.json", supervised())
+    lines = [{"step": 0, "held_out_nll": 1.3}, {"step": 1, "tokens": 512, "tokens_per_second": 256.0}]
+    lines.append({"step": 2, "tokens": 128, "tokens_per_second": 64.0, "held_out_nll": 1.2})
+    (path.parent / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "| sft | adapter | 640 | 4.0 |" in markdown(build(read_records([path.parent]), ""))
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [

@@ -9,21 +9,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from moe_bias.analysis.quantities import QUANTITIES
+
 SHOWN_FORKS = 6
 SHOWN_TOKENS = 4
 SHOWN_CONTEXT = 40
-_ROWS = (
-    ("base entropy", "base_entropy", "{:.3f}", 1),
-    ("adapted entropy", "adapted_entropy", "{:.3f}", 1),
-    ("KL to the base", "kl", "{:.4f}", 1),
-    ("change of log-prob of the text", "log_prob_change", "{:+.3f}", 1),
-    ("mean |b|", "bias_mean", "{:.3f}", 1),
-    ("gate w", "weight", "{:.3f}", 1),
-    ("choice changes, %", "flipped", "{:.1f}", 100),
-    ("  to the text's token, %", "mended", "{:.1f}", 100),
-    ("  away from it, %", "spoiled", "{:.1f}", 100),
-)
-"""Heading, quantity, form and factor."""
 
 
 def print_analysis(console: Console, record: Mapping[str, Any]) -> None:
@@ -62,10 +52,11 @@ def _table(title: str, headings: Sequence[str]) -> Table:
 
 def _strata(adapter: Mapping[str, Any]) -> Table:
     strata = adapter["strata"]
-    table = _table(f"{adapter['name']}: means over tokens, nats, 95% intervals over examples", ["", *strata])
+    table = _table(f"{adapter['name']}: means over tokens, 95% intervals over examples", ["", *strata])
     table.add_row("tokens", *(f"{stratum['tokens']:,}" for stratum in strata.values()))
-    for heading, name, form, factor in _ROWS:
-        table.add_row(heading, *(interval(stratum["means"][name], form, factor) for stratum in strata.values()))
+    for name, row in QUANTITIES.items():
+        means = (stratum["means"][name] for stratum in strata.values())
+        table.add_row(row.heading, *(interval(mean, row.form, row.factor) for mean in means))
     table.add_row("largest |b|", *(f"{stratum['bias_max']:.2f}" for stratum in strata.values()))
     table.add_row("entropy of expert use", *(f"{stratum['expert_entropy']:.3f}" for stratum in strata.values()))
     return table

@@ -42,8 +42,8 @@ SMALL_COLUMNS = (
     "rest_mean_logit",
 )
 """Columns of a shard beside the hidden states, each (T,)."""
-_OF_A_PART = frozenset({"part", "shard_tokens", "batch_size"})
-"""Fields of a recipe in which parts of one corpus may differ."""
+_OF_A_PART = frozenset({"part", "shard_tokens", "batch_size", "support"})
+"""Fields of a recipe in which parts of one corpus may differ; of the support it is the ids that must agree."""
 _HASH_BYTES = 2**24
 REPAIR = "delete it and run the same command that made the store again, which makes missing shards anew"
 

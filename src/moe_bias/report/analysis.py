@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from moe_bias.analysis.answers import BASE
+from moe_bias.analysis.quantities import QUANTITIES, Quantity
 from moe_bias.report import figures
 from moe_bias.report.content import (
     Block,
@@ -30,17 +31,6 @@ FORKS, CONTEXT = 12, 70
 TOKENS, CONTEXTS = 6, 3
 """Shown of a record: forks, letters before a token, and on a card tokens of each side and contexts."""
 _FORK = ("context, with the text's token", "base goes on", "adapted goes on")
-_QUANTITIES = {
-    "base_entropy": ("entropy of the base, nats", "{:.3f}", 1.0),
-    "adapted_entropy": ("adapted entropy, nats", "{:.3f}", 1.0),
-    "kl": ("KL to the base, nats", "{:.4f}", 1.0),
-    "weight": ("gate w", "{:.3f}", 1.0),
-    "bias_mean": ("mean |b| over the support", "{:.3f}", 1.0),
-    "flipped": ("likeliest token is another, %", "{:.1f}", 100.0),
-    "mended": ("flipped to the text's token, %", "{:.2f}", 100.0),
-    "spoiled": ("flipped away from it, %", "{:.2f}", 100.0),
-    "log_prob_change": ("change of the text's log-probability, nats", "{:+.3f}", 1.0),
-}
 
 
 def analysis(record: Record) -> Iterator[Block]:
@@ -108,8 +98,8 @@ def _strata(one: _Adapter) -> Table:
     strata = one.found["strata"]
     rows = [["tokens", *(f"{stratum['tokens']:,}" for stratum in strata.values())]]
     rows += [
-        [label, *(with_interval(estimate_of(stratum["means"][name]), form, scale) for stratum in strata.values())]
-        for name, (label, form, scale) in _QUANTITIES.items()
+        [row.heading.strip(), *(_mean(stratum["means"][name], row) for stratum in strata.values())]
+        for name, row in QUANTITIES.items()
     ]
     rows.append(["largest |b|", *(f"{stratum['bias_max']:.2f}" for stratum in strata.values())])
     rows.append(
@@ -117,6 +107,10 @@ def _strata(one: _Adapter) -> Table:
     )
     caption = "Means over tokens [95% interval over examples], by the base's entropy"
     return Table(one.file("strata"), caption, ["", *strata], rows)
+
+
+def _mean(found: Mapping[str, Any], row: Quantity) -> str:
+    return with_interval(estimate_of(found), row.form, row.factor)
 
 
 def _routing(one: _Adapter) -> Iterator[Part]:

@@ -47,7 +47,7 @@ def cost_block(records: Sequence[Record]) -> Block | None:
 def _costs(record: Record) -> Iterator[Cost]:
     name, content = record.name, record.content
     if record.kind is Kind.SUPERVISED:
-        yield Cost(name, "adapter", _parameters(record), _size(record))
+        yield Cost(name, "adapter", _parameters(record), _size(record), *_trained(record))
     elif record.kind is Kind.POLICY:
         spent = content["position"]
         yield Cost(name, "adapter", _parameters(record), _size(record), spent["sampled_tokens"], spent["seconds"])
@@ -64,6 +64,14 @@ def _parameters(record: Record) -> int | None:
     found = json.loads(path.read_text(encoding="utf-8"))
     config = LayerConfig(**{name: found[name] for name in ("num_experts", "top_k", "support", "entropy_gate")})
     return config.num_parameters(found["hidden_size"], found["vocab_size"])
+
+
+def _trained(record: Record) -> tuple[int, float] | tuple[None, None]:
+    """Tokens trained on and the seconds that took, step by step, however often the run was stopped between."""
+    steps = [line for line in record.metrics if "tokens" in line]
+    if not steps:
+        return None, None
+    return sum(line["tokens"] for line in steps), sum(line["tokens"] / line["tokens_per_second"] for line in steps)
 
 
 def _size(record: Record) -> int | None:

@@ -9,6 +9,7 @@ The keys:
     gate_alpha/_beta    the entropy gate's parameters, where there is one
     grad_norm_*         before clipping: of the experts, of router and gate
     *_rate              the step's learning rates, of the experts, of router and gate
+    tokens              of this step
     tokens_per_second   of this step, held-out tokens and writing left out
     held_out_nll        in nats per token, where this step was followed by an evaluation
 

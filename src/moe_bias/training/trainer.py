@@ -124,6 +124,7 @@ class Trainer:
         """A step and what follows it, in the order that a resumed run relies on: evaluation, log, checkpoint."""
         started = time.perf_counter()
         metrics = self._step(index)
+        metrics["tokens"] = len(index)
         metrics["tokens_per_second"] = len(index) / (time.perf_counter() - started)
         self._position = replace(self._position, step=self._position.step + 1)
         if self._evaluation_is_due():
