@@ -182,6 +182,7 @@ def local_engine(choices: EngineChoices, adapters: Path, spool: Path) -> LocalEn
     from vllm import LLM
     from vllm.platforms import current_platform
 
+    on_cpu = current_platform.is_cpu()
     return LocalEngine(
         LLM(
             choices.model,
@@ -191,7 +192,8 @@ def local_engine(choices: EngineChoices, adapters: Path, spool: Path) -> LocalEn
             kv_cache_memory_bytes=choices.cache_bytes,
             block_size=BLOCK_TOKENS,
             logprobs_mode="processed_logprobs",
-            enable_chunked_prefill=not current_platform.is_cpu(),  # there it cannot be had together with seeds
+            enable_chunked_prefill=not on_cpu,  # there it cannot be had together with seeds
+            enforce_eager=on_cpu,  # there compiling takes a minute at every start
             distributed_executor_backend="uni",
             generation_config="vllm",
             seed=0,
