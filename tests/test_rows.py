@@ -46,14 +46,9 @@ def test_a_mixed_batch_is_each_row_by_itself(whose, cap):
             assert torch.equal(moved_BV[row], logits_BV[row])
             continue
         tenant, one = made[number], slice(row, row + 1)
-        expected = adapted_logits(
-            tenant.layer,
-            transform,
-            hidden_BD[one],
-            entropy_from_logits(logits_BV[one]),
-            logits_BV[one],
-            tenant.strength,
-        )
+        tenant.layer.strength = tenant.strength
+        entropy_B = entropy_from_logits(logits_BV[one])
+        expected = adapted_logits(tenant.layer, transform, hidden_BD[one], entropy_B, logits_BV[one])
         torch.testing.assert_close(moved_BV[one], expected, atol=1e-12, rtol=0)
 
 

@@ -134,18 +134,10 @@ class Head:
 
 
 def adapted_logits(
-    layer: MoEBiasLayer,
-    transform: HeadTransform,
-    hidden_BD: Tensor,
-    entropy_B: Tensor,
-    logits_BV: Tensor,
-    strength: float | None = None,
+    layer: MoEBiasLayer, transform: HeadTransform, hidden_BD: Tensor, entropy_B: Tensor, logits_BV: Tensor
 ) -> Tensor:
-    """Final logits (B, V) under the layer, from the base's final logits and their entropy in nats.
-
-    `strength` stands in for the layer's own.
-    """
-    move_BM = (layer.strength if strength is None else strength) * layer(hidden_BD, entropy_B).bias
+    """Final logits (B, V) under the layer, from the base's final logits and their entropy in nats."""
+    move_BM = layer.strength * layer(hidden_BD, entropy_B).bias
     if layer.support is None:
         return logits_BV + transform.reachable(logits_BV, move_BM)
     logits_BM = logits_BV.index_select(-1, layer.support)
