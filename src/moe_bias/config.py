@@ -490,7 +490,7 @@ class TrainRLSettings(ModelSettings, TaskSettings, RewardSettings, PolicySetting
         if self.endpoint and self.engine != "vllm":
             raise PydanticCustomError(
                 "engine",
-                "--endpoint {endpoint} is asked by --engine vllm alone; give both",
+                "--endpoint {endpoint} needs --engine vllm; give both",
                 {"endpoint": self.endpoint},
             )
         if self.first_token_only and self.engine == "vllm":
