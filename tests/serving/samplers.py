@@ -1,5 +1,6 @@
 """Samplers on engines of their own, and what transformers computes on the tokens that they sampled."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,10 +23,50 @@ from moe_bias.serving.recording import RowLayout, Spool
 from moe_bias.support import log_prob_from_adapted
 from moe_bias.tasks.conversations import Example
 
-from .conftest import HIDDEN, VOCABULARY, running
+from .conftest import HIDDEN, VOCABULARY, running, write_model
 
 STOPS = [5, 6, 7]
 CHOICES = SamplingChoices(temperature=1.0, max_new_tokens=12, group=3, batch_size=4, stop_ids=STOPS)
+REWARD = """
+def early_letters(prompt, completion, gold):
+    return sum(c in "abcdefghijklm" for c in completion) / max(len(completion), 1)
+"""
+RL_WORDS = [
+    "train",
+    "rl",
+    "--model",
+    "model",
+    "--problems",
+    "problems.jsonl",
+    "--gold-column",
+    "gold",
+    "--train-problems",
+    "24",
+    "--test-problems",
+    "4",
+    "--support",
+    "all",
+    "--device",
+    "cpu",
+    "--prompts",
+    "8",
+    "--group",
+    "4",
+    "--max-new-tokens",
+    "12",
+    "--batch-tokens",
+    "64",
+    "--num-experts",
+    "3",
+    "--verdict-weight",
+    "0",
+    "--reward",
+    "rewards:early_letters",
+    "--reward-weight",
+    "1",
+    "--engine-memory",
+    "16MiB",
+]
 CLOSE = {"rtol": 0, "atol": 1e-4}
 
 
@@ -90,3 +131,15 @@ def check_against_transformers(model: Any, layer: MoEBiasLayer, asked: list[list
             features.logit, features.column, (logits_TM + move_TM) / temperature, features.rest
         )
     torch.testing.assert_close(rollouts.log_prob, reduced_T, **CLOSE)
+
+
+def write_ground(folder: Path) -> Path:
+    """A model, problems and a reward, for `train rl` in this folder."""
+    write_model(folder / "model")
+    config = json.loads((folder / "model" / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    (folder / "model" / "tokenizer_config.json").write_text(json.dumps(config))
+    rows = [{"problem": f"What comes after {n}, and after that? Answer in words.", "gold": str(n)} for n in range(28)]
+    (folder / "problems.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (folder / "rewards.py").write_text(REWARD)
+    return folder

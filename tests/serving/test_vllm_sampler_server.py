@@ -22,7 +22,7 @@ from moe_bias.backbone import find_head
 from moe_bias.cli import main
 from moe_bias.config import UserError
 
-from .conftest import WITHOUT_VLLM, write_model
+from .conftest import WITHOUT_VLLM
 
 pytest.importorskip("vllm", reason=WITHOUT_VLLM)
 from moe_bias.rollout.engines import ServerEngine
@@ -30,19 +30,12 @@ from moe_bias.rollout.vllm import VllmSampler
 from moe_bias.serving.recording import RowLayout, Spool
 
 from .asking import prompts
-from .samplers import CHOICES, check_against_transformers, completions, layer_of
+from .samplers import CHOICES, RL_WORDS, check_against_transformers, completions, layer_of, write_ground
 
 PATIENCE = 300
 """Seconds that a start may take; several processes import vLLM."""
-REWARD = """
-def letters(prompt, completion, gold):
-    return sum(c.isalpha() for c in completion) / max(len(completion), 1)
-"""
-RL = (
-    "train rl --model model --problems problems.jsonl --gold-column gold --train-problems 12 --test-problems 4"
-    " --support auto:40 --device cpu --prompts 3 --group 4 --max-new-tokens 8 --batch-tokens 16 --num-experts 3"
-    " --verdict-weight 0 --reward rewards:letters --reward-weight 1 --steps 2 --engine vllm --output out"
-)
+
+RL = [*RL_WORDS, "--steps", "2", "--output", "out", "--engine", "vllm"]
 
 
 def is_up(url):
@@ -55,14 +48,7 @@ def is_up(url):
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory):
     """A folder with a model, problems and rewards, and the folders that server and client share."""
-    root = tmp_path_factory.mktemp("ground")
-    write_model(root / "model")
-    config = json.loads((root / "model" / "tokenizer_config.json").read_text())
-    config["chat_template"] = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    (root / "model" / "tokenizer_config.json").write_text(json.dumps(config))
-    rows = [{"problem": f"{5 + n} and 6", "gold": str(n)} for n in range(16)]
-    (root / "problems.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    (root / "rewards.py").write_text(REWARD)
+    root = write_ground(tmp_path_factory.mktemp("ground"))
     (root / "adapters").mkdir()
     (root / "spool").mkdir()
     return root
@@ -127,7 +113,7 @@ def test_a_server_gives_the_same_as_an_engine_here(url, here):
 
 
 def test_reinforcement_learning_samples_from_a_server(url, here, capsys):
-    assert main([*RL.split(), "--endpoint", url]) == 0
+    assert main([*RL, "--endpoint", url]) == 0
     assert "held-out accuracy, trained" in capsys.readouterr().out
     lines = [json.loads(line) for line in (here / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2]
@@ -158,7 +144,6 @@ def test_engines_that_cannot_be_had_are_refused(url, here, monkeypatch, capsys, 
         other.save_pretrained("other")
         for file in (here / "model").glob("*token*"):
             (here / "other" / file.name).write_bytes(file.read_bytes())
-    words = RL.replace("--output out", "--output refused").split()
-    assert main([*words, *more.replace("URL", url).split()]) == 2
+    assert main([*RL, "--output", "refused", *more.replace("URL", url).split()]) == 2
     assert re.search(re.escape(sentence), capsys.readouterr().err)
     assert not (here / "refused" / "metrics.jsonl").exists() or "other" in more

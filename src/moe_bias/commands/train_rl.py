@@ -65,6 +65,11 @@ def _run(settings: TrainRLSettings, checkpoints: Checkpoints) -> None:
     after = saved[1].step if saved else 0
     if after and not (settings.output / FILE).is_file():
         console.print(f"{settings.output / FILE} is gone: lines of the first {after} steps are lost, the run is not")
+    if after and settings.endpoint:
+        console.print(
+            "the run goes on with the same problems and seeds; a server computes other batches than before, so that "
+            "samples may differ from those of a run without an interruption"
+        )
     log = MetricsLog(settings.output, after)
     samples = SampleLog(settings.output, settings.show_every, after)
 

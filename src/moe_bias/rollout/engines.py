@@ -56,16 +56,22 @@ class Engine(Protocol):
 
 
 class LocalEngine:
-    """A `vllm.LLM` of this process, which somebody made after setting MOE_BIAS_ADAPTERS and MOE_BIAS_SPOOL."""
+    """A `vllm.LLM` of this process, which somebody made after setting MOE_BIAS_ADAPTERS and MOE_BIAS_SPOOL.
 
-    def __init__(self, llm: Any) -> None:
-        self._engine = llm.llm_engine
+    `forgets`: every call begins with an empty prefix cache. What the cache holds changes the last bits
+    of logits; without it, the samples of a call follow from its arguments alone.
+    """
+
+    def __init__(self, llm: Any, forgets: bool = False) -> None:
+        self._engine, self._forgets = llm.llm_engine, forgets
 
     def answers(
         self, requests: Sequence[SampleRequest], choices: SamplingChoices
     ) -> Iterator[tuple[int, SampledTokens]]:
         """See `Engine`. What has not been answered when the caller stops is taken back."""
         waiting: dict[str, int] = {}
+        if self._forgets:
+            self._engine.reset_prefix_cache()
         try:
             for number, request in enumerate(requests):
                 name = f"{uuid4().hex}-{number}"
@@ -77,6 +83,13 @@ class LocalEngine:
                         yield waiting.pop(output.request_id), _of_output(output.outputs[0])
         finally:
             self._engine.abort_request(list(waiting))
+
+    def close(self) -> None:
+        """Ends the engine, and gives its memory back."""
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self._engine.engine_core.shutdown()
+        cleanup_dist_env_and_memory()
 
     def _ask(self, name: str, request: SampleRequest, choices: SamplingChoices) -> None:
         from vllm import SamplingParams
@@ -174,7 +187,10 @@ class EngineChoices:
 
 
 def local_engine(choices: EngineChoices, adapters: Path, spool: Path) -> LocalEngine:
-    """Loads the model into an engine of this process, which serves these folders. Raises UserError without vLLM."""
+    """Loads the model into an engine of this process, which serves these folders and forgets from call to call.
+
+    Raises UserError where vLLM is not installed. A process has one engine at a time.
+    """
     refuse_without_vllm()
     os.environ.update(MOE_BIAS_ADAPTERS=str(adapters), MOE_BIAS_SPOOL=str(spool))
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_USE_V2_MODEL_RUNNER="0")
@@ -183,22 +199,21 @@ def local_engine(choices: EngineChoices, adapters: Path, spool: Path) -> LocalEn
     from vllm.platforms import current_platform
 
     on_cpu = current_platform.is_cpu()
-    return LocalEngine(
-        LLM(
-            choices.model,
-            dtype=choices.dtype,
-            trust_remote_code=choices.trust_remote_code,
-            max_model_len=choices.longest,
-            kv_cache_memory_bytes=choices.cache_bytes,
-            block_size=BLOCK_TOKENS,
-            logprobs_mode="processed_logprobs",
-            enable_chunked_prefill=not on_cpu,  # there it cannot be had together with seeds
-            enforce_eager=on_cpu,  # there compiling takes a minute at every start
-            distributed_executor_backend="uni",
-            generation_config="vllm",
-            seed=0,
-        )
+    llm = LLM(
+        choices.model,
+        dtype=choices.dtype,
+        trust_remote_code=choices.trust_remote_code,
+        max_model_len=choices.longest,
+        kv_cache_memory_bytes=choices.cache_bytes,
+        block_size=BLOCK_TOKENS,
+        logprobs_mode="processed_logprobs",
+        enable_chunked_prefill=not on_cpu,  # there it cannot be had together with seeds
+        enforce_eager=on_cpu,  # there compiling takes a minute at every start
+        distributed_executor_backend="uni",
+        generation_config="vllm",
+        seed=0,
     )
+    return LocalEngine(llm, forgets=True)
 
 
 def refuse_without_vllm() -> None:

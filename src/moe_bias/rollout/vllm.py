@@ -6,8 +6,9 @@ adapter changes. Each sample is a request of its own with a seed of its own and 
 MOE_BIAS_SPOOL (see `serving.recording`). Log-probabilities are the engine's own, of what it drew from;
 base logits of the drawn tokens are computed here, from hidden states and rows of the output embedding.
 
-The same arguments give the same samples where the engine computes the same batches: what its prefix
-cache holds and who else is served changes the last bits of logits, and so, now and then, a token.
+The same arguments give the same samples where the engine computes the same batches, as one of this
+process on a CPU does. On a server, what its prefix cache holds and who else is served changes the last
+bits of logits, and so, now and then, a token.
 
 Shapes: N samples, T tokens, D hidden, K scalars.
 """
@@ -150,13 +151,16 @@ def local_sampler(
 ) -> Iterator[VllmSampler]:
     """A sampler on an engine of this process, with folders of its own, the record files in memory where it can be.
 
-    Raises UserError where vLLM is not installed. A process has one engine in its life.
+    Raises UserError where vLLM is not installed. A process has one engine at a time.
     """
     memory = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
     with TemporaryDirectory(prefix="moe-bias-") as adapters, TemporaryDirectory(dir=memory) as records:
         engine = local_engine(choices, Path(adapters), Path(records))
         layout = RowLayout.of_model(head.hidden_size, head.dtype)
-        yield VllmSampler(engine, model, head, Path(adapters), Spool(Path(records), layout), buffer_bytes)
+        try:
+            yield VllmSampler(engine, model, head, Path(adapters), Spool(Path(records), layout), buffer_bytes)
+        finally:
+            engine.close()
 
 
 def check_choices(choices: SamplingChoices) -> None:
