@@ -31,42 +31,12 @@ REWARD = """
 def early_letters(prompt, completion, gold):
     return sum(c in "abcdefghijklm" for c in completion) / max(len(completion), 1)
 """
-RL_WORDS = [
-    "train",
-    "rl",
-    "--model",
-    "model",
-    "--problems",
-    "problems.jsonl",
-    "--gold-column",
-    "gold",
-    "--train-problems",
-    "24",
-    "--test-problems",
-    "4",
-    "--support",
-    "all",
-    "--device",
-    "cpu",
-    "--prompts",
-    "8",
-    "--group",
-    "4",
-    "--max-new-tokens",
-    "12",
-    "--batch-tokens",
-    "64",
-    "--num-experts",
-    "3",
-    "--verdict-weight",
-    "0",
-    "--reward",
-    "rewards:early_letters",
-    "--reward-weight",
-    "1",
-    "--engine-memory",
-    "16MiB",
-]
+_RL = (
+    "train rl --model model --problems problems.jsonl --gold-column gold --train-problems 24 --test-problems 4"
+    " --support all --device cpu --prompts 8 --group 4 --max-new-tokens 12 --batch-tokens 64 --num-experts 3"
+    " --verdict-weight 0 --reward rewards:early_letters --reward-weight 1 --engine-memory 16MiB"
+)
+RL_WORDS = _RL.split()
 CLOSE = {"rtol": 0, "atol": 1e-4}
 
 
