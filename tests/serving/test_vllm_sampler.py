@@ -62,6 +62,19 @@ def test_new_weights_count_at_once_and_the_prefix_cache_stays(started, model):
         assert metric(engine, "vllm:prefix_cache_hits") - before == block
 
 
+def test_an_engine_that_forgets_shares_prefixes_within_a_call_alone(started):
+    sampler, engine = started
+    block = engine.llm_engine.vllm_config.cache_config.block_size
+    asked = [[*(prompts(1, seed=4)[0] * block)[:block], 9]]
+    hits = []
+    for forgets in (True, True, False):
+        before = metric(engine, "vllm:prefix_cache_hits")
+        sampling = replace(sampler, engine=LocalEngine(engine, forgets=forgets))
+        sampling.sample(asked, layer_of(), replace(CHOICES, max_new_tokens=4, group=2), 0)
+        hits.append(metric(engine, "vllm:prefix_cache_hits") - before)
+    assert hits == [block, block, 2 * block]
+
+
 def test_seeds_decide_samples(started):
     sampler, _ = started
     layer, asked = layer_of(), prompts(4)

@@ -14,7 +14,7 @@ from moe_bias.features.extract import run_backbone
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.rollout.engines import EngineChoices, ServerEngine, refuse_without_vllm
 from moe_bias.rollout.sampler import Sampler
-from moe_bias.rollout.vllm import VllmSampler, check_choices, local_sampler
+from moe_bias.rollout.vllm import VllmSampler, local_sampler
 from moe_bias.serving.recording import RowLayout, Spool
 from moe_bias.tasks.conversations import Example
 
@@ -84,7 +84,6 @@ def _shared_folders() -> tuple[Path, Path]:
 def _refuse_another_model(sampler: VllmSampler, settings: TrainRLSettings, ground: Ground, layer: MoEBiasLayer) -> None:
     """Samples a few tokens. Raises UserError where their hidden states are not those of the frozen model."""
     choices = sampling_choices(settings, ground)
-    check_choices(choices)
     trial = replace(choices, group=1, max_new_tokens=min(TRIAL_TOKENS, choices.max_new_tokens))
     features = sampler.sample(ground.train.prompts[:1], layer, trial, settings.seed, "").features
     example = Example(ground.train.prompts[0], features.token.tolist())

@@ -58,8 +58,8 @@ class Engine(Protocol):
 class LocalEngine:
     """A `vllm.LLM` of this process, which somebody made after setting MOE_BIAS_ADAPTERS and MOE_BIAS_SPOOL.
 
-    `forgets`: every call begins with an empty prefix cache. What the cache holds changes the last bits
-    of logits; without it, the samples of a call follow from its arguments alone.
+    `forgets`: every call begins with an empty prefix cache. What is in the cache decides which batches
+    are computed, and so the last bits of logits; emptied, they follow from the call's arguments alone.
     """
 
     def __init__(self, llm: Any, forgets: bool = False) -> None:
