@@ -154,7 +154,10 @@ def local_sampler(
     Raises UserError where vLLM is not installed. A process has one engine at a time.
     """
     memory = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
-    with TemporaryDirectory(prefix="moe-bias-") as adapters, TemporaryDirectory(dir=memory) as records:
+    with (
+        TemporaryDirectory(prefix="moe-bias-") as adapters,
+        TemporaryDirectory(prefix="moe-bias-", dir=memory) as records,
+    ):
         engine = local_engine(choices, Path(adapters), Path(records))
         layout = RowLayout.of_model(head.hidden_size, head.dtype)
         try:
