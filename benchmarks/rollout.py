@@ -5,33 +5,41 @@ Arms, on the same left-padded batch of prompts x group rows, at the same tempera
     generate        do_sample=True, top_k=0, top_p=1, num_return_sequences=group, and nothing kept
     sampler M=4096  TransformersSampler under a layer on a support of 4,096: hidden states and scalars kept
     sampler M=V     the same on the whole vocabulary
+    vllm M=4096     VllmSampler on an engine of vLLM in this process, with the same kept; with --engines
+    vllm M=V        transformers vllm, in an environment with vLLM
 
 Once as answers end, and once with every row run to the limit, which compares the steps alone. Tokens
-are those sampled, end tokens with them and padding not. Target: at least 1x.
+are those sampled, end tokens with them and padding not. Targets: the samplers on transformers at least
+1x, vLLM's 2x as fast as those.
 
     uv run python benchmarks/rollout.py [--rounds 5] [--prompts 4] [--group 8] [--max-new-tokens 96]
+    python benchmarks/rollout.py --engines transformers vllm
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from moe_bias.backbone import find_head, load_model
+from moe_bias.backbone import find_head, load_model, resolve_model
 from moe_bias.config import LayerConfig, ModelSettings
 from moe_bias.layer import MoEBiasLayer
-from moe_bias.rollout.sampler import SamplingChoices
+from moe_bias.rollout.engines import EngineChoices
+from moe_bias.rollout.sampler import Sampler, SamplingChoices
 from moe_bias.rollout.sampling import TransformersSampler
+from moe_bias.rollout.vllm import local_sampler
 from moe_bias.tasks.conversations import ask, encode_prompt, end_of_turn
 from moe_bias.tasks.procedural import ProceduralTask
 from side_by_side import ratio, take_turns, write_record
 
-SUPPORTS = {"sampler M=4096": tuple(range(4096)), "sampler M=V": None}
+SUPPORTS = {"M=4096": tuple(range(4096)), "M=V": None}
 TASK = "products"
+CACHE_BYTES = 2**30
 
 
 def main() -> None:
@@ -42,19 +50,37 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--engines", nargs="+", choices=("transformers", "vllm"), default=["transformers"])
     parser.add_argument("--model", default="bundled")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
     model, tokenizer = load_model(ModelSettings(model=options.model, device=options.device))
-    results = [measure(model, tokenizer, ends, options) for ends in (True, False)]
+    problems = ProceduralTask.sized_for_small_models(TASK, {}).problems(options.prompts, 0)
+    prompts = [encode_prompt(ask(problem.question), tokenizer) for problem in problems]
+    head = find_head(model)[1]
+    samplers: dict[str, Sampler] = {}
+    if "transformers" in options.engines:
+        samplers["sampler"] = TransformersSampler(model, head)
+    longest = max(map(len, prompts)) + options.max_new_tokens
+    choices = EngineChoices(resolve_model(options.model), model.dtype, longest, CACHE_BYTES)
+    with local_sampler(model, head, choices) if "vllm" in options.engines else nullcontext() as vllm:
+        if vllm is not None:
+            samplers["vllm"] = vllm
+        stops = end_of_turn(ask(""), tokenizer)
+        results = [measure(model, prompts, stops, ends, samplers, options) for ends in (True, False)]
     write_record("rollout", {"options": vars(options), "results": results})
 
 
 def measure(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: bool, options: argparse.Namespace
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    stops: list[int],
+    ends: bool,
+    samplers: dict[str, Sampler],
+    options: argparse.Namespace,
 ) -> dict[str, Any]:
     """Rates and their ratios to generate's, printed and returned. `ends`: whether answers end by themselves."""
-    rates = take_turns(build_arms(model, tokenizer, ends, options), options.rounds)
+    rates = take_turns(build_arms(model, prompts, stops, ends, samplers, options), options.rounds)
     ratios = {name: ratio(rates, name, "generate") for name in rates}
     print("answers end by themselves" if ends else "every row to the limit")
     for name, value in ratios.items():
@@ -63,12 +89,14 @@ def measure(
 
 
 def build_arms(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: bool, options: argparse.Namespace
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    stops: list[int],
+    ends: bool,
+    samplers: dict[str, Sampler],
+    options: argparse.Namespace,
 ) -> dict[str, Callable[[], int]]:
     """Every arm on the same prompts; each returns the tokens it sampled."""
-    problems = ProceduralTask.sized_for_small_models(TASK, {}).problems(options.prompts, 0)
-    prompts = [encode_prompt(ask(problem.question), tokenizer) for problem in problems]
-    stops = end_of_turn(ask(""), tokenizer)
     head = find_head(model)[1]
     choices = SamplingChoices(
         temperature=options.temperature,
@@ -79,13 +107,16 @@ def build_arms(
     )
     seed = iter(range(10**9))
 
-    def sampling(support: tuple[int, ...] | None) -> Callable[[], int]:
+    def sampling(sampler: Sampler, support: tuple[int, ...] | None) -> Callable[[], int]:
         layer = random_layer(head.hidden_size, head.vocab_size, support).to(head.device)
-        sampler = TransformersSampler(model, head)
-        return lambda: len(sampler.sample(prompts, layer, choices, next(seed)).log_prob)
+        return lambda: len(sampler.sample(prompts, layer, choices, next(seed), "").log_prob)
 
     arms: dict[str, Callable[[], int]] = {"generate": lambda: generate(model, prompts, stops, ends, options)}
-    return arms | {name: sampling(support) for name, support in SUPPORTS.items()}
+    return arms | {
+        f"{name} {label}": sampling(sampler, support)
+        for name, sampler in samplers.items()
+        for label, support in SUPPORTS.items()
+    }
 
 
 def random_layer(hidden_size: int, vocab_size: int, support: tuple[int, ...] | None) -> MoEBiasLayer:

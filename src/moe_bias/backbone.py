@@ -124,6 +124,14 @@ class Head:
 
         return support_logits
 
+    @torch.no_grad()
+    def token_logits(self, hidden_TD: Tensor, token_T: Tensor) -> Tensor:
+        """The final logit (T,) of one token for each hidden state (T, D)."""
+        weight_TD = at_least_float32(self.module.weight[token_T])  # type: ignore[index]
+        raw_T = torch.linalg.vecdot(hidden_TD.to(weight_TD.dtype), weight_TD)
+        bias = getattr(self.module, "bias", None)
+        return self.transform.apply(raw_T if bias is None else raw_T + at_least_float32(bias[token_T]))
+
 
 def adapted_logits(
     layer: MoEBiasLayer, transform: HeadTransform, hidden_BD: Tensor, entropy_B: Tensor, logits_BV: Tensor

@@ -192,6 +192,9 @@ class ServingSettings(Settings):
     adapter_memory: ByteSize = Field(
         ByteSize(2**30), gt=0, description="memory that loaded adapters may take, such as 1GiB"
     )
+    spool: Path | None = Field(
+        None, description="folder of record files; without it nothing is kept of requests for training"
+    )
 
 
 class ModelSettings(Settings):
@@ -469,10 +472,34 @@ class TrainRLSettings(ModelSettings, TaskSettings, RewardSettings, PolicySetting
 
     adapter: str | None = Field(None, description="adapter folder or Hub id to start from; none: a fresh layer")
     output: Path = Field(description="folder of the adapter; an unfinished run in it is gone on with")
+    engine: Literal["transformers", "vllm"] = Field("transformers", description="what samples answers to learn from")
+    engine_memory: ByteSize = Field(
+        ByteSize(2**30), gt=0, description="memory of vLLM's key-value cache in this process"
+    )
+    endpoint: str = Field(
+        "", description="URL of a vLLM server of the same model on this machine, in place of an engine in this process"
+    )
     evaluate_every: int = Field(10, ge=1, description="steps between greedy evaluations on the held-out problems")
     show_every: int = Field(10, ge=1, description="steps between samples of text that are shown and kept")
     checkpoint_every: int = Field(1, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="how many of the last checkpoints are kept")
+
+    @model_validator(mode="after")
+    def _one_engine(self) -> Self:
+        """Errors' contexts name the fields, so that `describe_error` can say where they came from."""
+        if self.endpoint and self.engine != "vllm":
+            raise PydanticCustomError(
+                "engine",
+                "--endpoint {endpoint} needs --engine vllm; give both",
+                {"endpoint": self.endpoint},
+            )
+        if self.first_token_only and self.engine == "vllm":
+            raise PydanticCustomError(
+                "engine",
+                "--first-token-only needs --engine transformers: vLLM applies an adapter to whole answers",
+                {"first_token_only": True, "engine": self.engine},
+            )
+        return self
 
 
 class WarmPolicySettings(TaskSettings, PolicySettings):

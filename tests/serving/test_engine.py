@@ -98,6 +98,11 @@ def test_samples_follow_their_seed_whatever_is_beside_them(engine):
         ({"moe_bias": "routed", "moe_bias_strength": float("nan")}, {}, "must be a finite number, got nan"),
         ({"moe_bias_strength": 1.0}, {}, "must be the name of an adapter, got None"),
         ({"moe_bias": "routed", "moe_bias_strenth": 1.0}, {}, "unknown argument 'moe_bias_strenth'"),
+        (
+            {"moe_bias": "routed", "moe_bias_record": "file"},
+            {},
+            "keeps nothing of requests without MOE_BIAS_SPOOL",
+        ),
         ({"moe_bias": "routed"}, {"prompt_logprobs": 1}, "prompt_logprobs are those of the plain model"),
     ],
 )

@@ -22,7 +22,7 @@ from moe_bias.features.extract import fork_coverage, measure_fork_mass
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.rollout.greedy import greedy_answers
 from moe_bias.rollout.policy import Policy, base_policy, layer_policy
-from moe_bias.rollout.sampler import Rollouts, SamplingChoices
+from moe_bias.rollout.sampler import Rollouts, Sampler, SamplingChoices
 from moe_bias.rollout.sampling import TransformersSampler
 from moe_bias.support import choose_support
 from moe_bias.tasks.catalogue import make_task
@@ -124,10 +124,12 @@ def judge_of(ground: Ground, rewards: Rewards, limit: int) -> Judge:
     return judge
 
 
-def collector_of(ground: Ground, rewards: Rewards, settings: PolicySettings) -> Collector:
-    """What collects the samples of each step."""
-    judge = judge_of(ground, rewards, settings.max_new_tokens)
-    return Collector(sampler_of(settings, ground), ground.train, judge, settings, sampling_choices(settings, ground))
+def collector_of(
+    ground: Ground, rewards: Rewards, settings: PolicySettings, sampler: Sampler | None = None
+) -> Collector:
+    """What collects the samples of each step, by the frozen model itself where no other sampler is given."""
+    judge, choices = judge_of(ground, rewards, settings.max_new_tokens), sampling_choices(settings, ground)
+    return Collector(sampler or sampler_of(settings, ground), ground.train, judge, settings, choices)
 
 
 def policy_of(layer: MoEBiasLayer | None, head: Head) -> Policy:

@@ -22,6 +22,7 @@ from moe_bias.commands.policy import (
     rewards_of,
     saved_layer,
 )
+from moe_bias.commands.sampling_engine import opened_sampler, refuse_unusable_engine
 from moe_bias.commands.saved import refuse_overwriting
 from moe_bias.config import Interrupted, TrainRLSettings
 from moe_bias.evaluation.statistics import Estimate, mean, wilson
@@ -41,6 +42,7 @@ def run(settings: TrainRLSettings) -> None:
     command goes on.
     """
     refuse_overwriting(settings.output)
+    refuse_unusable_engine(settings)
     refuse_other_settings(settings.output, settings.model_dump(mode="json"))
     checkpoints = Checkpoints(settings.output, settings.checkpoint_every, settings.keep_checkpoints)
     try:
@@ -63,9 +65,13 @@ def _run(settings: TrainRLSettings, checkpoints: Checkpoints) -> None:
     after = saved[1].step if saved else 0
     if after and not (settings.output / FILE).is_file():
         console.print(f"{settings.output / FILE} is gone: lines of the first {after} steps are lost, the run is not")
+    if after and settings.endpoint:
+        console.print(
+            "the run goes on with the same problems and seeds; a server computes other batches than before, so that "
+            "samples may differ from those of a run without an interruption"
+        )
     log = MetricsLog(settings.output, after)
     samples = SampleLog(settings.output, settings.show_every, after)
-    collector = collector_of(ground, rewards, settings)
 
     def evaluate(layer: MoEBiasLayer) -> float:
         policies = [policy_of(layer, ground.head)]
@@ -73,12 +79,14 @@ def _run(settings: TrainRLSettings, checkpoints: Checkpoints) -> None:
         return float(np.mean([verdict.is_correct for verdict in verdicts]))
 
     watching = Watching(evaluate, settings.evaluate_every, checkpoints, log, samples)
-    trainer = PolicyTrainer(beginning.layer, ground.head, collector, settings, watching)
-    if saved is not None:
-        trainer.resume(*saved)
-    _announce(console, beginning, ground)
     try:
-        position = trainer.run()
+        with opened_sampler(settings, ground, beginning.layer) as sampler:
+            collector = collector_of(ground, rewards, settings, sampler)
+            trainer = PolicyTrainer(beginning.layer, ground.head, collector, settings, watching)
+            if saved is not None:
+                trainer.resume(*saved)
+            _announce(console, beginning, ground)
+            position = trainer.run()
     finally:
         log.close()
         samples.close()

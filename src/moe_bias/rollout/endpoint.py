@@ -46,19 +46,8 @@ class Endpoint:
     """One model of a server. Raises UserError where the client is not installed."""
 
     def __init__(self, url: str, model: str, choices: EndpointChoices) -> None:
-        if find_spec("openai") is None:
-            raise UserError(
-                "--endpoint needs the openai client, which is not installed: pip install 'moe-bias[endpoint]'"
-            )
-        import openai
-
         self.url, self.model, self.choices = url, model, choices
-        self._client: Any = openai.OpenAI(
-            base_url=url,
-            api_key=os.environ.get(API_KEY) or "none",  # servers of one's own often want none, the client does
-            max_retries=choices.retries,
-            timeout=choices.timeout,
-        )
+        self._client = openai_client(url, choices.timeout, choices.retries)
 
     def answers(self, prompts: Mapping[Key, str], seeds: Mapping[Key, int]) -> Iterator[tuple[Key, list[TextAnswer]]]:
         """The samples of each prompt, as soon as its last one is there.
@@ -95,7 +84,7 @@ class Endpoint:
             if len(found[key]) == self.choices.samples:
                 yield key, [answer for _, answer in sorted(found.pop(key).items())]
         if failure is not None:
-            raise EndpointError(f"{self.url} gives no answers of {self.model!r} ({_reason(failure)})") from failure
+            raise EndpointError(f"{self.url} gives no answers of {self.model!r} ({reason(failure)})") from failure
 
     def _answer(self, prompt: str, seed: int) -> TextAnswer:
         asked = {
@@ -109,6 +98,20 @@ class Endpoint:
             messages = [{"role": "user", "content": prompt}]
             return _read(self._client.chat.completions.create(messages=messages, **asked))
         return _read(self._client.completions.create(prompt=prompt, **asked))
+
+
+def openai_client(url: str, timeout: float, retries: int) -> Any:
+    """A client of the server. Raises UserError where the client is not installed."""
+    if find_spec("openai") is None:
+        raise UserError("--endpoint needs the openai client, which is not installed: pip install 'moe-bias[endpoint]'")
+    import openai
+
+    return openai.OpenAI(
+        base_url=url,
+        api_key=os.environ.get(API_KEY) or "none",  # servers of one's own often want none, the client does
+        max_retries=retries,
+        timeout=timeout,
+    )
 
 
 def _read(response: Any) -> TextAnswer:
@@ -126,7 +129,7 @@ def _cancel(futures: Sequence[Future[TextAnswer]]) -> None:
         future.cancel()
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """What the client says, and where it says nothing of it, what was below."""
     below = error.__cause__
     return " ".join(f"{error}{'' if below is None else f': {below}'}".split())

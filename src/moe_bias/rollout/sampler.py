@@ -12,12 +12,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from moe_bias.config import UserError
-from moe_bias.features.extract import Features
+from moe_bias.features.extract import Features, place_in_example, support_columns
+from moe_bias.features.writer import in_bytes
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.rollout.decoding import Answer
+from moe_bias.support import RestScalars
+
+BUFFER_BYTES = 4 * 2**30
+"""What a step's features may take where nothing else is said."""
 
 
 @dataclass(frozen=True)
@@ -85,3 +91,67 @@ class Sampler(Protocol):
     ) -> Rollouts:
         """`choices.group` answers to each prompt. The same arguments give the same samples."""
         ...
+
+
+@dataclass(frozen=True)
+class SampledScalars:
+    """Of every sampled token, each (T,): the token, and the columns of `Rollouts` and its features that go with it."""
+
+    token: Tensor
+    logit: Tensor
+    entropy: Tensor
+    log_partition: Tensor
+    rest: RestScalars
+    log_prob: Tensor
+    policy_entropy: Tensor
+
+
+def rollouts_of(
+    hidden_TD: Tensor, scalars: SampledScalars, answers: list[Answer], layer: MoEBiasLayer, choices: SamplingChoices
+) -> Rollouts:
+    """Rollouts of tokens that stand sample after sample, as many as the answers have with their end tokens."""
+    length_N = torch.tensor([len(answer.token_ids) + answer.finished for answer in answers])
+    example_T = torch.arange(len(answers)).repeat_interleave(length_N)
+    support_M = support_of(layer)
+    features = Features(
+        hidden_TD,
+        scalars.token,
+        example_T,
+        place_in_example(example_T),
+        scalars.logit.float(),
+        scalars.entropy.float(),
+        scalars.log_partition,
+        scalars.rest,
+        support_columns(support_M, layer.vocab_size)[scalars.token],
+        support_M,
+    )
+    biased_T = (features.position == 0) | (not choices.first_token_only)
+    return Rollouts(
+        features,
+        scalars.log_prob.float(),
+        scalars.policy_entropy.float(),
+        biased_T,
+        answers,
+        choices.group,
+        choices.temperature,
+    )
+
+
+def support_of(layer: MoEBiasLayer) -> Tensor:
+    """The token ids (M,) that the layer has biases for, on the CPU."""
+    return torch.arange(layer.vocab_size) if layer.support is None else layer.support.cpu()
+
+
+def check_prompts(prompts: Sequence[list[int]], choices: SamplingChoices, token_bytes: int, buffer_bytes: int) -> None:
+    """Raises UserError where there is no prompt, one is empty, or `buffer_bytes` might not hold what is kept."""
+    if not prompts:
+        raise UserError("no prompts to sample answers to")
+    if [] in prompts:
+        raise UserError(f"prompt {list(prompts).index([])} has no tokens; a sample needs one to follow")
+    needed = len(prompts) * choices.group * choices.max_new_tokens * token_bytes
+    if needed > buffer_bytes:
+        raise UserError(
+            f"buffer_bytes = {in_bytes(buffer_bytes)} cannot hold {len(prompts)} prompts x {choices.group} "
+            f"samples x {choices.max_new_tokens} tokens of {in_bytes(token_bytes)}, {in_bytes(needed)}; raise it, or "
+            "sample fewer at a time"
+        )

@@ -16,17 +16,21 @@ import torch
 from torch import Tensor, nn
 
 from moe_bias.backbone import Head, adapted_logits
-from moe_bias.config import UserError
-from moe_bias.features.extract import Features, place_in_example, support_columns
-from moe_bias.features.writer import in_bytes
 from moe_bias.layer import MoEBiasLayer, entropy_from_logits
 from moe_bias.progress import Meter, meter
 from moe_bias.rollout.decoding import Answer, answer_batch, longest_first
 from moe_bias.rollout.draw import draw
-from moe_bias.rollout.sampler import Rollouts, SamplingChoices
+from moe_bias.rollout.sampler import (
+    BUFFER_BYTES,
+    Rollouts,
+    SampledScalars,
+    SamplingChoices,
+    check_prompts,
+    rollouts_of,
+    support_of,
+)
 from moe_bias.support import RestScalars, VocabularySplit, base_scalars, split_vocabulary
 
-BUFFER_BYTES = 4 * 2**30
 _SCALAR_BYTES = 160
 """A token's numbers besides its hidden state: 80 bytes while sampling, 73 in the result."""
 
@@ -58,7 +62,8 @@ class TransformersSampler:
         description: str = "samples",
     ) -> Rollouts:
         """See `Sampler`. Raises UserError where `buffer_bytes` might not hold the features, or a prompt is empty."""
-        self._check(prompts, choices)
+        token_bytes = self.head.hidden_size * _hidden_type(self.head).itemsize + _SCALAR_BYTES
+        check_prompts(prompts, choices, token_bytes, self.buffer_bytes)
         samples = len(prompts) * choices.group
         generator = torch.Generator().manual_seed(seed)
         uniform_NL = torch.rand(samples, choices.max_new_tokens, dtype=torch.float64, generator=generator)
@@ -85,20 +90,6 @@ class TransformersSampler:
             limit=choices.max_new_tokens,
             bar=bar,
         )
-
-    def _check(self, prompts: Sequence[list[int]], choices: SamplingChoices) -> None:
-        if not prompts:
-            raise UserError("no prompts to sample answers to")
-        if [] in prompts:
-            raise UserError(f"prompt {list(prompts).index([])} has no tokens; a sample needs one to follow")
-        each = self.head.hidden_size * _hidden_type(self.head).itemsize + _SCALAR_BYTES
-        needed = len(prompts) * choices.group * choices.max_new_tokens * each
-        if needed > self.buffer_bytes:
-            raise UserError(
-                f"buffer_bytes = {in_bytes(self.buffer_bytes)} cannot hold {len(prompts)} prompts x {choices.group} "
-                f"samples x {choices.max_new_tokens} tokens of {in_bytes(each)}, {in_bytes(needed)}; raise it, or "
-                "sample fewer at a time"
-            )
 
 
 class _Recorder:
@@ -162,40 +153,22 @@ def _hidden_type(head: Head) -> torch.dtype:
     return torch.bfloat16 if head.dtype == torch.bfloat16 else torch.float32
 
 
-def _support_of(layer: MoEBiasLayer) -> Tensor:
-    return torch.arange(layer.vocab_size) if layer.support is None else layer.support.cpu()
-
-
 def _split_of(layer: MoEBiasLayer, head: Head) -> VocabularySplit:
-    return split_vocabulary(_support_of(layer).to(head.device), head.vocab_size)
+    return split_vocabulary(support_of(layer).to(head.device), head.vocab_size)
 
 
 def _in_order(kept: list[_Kept], answers: list[Answer], layer: MoEBiasLayer, choices: SamplingChoices) -> Rollouts:
     """The tokens sample after sample. Empties the list as it goes: hidden states are held once."""
     length_N = torch.tensor([len(answer.token_ids) + answer.finished for answer in answers])
     start_N = length_N.cumsum(0) - length_N
-    example_T = torch.arange(len(answers)).repeat_interleave(length_N)
-    hidden_TD = kept[0].hidden.new_empty(len(example_T), kept[0].hidden.shape[-1])
-    scalars_TK = kept[0].scalars.new_empty(len(example_T), kept[0].scalars.shape[-1])
+    tokens = int(length_N.sum())
+    hidden_TD = kept[0].hidden.new_empty(tokens, kept[0].hidden.shape[-1])
+    scalars_TK = kept[0].scalars.new_empty(tokens, kept[0].scalars.shape[-1])
     while kept:
         step = kept.pop()
         place_B = start_N[step.sample] + step.step
         hidden_TD[place_B], scalars_TK[place_B] = step.hidden, step.scalars
     token, logit, entropy, log_partition, log_sum_exp, mean_logit, log_prob, policy_entropy = scalars_TK.T.contiguous()
-    support_M = _support_of(layer)
-    features = Features(
-        hidden_TD,
-        token.long(),
-        example_T,
-        place_in_example(example_T),
-        logit.float(),
-        entropy.float(),
-        log_partition,
-        RestScalars(log_sum_exp, mean_logit),
-        support_columns(support_M, layer.vocab_size)[token.long()],
-        support_M,
-    )
-    biased_T = (features.position == 0) | (not choices.first_token_only)
-    return Rollouts(
-        features, log_prob.float(), policy_entropy.float(), biased_T, answers, choices.group, choices.temperature
-    )
+    rest = RestScalars(log_sum_exp, mean_logit)
+    scalars = SampledScalars(token.long(), logit, entropy, log_partition, rest, log_prob, policy_entropy)
+    return rollouts_of(hidden_TD, scalars, answers, layer, choices)

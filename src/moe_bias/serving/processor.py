@@ -11,6 +11,7 @@ Shapes: B rows, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -26,13 +27,16 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as SecondRunner
 
 from moe_bias.backbone import HeadTransform
-from moe_bias.config import ServingSettings
+from moe_bias.config import ServingSettings, UserError
 from moe_bias.layer import MoEBiasLayer, entropy_from_logits
 from moe_bias.serving.pool import AdapterPool
-from moe_bias.serving.requests import NAME, STRENGTH, VERSION
+from moe_bias.serving.recorder import RecordedRows, Recording, recorded, recorded_rows
+from moe_bias.serving.recording import RowLayout, Spool
+from moe_bias.serving.requests import NAME, RECORD, STRENGTH, VERSION
 from moe_bias.serving.rows import Tenant, TenantRows, move_rows, rows_by_tenant
 from moe_bias.serving.versions import read_version
 
+_LOG = logging.getLogger(__name__)
 _PROCESSORS: WeakValueDictionary[int, MoEBiasLogitsProcessor] = WeakValueDictionary()
 """By the identity of their engine's config: an engine's model is loaded by other code than its processors."""
 
@@ -50,13 +54,18 @@ class MoEBiasLogitsProcessor(FirstRunner, SecondRunner):
         model = vllm_config.model_config
         sizes = model.get_hidden_size(), model.get_vocab_size()
         self._device = device_or_state if isinstance(device_or_state, torch.device) else device_or_state.device
+        settings = ServingSettings.model_validate({})
         self._pool = AdapterPool(
-            lambda version: read_version(version, *sizes).to(self._device),
-            ServingSettings.model_validate({}).adapter_memory,
+            lambda version: read_version(version, *sizes).to(self._device), settings.adapter_memory
         )
+        layout = RowLayout.of_model(sizes[0], model.dtype)
+        self._spool = None if settings.spool is None else Spool(settings.spool, layout)
+        self._vocab_size = sizes[1]
         self._second_runner = vllm_config.use_v2_model_runner
         self._tenants: dict[int, Tenant] = {}
         self._groups: list[TenantRows] = []
+        self._recordings: dict[int, Recording] = {}
+        self._recorded: list[RecordedRows] = []
         self._due = False
         self._seen: tuple[Tensor, Tensor, HeadTransform] | None = None
         _PROCESSORS[id(vllm_config)] = self
@@ -79,6 +88,8 @@ class MoEBiasLogitsProcessor(FirstRunner, SecondRunner):
         """The first runner, before each forward pass: requests that came, went or moved to another row."""
         if process_dict_updates(self._tenants, batch_update, lambda params, *_: self._tenant(params)):
             self._groups = rows_by_tenant(self._tenants, self._device)
+        if process_dict_updates(self._recordings, batch_update, lambda params, _, ids: self._recording(params, ids)):
+            self._recorded = recorded_rows(self._recordings, self._vocab_size, self._device)
         self._due = True
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
@@ -96,7 +107,8 @@ class MoEBiasLogitsProcessor(FirstRunner, SecondRunner):
             self._seen = (hidden_BD, entropy_from_logits(logits_BV), transform) if self._tenants else None
         elif self._due:  # later calls of the step are for log-probabilities of prompts
             self._due = False
-            move_rows(logits_BV, hidden_BD, self._groups, transform)
+            with recorded(self._recorded, hidden_BD, logits_BV):
+                move_rows(logits_BV, hidden_BD, self._groups, transform)
 
     def apply(self, logits: Tensor, ctx: LogitsContext | None = None) -> Tensor:
         """The first runner's logits as they are, the second's with the tenants' rows moved."""
@@ -121,3 +133,15 @@ class MoEBiasLogitsProcessor(FirstRunner, SecondRunner):
         layer: MoEBiasLayer = self._pool.get(version)
         strength = asked.get(STRENGTH)
         return Tenant(version, layer.strength if strength is None else float(strength), layer)
+
+    def _recording(self, params: SamplingParams, output_ids: list[int]) -> Recording | None:
+        """Where to keep what a request samples; its file was there when it was admitted."""
+        asked, tenant = params.extra_args or {}, self._tenant(params)
+        if RECORD not in asked or tenant is None or self._spool is None:
+            return None
+        try:
+            file = self._spool.open(asked[RECORD], params.max_tokens or 0)
+        except UserError as error:
+            _LOG.warning("a request is not recorded: %s", error)
+            return None
+        return Recording(tenant, params.temperature, file, output_ids)

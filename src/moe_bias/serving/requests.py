@@ -1,8 +1,10 @@
 """What a request may ask for, checked where it comes in.
 
 `SamplingParams.extra_args` (over HTTP `vllm_xargs`) has the adapter's name in `moe_bias`, and perhaps a
-strength in `moe_bias_strength`. The check puts the folder of the adapter's version beside them, which
-is what a worker goes by: it runs in another process, and perhaps much later.
+strength in `moe_bias_strength`; a client on the same machine may name a file in `moe_bias_record`, which
+what training needs of the answer is written to (see `recording`). The check puts the folder of the
+adapter's version beside them, which is what a worker goes by: it runs in another process, and perhaps
+much later.
 """
 
 from __future__ import annotations
@@ -17,17 +19,25 @@ from vllm import SamplingParams
 from vllm.config import VllmConfig
 
 from moe_bias.config import ServingSettings, UserError
+from moe_bias.serving.recording import RowLayout, Spool
 from moe_bias.serving.versions import AdapterFolder
 
-NAME, STRENGTH, VERSION = "moe_bias", "moe_bias_strength", "moe_bias_version"
+NAME, STRENGTH, VERSION, RECORD = "moe_bias", "moe_bias_strength", "moe_bias_version", "moe_bias_record"
 
 
 @dataclass(frozen=True)
 class Gate:
-    """The adapters that requests to one engine may name, and how the engine treats log-probabilities."""
+    """The adapters that requests to one engine may name, and how the engine treats log-probabilities.
+
+    `spool` is where requests may be recorded; what hinders that, or hinders a seed beside it, says how to
+    start the engine instead.
+    """
 
     folder: AdapterFolder
     adapts_logprobs: bool
+    spool: Spool | None = None
+    hinders_recording: str | None = None
+    hinders_seeds: str | None = None
 
     def admit(self, params: SamplingParams) -> None:
         """Adds the version to the arguments of a request that names an adapter; leaves others alone.
@@ -38,14 +48,16 @@ class Gate:
         if not given:
             return
         for key in given:
-            if key not in (NAME, STRENGTH, VERSION):
-                raise UserError(f"unknown argument {key!r}; MoE-Bias knows {NAME!r} and {STRENGTH!r}")
+            if key not in (NAME, STRENGTH, VERSION, RECORD):
+                raise UserError(f"unknown argument {key!r}; MoE-Bias knows {NAME!r}, {STRENGTH!r} and {RECORD!r}")
         name, strength = given.get(NAME), given.get(STRENGTH, 1.0)
         if not isinstance(name, str):
             raise UserError(f"{NAME!r} must be the name of an adapter, got {name!r}")
         if not isinstance(strength, int | float) or isinstance(strength, bool) or not math.isfinite(strength):
             raise UserError(f"{STRENGTH!r} must be a finite number, got {strength!r}")
         self._check_logprobs(params)
+        if RECORD in given:
+            self._check_recording(given[RECORD], params)
         params.extra_args = {**(params.extra_args or {}), VERSION: str(self.folder.version(name))}
 
     def _check_logprobs(self, params: SamplingParams) -> None:
@@ -59,13 +71,26 @@ class Gate:
                 "--logprobs-mode processed_logprobs"
             )
 
+    def _check_recording(self, record: object, params: SamplingParams) -> None:
+        if self.spool is None:
+            raise UserError(
+                f"{RECORD!r} is refused: this server keeps nothing of requests without MOE_BIAS_SPOOL=FOLDER"
+            )
+        hindrance = self.hinders_recording or (self.hinders_seeds if params.seed is not None else None)
+        if hindrance is not None:
+            raise UserError(f"{RECORD!r} is refused: start the server with {hindrance}")
+        if params.n > 1 or params.temperature == 0:
+            raise UserError(f"{RECORD!r} is for one sample at a temperature above 0; ask for each sample by itself")
+        self.spool.open(record, params.max_tokens or 0)
+
 
 def gate_of(config: VllmConfig) -> Gate | None:
     """The gate of an engine, or None where no folder of adapters is set.
 
     Raises UserError on settings of the engine with which adapters would be dropped or misplaced.
     """
-    root = ServingSettings.model_validate({}).adapters
+    settings = ServingSettings.model_validate({})
+    root = settings.adapters
     if root is None or config.model_config.runner_type == "pooling":
         return None
     _check_engine(config)
@@ -73,7 +98,25 @@ def gate_of(config: VllmConfig) -> Gate | None:
     folder = AdapterFolder(root, Path(_versions().name), model.get_hidden_size(), model.get_vocab_size())
     # The first runner moves logits where they are made, the second after their log-probabilities are taken.
     adapts_logprobs = not config.use_v2_model_runner or model.logprobs_mode.startswith("processed")
-    return Gate(folder, adapts_logprobs)
+    layout = RowLayout.of_model(model.get_hidden_size(), model.dtype)
+    spool = None if settings.spool is None else Spool(settings.spool, layout)
+    return Gate(folder, adapts_logprobs, spool, _hinders_recording(config), _hinders_seeds(config))
+
+
+def _hinders_recording(config: VllmConfig) -> str | None:
+    """How to start an engine that requests cannot be recorded with as it is."""
+    if config.use_v2_model_runner:
+        return "VLLM_USE_V2_MODEL_RUNNER=0: the second runner's steps are not recorded"
+    if config.model_config.logprobs_mode != "processed_logprobs":
+        return "--logprobs-mode processed_logprobs: others are not of the distribution that is sampled"
+    return None
+
+
+def _hinders_seeds(config: VllmConfig) -> str | None:
+    """How to start an engine that could end when a request with a seed comes; vLLM rewinds generators of GPUs only."""
+    if config.device_config.device_type == "cpu" and config.scheduler_config.enable_chunked_prefill:
+        return "--no-enable-chunked-prefill: on a CPU vLLM ends when it cuts the prompt of a request with a seed"
+    return None
 
 
 def _check_engine(config: VllmConfig) -> None:

@@ -23,6 +23,7 @@ from moe_bias.records import write_json
 FILE = "run.json"
 _FREE = frozenset(
     {"output", "checkpoint_every", "keep_checkpoints", "features", "keep_features", "grid", "base", "seeds", "arms"}
+    | {"endpoint", "engine_memory"}
 )
 """Settings that do not change what a run, or a cell of a sweep, ends with."""
 

@@ -1,0 +1,103 @@
+"""Keeping what training needs of the tokens that requests sample, on the engine's side.
+
+Base entropy, log Z, R and A are taken from the final logits before they are moved, the policy's entropy
+after, both before the engine draws. Row t of a request's file is written when t tokens of it have been
+sampled. A step that samples nothing, such as a part of a prompt, or of a request that is computed again
+after it lost its place, writes the row that the next step writes over.
+
+Shapes: B rows of the batch, R those of one group, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_bias.layer import MoEBiasLayer, entropy_from_logits
+from moe_bias.serving.recording import RecordFile
+from moe_bias.serving.rows import Tenant
+from moe_bias.support import VocabularySplit, base_scalars, split_vocabulary
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A request that is recorded; `tokens` is the engine's own list of those sampled so far, which grows."""
+
+    tenant: Tenant
+    temperature: float
+    file: RecordFile
+    tokens: Sequence[int]
+
+
+@dataclass(frozen=True)
+class RecordedRows:
+    """Recordings that share adapter and temperature, their rows (R,) int64, and the vocabulary as scalars split it."""
+
+    recordings: list[Recording]
+    row_R: Tensor
+    temperature: float
+    split: VocabularySplit
+
+
+def recorded_rows(recordings: Mapping[int, Recording], vocab_size: int, device: torch.device) -> list[RecordedRows]:
+    """The batch's recordings, group by group; `recordings` has the row numbers."""
+    groups: dict[tuple[Tenant, float], list[int]] = {}
+    for row, recording in sorted(recordings.items()):
+        groups.setdefault((recording.tenant, recording.temperature), []).append(row)
+    return [
+        RecordedRows(
+            [recordings[row] for row in rows],
+            torch.tensor(rows, device=device),
+            temperature,
+            _split(tenant.layer, vocab_size, device),
+        )
+        for (tenant, temperature), rows in groups.items()
+    ]
+
+
+@contextmanager
+def recorded(groups: Sequence[RecordedRows], hidden_BD: Tensor, logits_BV: Tensor) -> Iterator[None]:
+    """Writes the rows of a step: the logits are the base's on entry, and the policy's on exit."""
+    base = [_base_scalars(group, logits_BV[group.row_R]) for group in groups]
+    yield
+    for group, columns in zip(groups, base, strict=True):
+        policy_R = entropy_from_logits(_divided(logits_BV[group.row_R], group.temperature))
+        place_R = [len(recording.tokens) for recording in group.recordings]
+        ordinal_R = torch.tensor(place_R, device=logits_BV.device) + 1
+        scalars_RK = torch.stack([column.double() for column in (ordinal_R, *columns, policy_R)], dim=-1)
+        rows_R = group.recordings[0].file.layout.packed(scalars_RK, hidden_BD[group.row_R])
+        for recording, place, row in zip(group.recordings, place_R, rows_R, strict=True):
+            _write(recording.file, place, row)
+
+
+def _base_scalars(group: RecordedRows, logits_RV: Tensor) -> tuple[Tensor, ...]:
+    """Entropy at temperature 1, and log Z, R and A at the group's, each (R,)."""
+    base = base_scalars(_divided(logits_RV, group.temperature), group.split)
+    entropy_R = base.entropy if group.temperature == 1 else entropy_from_logits(logits_RV)
+    return entropy_R, base.log_partition, base.rest.log_sum_exp, base.rest.mean_logit
+
+
+def _divided(logits_RV: Tensor, temperature: float) -> Tensor:
+    logits_RV = logits_RV.float()
+    return logits_RV if temperature == 1 else logits_RV / temperature
+
+
+def _split(layer: MoEBiasLayer, vocab_size: int, device: torch.device) -> VocabularySplit:
+    support_M = torch.arange(vocab_size) if layer.support is None else layer.support
+    return split_vocabulary(support_M.to(device), vocab_size)
+
+
+def _write(file: RecordFile, place: int, row: np.void) -> None:
+    """An engine serves others too: what a client's file does not take is told in the log, and seen by the client."""
+    try:
+        file.write(place, row)
+    except OSError as error:
+        _LOG.warning("a record file does not take row %d: %s", place, error.strerror)
