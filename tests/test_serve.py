@@ -41,6 +41,7 @@ def test_the_server_is_told_everything(started, folder, free_port):
     ((program, (first, *given), variables),) = started
     assert program == first == sys.executable
     assert given[:2] == ["-m", "vllm.entrypoints.openai.api_server"]
+    given.remove("--no-enable-chunked-prefill")
     options = dict(zip(given[2::2], given[3::2], strict=True))
     assert options == {
         "--model": "models/tiny",
@@ -71,6 +72,18 @@ def test_on_an_accelerator_vllm_sizes_the_cache(started, free_port, monkeypatch)
     monkeypatch.setattr(serve.torch.accelerator, "is_available", lambda: True)
     assert main(["serve", "--model", "models/tiny", "--adapters", "adapters", "--port", free_port]) == 0
     assert "--kv-cache-memory-bytes" not in started[0][1]
+    assert "--no-enable-chunked-prefill" not in started[0][1]
+
+
+def test_a_server_that_samples_for_training_keeps_what_that_needs(started, folder, free_port):
+    """A run of training brings its own adapter, so none must be there yet."""
+    for name in ("adapters", "spool"):
+        (folder / "training" / name).mkdir(parents=True)
+    folders = ["--adapters", "training/adapters", "--spool", "training/spool"]
+    assert main(["serve", "--model", "models/tiny", *folders, "--port", free_port]) == 0
+    _, given, variables = started[0]
+    assert given[given.index("--logprobs-mode") + 1] == "processed_logprobs"
+    assert variables["MOE_BIAS_SPOOL"] == str(folder / "training" / "spool")
 
 
 def test_a_damaged_adapter_is_told_and_the_others_are_served(started, free_port, capsys):

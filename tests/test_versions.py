@@ -10,6 +10,7 @@ from conftest import HIDDEN, VOCABULARY, randomise, tiny_model
 from moe_bias.adapter.files import save_layer
 from moe_bias.config import LayerConfig, UserError
 from moe_bias.layer import MoEBiasLayer
+from moe_bias.serving import versions
 from moe_bias.serving.versions import AdapterFolder, read_version
 
 
@@ -64,6 +65,19 @@ def test_files_are_read_once_until_they_change(served, monkeypatch):
     first = served.version("one")
     monkeypatch.setattr(AdapterFolder, "_copy", lambda *_: pytest.fail("read again"))
     assert served.version("one") == first
+
+
+def test_versions_that_nobody_asks_for_any_more_go(served, tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(versions.time, "monotonic", lambda: now[0])
+    made = []
+    for seed in range(3):
+        write(tmp_path / "adapters" / "one", seed=seed)
+        made.append(served.version("one"))
+        served.version("two")
+        now[0] += 2000
+    assert [version.is_dir() for version in made] == [False, True, True]
+    assert served.version("two").is_dir()
 
 
 @pytest.mark.parametrize("name", ["three", "../adapters/one", "one/", ".", "", "/etc"])

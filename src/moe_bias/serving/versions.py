@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import shutil
+import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock
@@ -25,6 +27,8 @@ _FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
 _Stamp = tuple[tuple[int, int, int], ...]
 _READINGS = 3
 """Times that files are read again which were replaced while they were read."""
+_KEPT_SECONDS = 3600.0
+"""A version that no request was admitted with for so long goes when another is made: no request still waits for it."""
 
 
 class AdapterFolder:
@@ -41,6 +45,7 @@ class AdapterFolder:
         self._folder, self._versions = folder, versions
         self._hidden_size, self._vocab_size = hidden_size, vocab_size
         self._known: dict[str, tuple[_Stamp, Path | UserError]] = {}
+        self._admitted: dict[Path, float] = {}
         self._lock = Lock()
 
     def names(self) -> list[str]:
@@ -59,9 +64,11 @@ class AdapterFolder:
             stamp = self._stamp(name)
             if name not in self._known or self._known[name][0] != stamp:
                 self._known[name] = self._read(name)
+                self._forget_old()
             found = self._known[name][1]
-        if isinstance(found, UserError):
-            raise found
+            if isinstance(found, UserError):
+                raise found
+            self._admitted[found] = time.monotonic()
         return found
 
     def _read(self, name: str) -> tuple[_Stamp, Path | UserError]:
@@ -77,6 +84,14 @@ class AdapterFolder:
             if stamp == self._stamp(name):
                 break
         return stamp, found
+
+    def _forget_old(self) -> None:
+        current = {found for _, found in self._known.values()}
+        now = time.monotonic()
+        for version, admitted in list(self._admitted.items()):
+            if version not in current and now - admitted > _KEPT_SECONDS:
+                del self._admitted[version]
+                shutil.rmtree(version)
 
     def _copy(self, name: str) -> Path:
         contents = {file: (self._folder / name / file).read_bytes() for file in _FILES}
