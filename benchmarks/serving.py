@@ -14,6 +14,7 @@ come. Targets: at 8 adapters at least 0.97x the plain model's tokens/s; the plai
 adapters at least 2x LoRA's tokens/s. Runs where vLLM is installed, see CONTRIBUTING.md.
 
     python benchmarks/serving.py [--rounds 3] [--adapters 1 8 64] [--requests 64] [--system-tokens 1024]
+    python benchmarks/serving.py --no-lora --rounds 9      # many more rounds in the time
 """
 
 from __future__ import annotations
@@ -98,6 +99,7 @@ def main() -> None:
     parser.add_argument("--cache-gib", type=int, default=4)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--model", default="bundled")
+    parser.add_argument("--lora", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
     with TemporaryDirectory() as folder:
         write_adapters(Path(folder), options)
@@ -105,7 +107,10 @@ def main() -> None:
         rates = take_turns({name: arm.run for name, arm in arms.items()}, options.rounds)
     results = {name: result(rates, name, arms[name].turns[1:]) for name in arms}
     print_results(results)
-    write_record("serving", {"options": vars(options), "vllm": vllm.__version__, "results": results})
+    write_record(
+        "serving" if options.lora else "serving_alone",
+        {"options": vars(options), "vllm": vllm.__version__, "results": results},
+    )
 
 
 def write_adapters(folder: Path, options: argparse.Namespace) -> None:
@@ -127,19 +132,20 @@ def write_adapters(folder: Path, options: argparse.Namespace) -> None:
 
 def build_arms(folder: Path, options: argparse.Namespace) -> dict[str, Arm]:
     """Every arm on the same prompts; those of one kind share an engine."""
-    most = max(options.adapters)
     arms = {"plain": Arm(start(options), load(options, [{}]))}
     with served_from(folder / "ours"):
         ours = start(options)
-    lora = start(options, enable_lora=True, max_loras=most, max_lora_rank=RANK)
     for count in options.adapters:
         biased = [{"params": answers(options, extra_args={"moe_bias": f"a{number}"})} for number in range(count)]
-        ranked = [
-            {"lora_request": LoRARequest(f"a{number}", number + 1, str(folder / "lora" / f"a{number}"))}
-            for number in range(count)
-        ]
         arms[f"ours {count}"] = Arm(ours, load(options, biased))
-        arms[f"lora {count}"] = Arm(lora, load(options, ranked))
+    if options.lora:
+        lora = start(options, enable_lora=True, max_loras=max(options.adapters), max_lora_rank=RANK)
+        for count in options.adapters:
+            ranked = [
+                {"lora_request": LoRARequest(f"a{number}", number + 1, str(folder / "lora" / f"a{number}"))}
+                for number in range(count)
+            ]
+            arms[f"lora {count}"] = Arm(lora, load(options, ranked))
     return arms
 
 
@@ -186,8 +192,9 @@ def result(rates: dict[str, list[float]], name: str, turns: list[Turn]) -> dict[
     """Everything about one arm. LoRA with as many adapters is what ours is set beside."""
     found: dict[str, Any] = {"rates": rates[name], "turns": [asdict(turn) for turn in turns]}
     found["ratio_to_plain"] = vars(ratio(rates, name, "plain"))
-    if name.startswith("ours"):
-        found["ratio_to_lora"] = vars(ratio(rates, name, name.replace("ours", "lora")))
+    beside = name.replace("ours", "lora")
+    if beside != name and beside in rates:
+        found["ratio_to_lora"] = vars(ratio(rates, name, beside))
     return found
 
 
