@@ -235,32 +235,47 @@ def decode() -> str:
     return _table(headings, rows) + _where(record)
 
 
-def serving() -> str:
+def serving(name: str = "serving") -> str:
     """Many tenants on one model in vLLM: speed over the plain model and over LoRA, and what the cache did."""
-    record = _latest("serving")
-    headings = [
-        "tenants",
-        "tokens/s",
-        "over plain",
-        "over LoRA",
-        "first token",
-        "prompt tokens from the cache",
-        "cache",
-    ]
+    record = _latest(name)
+    headings = ["tenants", "tokens/s", "over plain", "first token", "prompt tokens from the cache", "cache"]
+    with_lora = any(tenants.startswith("lora") for tenants in record["results"])
     rows = []
-    for name, arm in record["results"].items():
+    for tenants in sorted(record["results"], key=_by_kind_and_count):
+        arm = record["results"][tenants]
         first, found, held = (
             median(turn[key] for turn in arm["turns"]) for key in ("first_token", "hit_rate", "cache_bytes")
         )
-        over = [_times(arm[key]) if key in arm else "" for key in ("ratio_to_plain", "ratio_to_lora")]
-        speed = f"{median(arm['rates']):,.0f}"
-        rows.append([name, speed, *over, f"{first:.1f} s", f"{found:.1%}", f"{held / 2**20:,.0f} MiB"])
+        row = [tenants, f"{median(arm['rates']):,.0f}", _times(arm["ratio_to_plain"])]
+        row += [f"{first:.1f} s", f"{found:.1%}", f"{held / 2**20:,.0f} MiB"]
+        rows.append([*row, _times(arm["ratio_to_lora"]) if "ratio_to_lora" in arm else ""] if with_lora else row)
     options = record["options"]
     load = (
         f"{options['requests']} requests at once, {options['system_tokens']:,} common tokens, answers of "
         f"{options['new_tokens']}; {options['dtype']}; vLLM {record['vllm']}."
     )
-    return _table(headings, rows) + _where(record) + load + "\n"
+    return _table([*headings, "over LoRA"] if with_lora else headings, rows) + _where(record) + load + "\n"
+
+
+def rollout() -> str:
+    """Sampling that keeps what training needs, over transformers' own generation."""
+    record = _latest("rollout")
+    ends, limit = sorted(record["results"], key=lambda result: not result["ends"])
+    headings = ["sampling", "tokens/s", "over `generate`", "tokens/s, all rows to the limit", "over `generate`"]
+    rows = []
+    for arm in ends["rates"]:
+        row = [arm]
+        for part in (ends, limit):
+            row += [f"{median(part['rates'][arm]):,.0f}", _times(part["ratio_to_generate"][arm])]
+        rows.append(row)
+    options = record["options"]
+    size = f"{options['prompts']} prompts x {options['group']} samples, at most {options['max_new_tokens']} tokens.\n"
+    return _table(headings, rows) + _where(record) + size
+
+
+def _by_kind_and_count(tenants: str) -> tuple[int, int]:
+    kind, _, count = tenants.partition(" ")
+    return ("plain", "ours", "lora").index(kind), int(count or 0)
 
 
 def _demo_row(record: dict[str, Any]) -> list[str]:
@@ -453,7 +468,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "rl-signal": rl_signal,
     "rl-trials": rl_trials,
     "rl-update": rl_update,
+    "rollout": rollout,
     "serving": serving,
+    "serving-alone": partial(serving, "serving_alone"),
     "sft-gsm8k": sft,
     "sweep-products": sweep_products,
     "train-step": train_step,
