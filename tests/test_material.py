@@ -256,6 +256,7 @@ def test_arms_from_a_store_with_its_texts_are_those_of_data(folder, capsys):
     rows = rows_of("out")
     assert list(rows)[-2:] == ["lora-tokens", "lora-time"]
     assert rows["lora-tokens"]["train_tokens"] >= 20
+    assert rows["moe-bias-tokens"]["train_tokens"] == 20
     assert main(words("arms", "without", "--seeds", "0", "--no-lora", source=source)) == 0
     assert "lora-tokens" not in rows_of("without")
     (folder / "rows.jsonl").write_text((folder / "rows.jsonl").read_text().replace("w9", "w8"))

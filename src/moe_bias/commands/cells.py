@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from moe_bias.commands.cell_table import print_cells
 from moe_bias.commands.material import Material, opened
 from moe_bias.config import ArmsSettings, Interrupted, RunSettings, SweepSettings
 from moe_bias.evaluation.cells import Cell, CellRecords, base_cell, compare_cells, run_cell
+from moe_bias.features.source import Subset
 from moe_bias.records import provenance, write_json
 from moe_bias.training.base_logits import BaseLogits
 from moe_bias.training.run_folder import begin, digests
@@ -64,6 +66,19 @@ class Workshop:
         prepared, logits = self.on(settings.support), self._logits_on(settings)
         cell = run_cell(name, settings, prepared, self.material.head, logits)
         return cell, settings.model_dump(mode="json")
+
+    def cell_on_tokens(self, name: str, settings: RunSettings, tokens: int) -> Outcome:
+        """A layer's cell on so many training tokens: the first of them once, or all as many times as that gives."""
+        prepared = self.on(settings.support)
+        count = min(tokens, len(prepared.train))
+        part = replace(
+            prepared,
+            train=Subset(prepared.train, torch.arange(count)),
+            seconds=prepared.seconds * count / len(prepared.train),
+        )
+        settings = settings.model_copy(update={"epochs": tokens // count})
+        logits = BaseLogits(part.train, self.material.head, settings.logits_budget)
+        return run_cell(name, settings, part, self.material.head, logits), settings.model_dump(mode="json")
 
     def _logits_on(self, settings: RunSettings) -> BaseLogits:
         """Base logits of the training tokens; those of the last support are kept, since many cells share them."""

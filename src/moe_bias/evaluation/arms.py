@@ -7,6 +7,7 @@ The names:
     no-gate           without the entropy gate
     full-vocabulary   a bias on every token in place of the support
     lora-tokens       LoRA on as many completion tokens as moe-bias is trained on, or as the settings say
+    moe-bias-tokens   MoE-Bias on as many as the settings say for LoRA, where they say so
     lora-time         LoRA for as many seconds as moe-bias takes, its pass over the backbone included
 
 LoRA is measured on exactly the tokens that the others are.
@@ -34,6 +35,7 @@ LAYER_ARMS: dict[str, dict[str, Any]] = {
     "full-vocabulary": {"support": "all"},
 }
 LORA_ARMS = ("lora-tokens", "lora-time")
+MAIN_ON_LORA_TOKENS = "moe-bias-tokens"
 
 
 def lora_budget(name: str, main: Cell, tokens: int | None) -> Budget:
