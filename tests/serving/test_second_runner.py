@@ -23,8 +23,8 @@ from moe_bias.serving.versions import AdapterFolder, read_version
 
 @pytest.fixture
 def config():
-    sizes = SimpleNamespace(get_hidden_size=lambda: HIDDEN, get_vocab_size=lambda: VOCABULARY)
-    return SimpleNamespace(model_config=sizes, use_v2_model_runner=True)
+    model = SimpleNamespace(get_hidden_size=lambda: HIDDEN, get_vocab_size=lambda: VOCABULARY, dtype=torch.float32)
+    return SimpleNamespace(model_config=model, use_v2_model_runner=True)
 
 
 @pytest.fixture
