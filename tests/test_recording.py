@@ -37,6 +37,18 @@ def test_rows_come_back_bit_for_bit_also_where_they_were_written_twice(spool):
     assert not list(spool.folder.iterdir())
 
 
+def test_a_row_without_its_hidden_state_is_empty_there(spool):
+    scalars_TK, hidden_TD = rows(3, spool.layout.dtype)
+    spool.create("one", 3)
+    file = spool.open("one", 3)
+    for place, row in enumerate(spool.layout.packed(scalars_TK, hidden_TD)):
+        file.write(place, row, with_hidden=place != 1)
+    found_TK, found_TD = spool.read("one", 3)
+    hidden_TD[1] = 0
+    assert torch.equal(found_TK, scalars_TK)
+    assert torch.equal(found_TD, hidden_TD)
+
+
 def test_half_precision_that_is_not_bfloat16_is_kept_in_float32():
     assert RowLayout.of_model(5, torch.float16).dtype == torch.float32
 

@@ -84,6 +84,50 @@ def test_reward_rises_and_metrics_say_what_happened():
     assert setting.accuracies == 6  # before the first step, after every second, and after the last
 
 
+class Forgetful:
+    """A sampler that gives no hidden states below the entropy that it is told."""
+
+    def __init__(self, sampler):
+        self.sampler, self.asked = sampler, []
+
+    def sample(self, prompts, layer, choices, seed, description="samples"):
+        rollouts = self.sampler.sample(prompts, layer, choices, seed, description)
+        self.asked.append(choices.keep_above)
+        if choices.keep_above is None:
+            return rollouts
+        kept_T = rollouts.policy_entropy >= choices.keep_above
+        rollouts.features.hidden[~kept_T] = torch.nan
+        return replace(rollouts, kept=kept_T)
+
+
+def test_hidden_states_below_the_last_threshold_are_not_needed():
+    """With a margin the run is the same where thresholds fall by less, and never touches what was left out."""
+    whole, part = Setting(settings_of(steps=4)), Setting(settings_of(steps=4))
+    collector = part.trainer._collector
+    forgetful = Forgetful(collector.sampler)
+    part.trainer._collector = replace(collector, sampler=forgetful, margin=1.0)
+    whole.trainer.run()
+    part.trainer.run()
+    thresholds = [line["threshold"] for line in part.lines if "threshold" in line]
+    told = [above for above in forgetful.asked if above is not None]
+    assert told[0] == max(thresholds[0] - 1.0, 0.0)
+    for name, tensor in whole.layer.state_dict().items():
+        assert torch.equal(part.layer.state_dict()[name], tensor)
+
+
+def test_tokens_whose_hidden_states_were_left_out_are_not_selected():
+    setting = Setting(settings_of(steps=1))
+    collector = setting.trainer._collector
+    whole = collector.collect(setting.layer, 0)
+    above = whole.threshold + 0.005
+    part = replace(collector, sampler=Forgetful(collector.sampler), margin=0.0).collect(setting.layer, 0, above)
+    assert 0 < len(part.batch) < len(whole.batch)
+    assert not part.batch.hidden.isnan().any()
+    assert part.threshold == whole.threshold
+    none = replace(collector, sampler=Forgetful(collector.sampler), margin=0.0).collect(setting.layer, 0, 1e3)
+    assert none.batch is None
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_trainer_finds_the_sampler_s_log_probabilities(temperature):
     setting = Setting(settings_of(temperature=temperature, steps=3))

@@ -479,6 +479,12 @@ class TrainRLSettings(ModelSettings, TaskSettings, RewardSettings, PolicySetting
     endpoint: str = Field(
         "", description="URL of a vLLM server of the same model on this machine, in place of an engine in this process"
     )
+    record_margin: float | None = Field(
+        None,
+        ge=0,
+        description="with --engine vllm: keep hidden states only of tokens whose entropy is at most so many nats below "
+        "the last step's threshold; none: of all tokens",
+    )
     evaluate_every: int = Field(10, ge=1, description="steps between greedy evaluations on the held-out problems")
     show_every: int = Field(10, ge=1, description="steps between samples of text that are shown and kept")
     checkpoint_every: int = Field(1, ge=1, description="steps between checkpoints")
@@ -492,6 +498,12 @@ class TrainRLSettings(ModelSettings, TaskSettings, RewardSettings, PolicySetting
                 "engine",
                 "--endpoint {endpoint} needs --engine vllm; give both",
                 {"endpoint": self.endpoint},
+            )
+        if self.record_margin is not None and self.engine != "vllm":
+            raise PydanticCustomError(
+                "engine",
+                "--record-margin {record_margin} needs --engine vllm: transformers keeps all hidden states",
+                {"record_margin": self.record_margin},
             )
         if self.first_token_only and self.engine == "vllm":
             raise PydanticCustomError(

@@ -83,6 +83,21 @@ def test_seeds_decide_samples(started):
     assert len(set(map(tuple, completions(first)))) > len(asked)  # samples of a group differ
 
 
+def test_hidden_states_come_back_of_tokens_above_an_entropy_alone(started):
+    sampler, _ = started
+    layer, asked = layer_of(), prompts(4)
+    whole = sampler.sample(asked, layer, CHOICES, 0)
+    middle = float(whole.policy_entropy.median())
+    part = sampler.sample(asked, layer, replace(CHOICES, keep_above=middle), 0)
+    assert completions(part) == completions(whole)
+    assert whole.kept.all()
+    assert torch.equal(part.kept, part.policy_entropy.double() >= middle)
+    assert 0.3 < part.kept.double().mean() < 0.7
+    torch.testing.assert_close(part.features.hidden[part.kept], whole.features.hidden[part.kept])
+    assert not part.features.hidden[~part.kept].any()
+    torch.testing.assert_close(part.policy_entropy, whole.policy_entropy)
+
+
 @pytest.mark.parametrize(
     ("record", "reason"),
     [

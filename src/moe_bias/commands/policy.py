@@ -125,11 +125,15 @@ def judge_of(ground: Ground, rewards: Rewards, limit: int) -> Judge:
 
 
 def collector_of(
-    ground: Ground, rewards: Rewards, settings: PolicySettings, sampler: Sampler | None = None
+    ground: Ground,
+    rewards: Rewards,
+    settings: PolicySettings,
+    sampler: Sampler | None = None,
+    margin: float | None = None,
 ) -> Collector:
     """What collects the samples of each step, by the frozen model itself where no other sampler is given."""
     judge, choices = judge_of(ground, rewards, settings.max_new_tokens), sampling_choices(settings, ground)
-    return Collector(sampler or sampler_of(settings, ground), ground.train, judge, settings, choices)
+    return Collector(sampler or sampler_of(settings, ground), ground.train, judge, settings, choices, margin)
 
 
 def policy_of(layer: MoEBiasLayer | None, head: Head) -> Policy:

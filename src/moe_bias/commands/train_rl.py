@@ -81,7 +81,7 @@ def _run(settings: TrainRLSettings, checkpoints: Checkpoints) -> None:
     watching = Watching(evaluate, settings.evaluate_every, checkpoints, log, samples)
     try:
         with opened_sampler(settings, ground, beginning.layer) as sampler:
-            collector = collector_of(ground, rewards, settings, sampler)
+            collector = collector_of(ground, rewards, settings, sampler, settings.record_margin)
             trainer = PolicyTrainer(beginning.layer, ground.head, collector, settings, watching)
             if saved is not None:
                 trainer.resume(*saved)

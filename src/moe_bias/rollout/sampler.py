@@ -31,7 +31,9 @@ class SamplingChoices:
     """How to sample: `group` samples a prompt, `batch_size` prompts at once, `stop_ids` end an answer.
 
     `first_token_only`: the layer acts on the first token of an answer and the frozen model alone on
-    the others. Raises UserError on values that cannot be, and on those that would falsify what is kept.
+    the others. `keep_above`: hidden states are wanted of those tokens alone at which the policy's entropy
+    is at least so many nats (None: of all); a sampler may keep more. Raises UserError on values that
+    cannot be, and on those that would falsify what is kept.
     """
 
     temperature: float
@@ -41,6 +43,7 @@ class SamplingChoices:
     stop_ids: Sequence[int]
     top_p: float = 1.0
     first_token_only: bool = False
+    keep_above: float | None = None
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
@@ -66,13 +69,16 @@ class Rollouts:
     `entropy` is the base entropy at temperature 1 that the gate reads, `example` is the sample's
     number. `log_prob` (T,) float32 is the token's under the policy that sampled it, `policy_entropy`
     (T,) float32 that policy's entropy in nats, both at the temperature. `biased` (T,) bool tells where
-    the layer acted: training must not move the other tokens. `answers` are the N samples' token ids.
+    the layer acted: training must not move the other tokens. `kept` (T,) bool tells where the hidden state
+    is there; elsewhere it is zeros, `logit` says nothing, and training must leave the token out.
+    `answers` are the N samples' token ids.
     """
 
     features: Features
     log_prob: Tensor
     policy_entropy: Tensor
     biased: Tensor
+    kept: Tensor
     answers: list[Answer]
     group: int
     temperature: float
@@ -107,9 +113,17 @@ class SampledScalars:
 
 
 def rollouts_of(
-    hidden_TD: Tensor, scalars: SampledScalars, answers: list[Answer], layer: MoEBiasLayer, choices: SamplingChoices
+    hidden_TD: Tensor,
+    scalars: SampledScalars,
+    answers: list[Answer],
+    layer: MoEBiasLayer,
+    choices: SamplingChoices,
+    kept_T: Tensor | None = None,
 ) -> Rollouts:
-    """Rollouts of tokens that stand sample after sample, as many as the answers have with their end tokens."""
+    """Rollouts of tokens that stand sample after sample, as many as the answers have with their end tokens.
+
+    `kept_T` bool: see `Rollouts` (None: all).
+    """
     length_N = torch.tensor([len(answer.token_ids) + answer.finished for answer in answers])
     example_T = torch.arange(len(answers)).repeat_interleave(length_N)
     support_M = support_of(layer)
@@ -131,6 +145,7 @@ def rollouts_of(
         scalars.log_prob.float(),
         scalars.policy_entropy.float(),
         biased_T,
+        torch.ones_like(biased_T) if kept_T is None else kept_T,
         answers,
         choices.group,
         choices.temperature,

@@ -84,7 +84,7 @@ class VllmSampler:
         records = [f"{uuid4().hex}-{number}" for number in range(samples)]
         seeds = torch.randint(2**31, (samples,), generator=torch.Generator().manual_seed(seed)).tolist()
         requests = [
-            SampleRequest(prompts[number // choices.group], seeds[number], self._arguments(record))
+            SampleRequest(prompts[number // choices.group], seeds[number], self._arguments(record, choices))
             for number, record in enumerate(records)
         ]
         try:
@@ -99,8 +99,9 @@ class VllmSampler:
         """Takes the layer out of the engine's folder."""
         shutil.rmtree(self.adapters / self.name, ignore_errors=True)
 
-    def _arguments(self, record: str) -> dict[str, str]:
-        return {"moe_bias": self.name, "moe_bias_record": record}
+    def _arguments(self, record: str, choices: SamplingChoices) -> dict[str, str | float]:
+        arguments: dict[str, str | float] = {"moe_bias": self.name, "moe_bias_record": record}
+        return arguments if choices.keep_above is None else {**arguments, "moe_bias_record_above": choices.keep_above}
 
     def _answers(
         self, requests: Sequence[SampleRequest], choices: SamplingChoices, description: str
@@ -137,7 +138,8 @@ class VllmSampler:
             policy_entropy,
         )
         answers = [_answer(answer.token_ids, choices.stop_ids) for answer in found]
-        return rollouts_of(hidden_TD, columns, answers, layer, choices)
+        kept_T = None if choices.keep_above is None else policy_entropy >= choices.keep_above
+        return rollouts_of(hidden_TD, columns, answers, layer, choices, kept_T)
 
     def _logits(self, hidden_tD: Tensor, token_ids: list[int]) -> Tensor:
         """The drawn tokens' base logits (T,) at temperature 1, on the CPU."""

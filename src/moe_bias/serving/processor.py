@@ -12,6 +12,7 @@ Shapes: B rows, D hidden, V vocabulary.
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -32,7 +33,7 @@ from moe_bias.layer import MoEBiasLayer, entropy_from_logits
 from moe_bias.serving.pool import AdapterPool
 from moe_bias.serving.recorder import RecordedRows, Recording, recorded, recorded_rows
 from moe_bias.serving.recording import RowLayout, Spool
-from moe_bias.serving.requests import NAME, RECORD, STRENGTH, VERSION
+from moe_bias.serving.requests import NAME, RECORD, RECORD_ABOVE, STRENGTH, VERSION
 from moe_bias.serving.rows import Tenant, TenantRows, move_rows, rows_by_tenant
 from moe_bias.serving.versions import read_version
 
@@ -144,4 +145,4 @@ class MoEBiasLogitsProcessor(FirstRunner, SecondRunner):
         except UserError as error:
             _LOG.warning("a request is not recorded: %s", error)
             return None
-        return Recording(tenant, params.temperature, file, output_ids)
+        return Recording(tenant, params.temperature, file, output_ids, asked.get(RECORD_ABOVE, -math.inf))

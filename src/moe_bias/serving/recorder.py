@@ -11,6 +11,7 @@ Shapes: B rows of the batch, R those of one group, D hidden, V vocabulary.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,12 +30,16 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Recording:
-    """A request that is recorded; `tokens` is the engine's own list of those sampled so far, which grows."""
+    """A request that is recorded; `tokens` is the engine's own list of those sampled so far, which grows.
+
+    Hidden states are wanted of tokens at which the policy's entropy is at least `above` nats.
+    """
 
     tenant: Tenant
     temperature: float
     file: RecordFile
     tokens: Sequence[int]
+    above: float = -math.inf
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ def recorded(groups: Sequence[RecordedRows], hidden_BD: Tensor, logits_BV: Tenso
         scalars_RK = torch.stack([column.double() for column in (ordinal_R, *columns, policy_R)], dim=-1)
         rows_R = group.recordings[0].file.layout.packed(scalars_RK, hidden_BD[group.row_R])
         for recording, place, row in zip(group.recordings, place_R, rows_R, strict=True):
-            _write(recording.file, place, row)
+            _write(recording.file, place, row, bool(row["scalars"][-1] >= recording.above))
 
 
 def _base_scalars(group: RecordedRows, logits_RV: Tensor) -> tuple[Tensor, ...]:
@@ -95,9 +100,9 @@ def _split(layer: MoEBiasLayer, vocab_size: int, device: torch.device) -> Vocabu
     return split_vocabulary(support_M.to(device), vocab_size)
 
 
-def _write(file: RecordFile, place: int, row: np.void) -> None:
+def _write(file: RecordFile, place: int, row: np.void, with_hidden: bool) -> None:
     """An engine serves others too: what a client's file does not take is told in the log, and seen by the client."""
     try:
-        file.write(place, row)
+        file.write(place, row, with_hidden)
     except OSError as error:
         _LOG.warning("a record file does not take row %d: %s", place, error.strerror)

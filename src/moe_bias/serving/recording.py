@@ -13,7 +13,8 @@ A file has no header: rows of one size follow each other, of the machine's byte 
     log_sum_exp      float64
     mean_logit       float64
     policy_entropy   float64   of the policy at temperature T, nats
-    hidden           D numbers, float32, or bfloat16 as its 16 bits
+    hidden           D numbers, float32, or bfloat16 as its 16 bits; left out where the policy's entropy is
+                     below the request's `moe_bias_record_above`, so that such rows take no memory
 
 An engine writes to files alone that stand in this folder under a plain name and have exactly the size
 that its own model asks for, so that a name that comes over a network reaches nothing else. Nothing is
@@ -142,6 +143,7 @@ class RecordFile:
         self.layout, self._number = layout, number
         weakref.finalize(self, os.close, number)
 
-    def write(self, place: int, row: np.void) -> None:
-        """Overwrites a row. Raises OSError where there is no room."""
-        os.pwrite(self._number, row.tobytes(), place * row.itemsize)
+    def write(self, place: int, row: np.void, with_hidden: bool = True) -> None:
+        """Overwrites a row, or its scalars alone. Raises OSError where there is no room."""
+        content = row if with_hidden else row["scalars"]
+        os.pwrite(self._number, content.tobytes(), place * row.itemsize)

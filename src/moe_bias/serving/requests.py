@@ -2,7 +2,8 @@
 
 `SamplingParams.extra_args` (over HTTP `vllm_xargs`) has the adapter's name in `moe_bias`, and perhaps a
 strength in `moe_bias_strength`; a client on the same machine may name a file in `moe_bias_record`, which
-what training needs of the answer is written to (see `recording`). The check puts the folder of the
+what training needs of the answer is written to (see `recording`), and in `moe_bias_record_above` the
+entropy in nats below which it needs no hidden states. The check puts the folder of the
 adapter's version beside them, which is what a worker goes by: it runs in another process, and perhaps
 much later.
 """
@@ -23,6 +24,7 @@ from moe_bias.serving.recording import RowLayout, Spool
 from moe_bias.serving.versions import AdapterFolder
 
 NAME, STRENGTH, VERSION, RECORD = "moe_bias", "moe_bias_strength", "moe_bias_version", "moe_bias_record"
+RECORD_ABOVE = "moe_bias_record_above"
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,15 @@ class Gate:
         if not given:
             return
         for key in given:
-            if key not in (NAME, STRENGTH, VERSION, RECORD):
+            if key not in (NAME, STRENGTH, VERSION, RECORD, RECORD_ABOVE):
                 raise UserError(f"unknown argument {key!r}; MoE-Bias knows {NAME!r}, {STRENGTH!r} and {RECORD!r}")
-        name, strength = given.get(NAME), given.get(STRENGTH, 1.0)
+        name = given.get(NAME)
         if not isinstance(name, str):
             raise UserError(f"{NAME!r} must be the name of an adapter, got {name!r}")
-        if not isinstance(strength, int | float) or isinstance(strength, bool) or not math.isfinite(strength):
-            raise UserError(f"{STRENGTH!r} must be a finite number, got {strength!r}")
+        for key in (STRENGTH, RECORD_ABOVE):
+            number = given.get(key, 1.0)
+            if not isinstance(number, int | float) or isinstance(number, bool) or not math.isfinite(number):
+                raise UserError(f"{key!r} must be a finite number, got {number!r}")
         self._check_logprobs(params)
         if RECORD in given:
             self._check_recording(given[RECORD], params)

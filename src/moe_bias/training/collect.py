@@ -18,7 +18,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -107,21 +107,33 @@ class _Part:
     features: Features
     sampled: Sampled
     entropy: Tensor
+    kept: Tensor
 
 
 @dataclass(frozen=True)
 class Collector:
-    """Collects a step's samples from a sampler."""
+    """Collects a step's samples from a sampler.
+
+    With a `margin`, the sampler is asked for hidden states of those tokens alone whose entropy is at most
+    so many nats below the threshold of the step before (None: of all).
+    """
 
     sampler: Sampler
     curriculum: Curriculum
     judge: Judge
     settings: PolicySettings
     choices: SamplingChoices
+    margin: float | None = None
 
-    def collect(self, layer: MoEBiasLayer, step: int) -> Collected:
-        """The samples of step `step`, counted from 0, under the layer as it is."""
+    def collect(self, layer: MoEBiasLayer, step: int, last_threshold: float | None = None) -> Collected:
+        """The samples of step `step`, counted from 0, under the layer as it is.
+
+        `last_threshold` is the entropy from which tokens were selected in the step before, where there was one.
+        """
         settings, parts, judged = self.settings, list[_Part](), list[Judged]()
+        choices = self.choices
+        if self.margin is not None and last_threshold is not None:
+            choices = replace(choices, keep_above=max(last_threshold - self.margin, 0.0))
         seconds = [0.0, 0.0]
         order = self.order(step)
         wanted = min(settings.prompts, len(order))
@@ -129,7 +141,7 @@ class Collector:
             chosen, order = order[:wanted], order[wanted:]
             if not chosen:
                 break
-            part, seen, spent = self._round(layer, chosen, _mixed(settings.seed, step, round_))
+            part, seen, spent = self._round(layer, chosen, choices, _mixed(settings.seed, step, round_))
             judged += seen
             seconds = [before + more for before, more in zip(seconds, spent, strict=True)]
             if part is not None:
@@ -146,10 +158,10 @@ class Collector:
         return random.Random(_mixed(self.settings.seed, step)).sample(range(problems), needed)
 
     def _round(
-        self, layer: MoEBiasLayer, chosen: Sequence[int], seed: int
+        self, layer: MoEBiasLayer, chosen: Sequence[int], choices: SamplingChoices, seed: int
     ) -> tuple[_Part | None, list[Judged], tuple[float, float]]:
         started = time.perf_counter()
-        rollouts = self.sampler.sample([self.curriculum.prompts[i] for i in chosen], layer, self.choices, seed, "")
+        rollouts = self.sampler.sample([self.curriculum.prompts[i] for i in chosen], layer, choices, seed, "")
         sampled = time.perf_counter()
         problems = [self.curriculum.problems[i] for i in chosen for _ in range(self.choices.group)]
         judged = self.judge(problems, rollouts)
@@ -161,6 +173,9 @@ class Collector:
             return Collected(None, None, float("inf"), 0, 0.0, judged, *seconds)
         entropy_T = torch.cat([part.entropy for part in parts])
         selected_T, threshold = select_high_entropy(entropy_T, self.settings.rho)
+        selected_T &= torch.cat([part.kept for part in parts])
+        if not selected_T.any():
+            return Collected(None, None, threshold, len(entropy_T), float(entropy_T.mean()), judged, *seconds)
         log_prob_T = torch.cat([part.sampled.log_prob for part in parts])
         advantage_T = torch.cat([part.sampled.advantage for part in parts])
         return Collected(
@@ -183,7 +198,10 @@ def _kept_part(rollouts: Rollouts, reward_N: Tensor) -> _Part | None:
         return None
     advantage_T = advantage_N[example_T[kept_T]].to(rollouts.log_prob.dtype)
     return _Part(
-        rollouts.features.at(kept_T), Sampled(rollouts.log_prob[kept_T], advantage_T), rollouts.policy_entropy[kept_T]
+        rollouts.features.at(kept_T),
+        Sampled(rollouts.log_prob[kept_T], advantage_T),
+        rollouts.policy_entropy[kept_T],
+        rollouts.kept[kept_T],
     )
 
 

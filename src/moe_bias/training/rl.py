@@ -20,6 +20,7 @@ Shapes: T tokens, M support.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -54,7 +55,10 @@ Evaluate = Callable[[MoEBiasLayer], float | None]
 
 @dataclass(frozen=True)
 class PolicyPosition(Standing):
-    """Where a run stands: steps in a row without a group to learn from, and the last and the best accuracy."""
+    """Where a run stands: steps in a row without a group to learn from, and the last and the best accuracy.
+
+    `threshold`: the entropy in nats from which tokens were last selected.
+    """
 
     equal: int = 0
     accuracy: float | None = None
@@ -63,6 +67,7 @@ class PolicyPosition(Standing):
     sampled_tokens: int = 0
     update_seconds: float = 0.0
     seconds: float = 0.0
+    threshold: float | None = None
 
 
 class Log(Protocol):
@@ -125,7 +130,7 @@ class PolicyTrainer:
     def _advance(self, bar: Meter) -> None:
         """A step and what follows it, in the order that a resumed run relies on: evaluation, log, checkpoint."""
         step, started = self._position.step, time.perf_counter()
-        collected = self._collector.collect(self._layer, step)
+        collected = self._collector.collect(self._layer, step, self._position.threshold)
         updating = time.perf_counter()
         update = self._learn(collected, step)
         ended = time.perf_counter()
@@ -138,6 +143,7 @@ class PolicyTrainer:
             sampled_tokens=self._position.sampled_tokens + sum(one.tokens for one in collected.judged),
             update_seconds=self._position.update_seconds + ended - updating,
             seconds=self._position.seconds + ended - started,
+            threshold=collected.threshold if math.isfinite(collected.threshold) else self._position.threshold,
         )
         self._say(bar, metrics)
         self._show(collected, bar)
