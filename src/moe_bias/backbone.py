@@ -114,9 +114,7 @@ class Head:
     @torch.no_grad()
     def columns(self, support_M: Tensor) -> Callable[[Tensor], Tensor]:
         """A function from hidden states (..., D) to the final logits of the support (..., M)."""
-        weight_MD = at_least_float32(self.module.weight[support_M])  # type: ignore[index]
-        bias = getattr(self.module, "bias", None)
-        bias_M = None if bias is None else at_least_float32(bias[support_M])
+        weight_MD, bias_M = self._rows(support_M)
 
         @torch.no_grad()
         def support_logits(hidden: Tensor) -> Tensor:
@@ -127,10 +125,15 @@ class Head:
     @torch.no_grad()
     def token_logits(self, hidden_TD: Tensor, token_T: Tensor) -> Tensor:
         """The final logit (T,) of one token for each hidden state (T, D)."""
-        weight_TD = at_least_float32(self.module.weight[token_T])  # type: ignore[index]
+        weight_TD, bias_T = self._rows(token_T)
         raw_T = torch.linalg.vecdot(hidden_TD.to(weight_TD.dtype), weight_TD)
+        return self.transform.apply(raw_T if bias_T is None else raw_T + bias_T)
+
+    def _rows(self, token: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of some tokens, in float32 or better."""
+        weight = at_least_float32(self.module.weight[token])  # type: ignore[index]
         bias = getattr(self.module, "bias", None)
-        return self.transform.apply(raw_T if bias is None else raw_T + at_least_float32(bias[token_T]))
+        return weight, None if bias is None else at_least_float32(bias[token])
 
 
 def adapted_logits(

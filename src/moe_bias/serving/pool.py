@@ -27,11 +27,12 @@ class AdapterPool:
 
     def get(self, version: Path) -> MoEBiasLayer:
         """The version's layer, loaded where it is not held."""
-        if version not in self._layers:
+        if version in self._layers:
+            self._layers.move_to_end(version)
+        else:
             self._layers[version] = self._load(version)
-        self._layers.move_to_end(version)
-        while len(self._layers) > 1 and self.held_bytes > self._budget:
-            self._layers.popitem(last=False)
+            while len(self._layers) > 1 and self.held_bytes > self._budget:
+                self._layers.popitem(last=False)
         return self._layers[version]
 
 
