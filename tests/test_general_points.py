@@ -1,4 +1,5 @@
 import itertools
+import re
 from fractions import Fraction
 
 import pytest
@@ -176,11 +177,22 @@ def test_the_question_says_the_cards_the_rule_and_the_target():
     assert max(number for problem in tens for number in problem.entry["numbers"]) == 10
 
 
-def test_a_worked_answer_by_hand():
+def test_worked_answers_by_hand():
     # 6 is 1 + 5, 2 + 4, 3 + 3, 1 * 6, 2 * 3, 7 - 1, 8 - 2, 9 - 3 and 10 - 4: nine hands of two.
-    problems = GeneralPoints(cards=2, target=6).problems(9, seed=0)
-    worked = {tuple(problem.entry["numbers"]): problem.worked for problem in problems}
-    assert worked[2, 3] == "2 * 3 = 6. The answer is 2 * 3 = 6."
+    problems = GeneralPoints(cards=2, target=6, suits="black").problems(9, seed=0)
+    worked = {tuple(sorted(problem.entry["numbers"])): problem.worked for problem in problems}
+    suits = "(spades|clubs)"
+    assert re.fullmatch(
+        rf"The cards are (the 2 of {suits}, the 3 of {suits}\. The numbers are 2, 3|"
+        rf"the 3 of {suits}, the 2 of {suits}\. The numbers are 3, 2)\. 2 \* 3 = 6\. The answer is 2 \* 3 = 6\.",
+        worked[2, 3],
+    )
+    ten = rf"the (10|jack|queen|king) of {suits}"
+    assert re.match(
+        rf"The cards are ({ten}, the 4 of {suits}\. The numbers are 10, 4|the 4 of {suits}, {ten}\. "
+        rf"The numbers are 4, 10)\. 10 - 4 = 6\. The answer",
+        worked[4, 10],
+    )
 
 
 @pytest.mark.parametrize(

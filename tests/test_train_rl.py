@@ -152,6 +152,18 @@ def test_compare_runs_arms_once_and_prints_them(ground, capsys):
     assert "--arms has 'stat', which is none of base, first-token" in capsys.readouterr().err
 
 
+def test_the_table_has_the_arms_and_seeds_of_earlier_runs_too(ground, capsys):
+    words = ["compare", *COMMON.split(), *REWARDED.split(), "--steps", "1", "--warm-problems", "0", "--output", "out"]
+    assert main([*words, "--arms", "moe-bias", "--seeds", "3"]) == 0
+    assert main([*words, "--arms", "static,moe-bias", "--seeds", "10"]) == 0
+    (ground / "out" / "arms" / "moe-bias-seed3.json.part").write_text("")
+    capsys.readouterr()
+    assert main([*words, "--arms", "base"]) == 0
+    rows = json.loads((ground / "out" / "table.json").read_text())["rows"]
+    assert [(row["name"], row["seeds"]) for row in rows] == [("base", 1), ("static", 1), ("moe-bias", 2)]
+    assert "static" in capsys.readouterr().out
+
+
 def test_compare_goes_on_from_one_supervised_phase_of_lora(ground, capsys):
     words = ["compare", *COMMON.split(), *REWARDED.split(), "--steps", "2", "--evaluate-every", "1", "--seeds", "0"]
     words += ["--warm-problems", "4", "--warm-epochs", "1", "--lora-warm-epochs", "1", "--lora-batch-size", "4"]

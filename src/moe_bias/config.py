@@ -538,7 +538,7 @@ class CompareSettings(ModelSettings, RewardSettings, WarmPolicySettings):
     """Train MoE-Bias, parts of it left out, and LoRA by reinforcement learning on one task, and compare them."""
 
     resamples: int = Field(0, ge=0, description="0 gives every arm the same number of samples")
-    output: Path = Field(description="folder of the arms' records; arms that have one are not run again")
+    output: Path = Field(description="folder of the arms' records, all of which the table has; none is run again")
     arms: Names = Field([], description="arms to run, such as static,moe-bias; none: all of them")
     seeds: Seeds = Field([0, 1, 2], description="each arm is trained once with each of these seeds")
     shifted_task: str = Field("", description="task to measure on besides; none: the same one with --shifted-options")

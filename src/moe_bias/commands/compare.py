@@ -21,7 +21,7 @@ TABLE_FILE = "table.json"
 
 
 def run(settings: CompareSettings) -> None:
-    """Runs the arms that have no record yet, and prints all of them.
+    """Runs the arms that have no record yet, and prints all that have one, those of earlier runs in the folder too.
 
     Raises UserError on arms that there are not, settings that cannot be used, and where the folder holds
     arms of other settings; Interrupted on Ctrl-C, saying how many are done.
@@ -45,7 +45,7 @@ def run(settings: CompareSettings) -> None:
         raise Interrupted(
             f"{count} of {len(wanted)} are done and kept in {records.folder}; run the same command again for the others"
         ) from interrupt
-    _report(console, settings, [done for each in wanted if (done := records.load(*each)) is not None])
+    _report(console, settings, records.all())
 
 
 def _names(settings: CompareSettings) -> list[str]:

@@ -101,6 +101,15 @@ class PolicyRecords:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"record {str(path)!r} is damaged; remove it to run the arm again") from error
 
+    def all(self) -> list[PolicyArm]:
+        """Every arm that has a record, in the order of `ARMS`, then of seeds. Raises UserError on a damaged one."""
+        seeds = {name: sorted(self._seeds(name)) for name in ARMS}
+        return [arm for name in ARMS for seed in seeds[name] if (arm := self.load(name, seed)) is not None]
+
+    def _seeds(self, name: str) -> list[int]:
+        found = (path.stem.removeprefix(f"{name}-seed") for path in self.folder.glob(f"{name}-seed*.json"))
+        return [int(seed) for seed in found if seed.isdecimal()]
+
     def save(self, arm: PolicyArm, settings: Mapping[str, Any]) -> None:
         """Keeps an arm with its settings and what it was made with."""
         write_json(

@@ -5,6 +5,9 @@ only, so that a rule or a look can be held out. Departures: questions are words 
 cards, a target that may be drawn for each problem, and no two problems with the same numbers and
 target, so that a part of them held out is new in its numbers.
 
+Worked answers name the cards, then their numbers, then the steps, as the answers there do: what a number is
+has to be read off its card before it can be used.
+
 An answer is an expression, with or without `= target` after it, in the last `\boxed{}`, after the
 last "the answer is", or in the last line that has one. It is correct where it uses the numbers and
 + - * / alone and equals the target in exact fractions.
@@ -92,16 +95,21 @@ class GeneralPoints:
     def _problem(self, hand: Sequence[Card], numbers: tuple[int, ...], target: int) -> Problem:
         solution = reachable(numbers)[target].text  # type: ignore[index]  # an int equals its Fraction
         gold = f"{solution} = {target}"
-        worked = " ".join([*read(solution).steps, f"The answer is {gold}."])
+        read_off = ", ".join(str(self._number(card)) for card in hand)
+        reading = f"The cards are {_named(hand)}. The numbers are {read_off}."
+        worked = " ".join([reading, *read(solution).steps, f"The answer is {gold}."])
         return Problem(self._question(hand, target), gold, worked, {"numbers": list(numbers), "target": target})
 
     def _question(self, hand: Sequence[Card], target: int) -> str:
-        cards = ", ".join(f"the {_RANKS.get(rank, rank)} of {suit}" for rank, suit in hand)
         return (
-            f"You have {_NUMBER_WORDS[self.cards]} cards: {cards}. An ace counts as 1; jack, queen and king "
+            f"You have {_NUMBER_WORDS[self.cards]} cards: {_named(hand)}. An ace counts as 1; jack, queen and king "
             f"{FACES[str(self.face)]}. Use the number of every card exactly once, with +, -, *, / and parentheses, to "
             f'make {target}. End with "The answer is" and your equation, which must end with "= {target}".'
         )
+
+
+def _named(hand: Sequence[Card]) -> str:
+    return ", ".join(f"the {_RANKS.get(rank, rank)} of {suit}" for rank, suit in hand)
 
 
 def _check_choice(option: str, value: int | str, choices: Collection[int | str]) -> None:
