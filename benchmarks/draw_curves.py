@@ -34,6 +34,7 @@ ARMS = {
 """Label, one of Okabe and Ito's colours, line."""
 PANELS = {
     "products": {"held out": "two or three factors, as trained", "shifted": "four factors, never trained on"},
+    "gcd": {"held out": "numbers up to 50, as trained", "shifted": "numbers from 51, never trained on"},
     "general-points": {"held out": "rule and suits as trained", "shifted": "rule and suits never trained on"},
 }
 """By task and set of problems, the title of a panel."""

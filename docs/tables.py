@@ -114,7 +114,7 @@ def policies(task: str) -> str:
     rows = record["rows"]
     sets = in_order(rows[0]["accuracy"])
     others = [name for name in AGAINST if any(name in row["change"] for row in rows)]
-    headings = ["arm", "seeds", "parameters", *sets, *(f"held out, to `{name}`" for name in others)]
+    headings = ["arm", "parameters", "held out by seed", *sets, *(f"held out, to `{name}`" for name in others)]
     return _table(headings, (_policy_row(row, sets, others) for row in rows)) + f"\n{_machine(record)}.\n"
 
 
@@ -334,7 +334,8 @@ def _cell_row(row: dict[str, Any], arms: bool) -> list[str]:
 def _policy_row(row: dict[str, Any], sets: Sequence[str], others: Sequence[str]) -> list[str]:
     changes = [_percent(row["change"][name], "+.1f") if name in row["change"] else "" for name in others]
     accuracies = [_percent(row["accuracy"][name], ".1f") for name in sets]
-    return [f"`{row['name']}`", str(row["seeds"]), f"{row['parameters']:,}", *accuracies, *changes]
+    by_seed = ", ".join(f"{100 * value:.0f}" for value in row["by_seed"])
+    return [f"`{row['name']}`", f"{row['parameters']:,}", by_seed, *accuracies, *changes]
 
 
 def _policy_costs_row(row: dict[str, Any]) -> list[str]:

@@ -35,16 +35,17 @@ def _accuracies(rows: Sequence[PolicyRow]) -> Table:
     sets = in_order(rows[0].accuracy)
     table = Table(
         title="Problems solved by greedy answers, % [95% interval over problems]; 'before' is before the first step.\n"
-        "Last columns: paired change of 'held out' against other arms, in points",
+        "'by seed' is 'held out' of each training. Last columns: its paired change against other arms, in points",
         title_justify="left",
     )
     table.add_column("arm", overflow="fold")
     against = [name for name in AGAINST if any(name in row.change for row in rows)]
-    for heading in (*sets, *(f"to {name}" for name in against)):
+    for heading in ("by seed", *sets, *(f"to {name}" for name in against)):
         table.add_column(heading, justify="right")
     for row in rows:
         changes = [_interval(row.change[name], "{:+.1f}") if name in row.change else "-" for name in against]
-        table.add_row(row.name, *(_interval(row.accuracy[name], "{:.1f}") for name in sets), *changes)
+        seeds = ", ".join(f"{100 * value:.0f}" for value in row.by_seed)
+        table.add_row(row.name, seeds, *(_interval(row.accuracy[name], "{:.1f}") for name in sets), *changes)
     return table
 
 

@@ -72,7 +72,11 @@ class PolicyArm:
 
 @dataclass(frozen=True)
 class PolicyRow:
-    """An arm over its seeds: accuracy by set of problems, and by other arm the paired change of the held-out one."""
+    """An arm over its seeds: accuracy by set of problems, and by other arm the paired change of the held-out one.
+
+    Intervals are over problems, of means over seeds. `by_seed` is held-out accuracy in the order of seeds: how far
+    trainings differ is no part of the intervals.
+    """
 
     name: str
     seeds: int
@@ -81,6 +85,7 @@ class PolicyRow:
     seconds: float
     updating_share: float
     peak_bytes: int
+    by_seed: list[float]
     accuracy: dict[str, Estimate]
     change: dict[str, Estimate]
 
@@ -149,6 +154,7 @@ def _row(group: Sequence[PolicyArm], held_out: Mapping[str, Floats]) -> PolicyRo
         seconds=seconds,
         updating_share=float(np.mean([arm.updating_seconds for arm in group])) / seconds if seconds else 0.0,
         peak_bytes=max(arm.peak_bytes for arm in group),
+        by_seed=[float(np.mean(arm.right["held out"])) for arm in sorted(group, key=lambda arm: arm.seed)],
         accuracy={name: mean(values) for name, values in _mean_right(group).items()},
         change={
             other: mean(held_out[first.name] - held_out[other])

@@ -124,17 +124,18 @@ def _curves(record: Record) -> dict[str, dict[str, figures.Line]]:
 def _sets(record: Record, rows: Sequence[Mapping[str, Any]]) -> Table:
     sets = in_order(rows[0]["accuracy"])
     others = list(dict.fromkeys(other for row in rows for other in row["change"]))
-    headings = ["arm", "seeds", *(f"{name}, %" for name in sets), *(f"to {other}, points" for other in others)]
+    changes = [f"to {other}, points" for other in others]
+    headings = ["arm", "held out by seed, %", *(f"{name}, %" for name in sets), *changes]
     body = [
         [
             row["name"],
-            str(row["seeds"]),
+            ", ".join(f"{100 * value:.0f}" for value in row["by_seed"]),
             *(percent(Estimate(**row["accuracy"][name])) for name in sets),
             *(points(Estimate(**row["change"][other])) if other in row["change"] else "" for other in others),
         ]
         for row in rows
     ]
-    caption = "Problems solved by greedy answers [95% interval over problems]; changes are paired by problem"
+    caption = "Problems solved, means over seeds [95% interval over problems]; changes are paired by problem"
     return Table(slug(record.name, "sets"), caption, headings, body)
 
 

@@ -1,0 +1,64 @@
+"""The table of `moe-bias compare`, from records made by hand."""
+
+from dataclasses import replace
+
+import pytest
+
+from moe_bias.config import UserError
+from moe_bias.evaluation.policy_arms import PolicyArm, PolicyRecords, compare_policies
+
+
+def arm(name: str, seed: int, right: list[float]) -> PolicyArm:
+    return PolicyArm(
+        name=name,
+        seed=seed,
+        parameters=10,
+        sampled_tokens=100 * (seed + 1),
+        seconds=10.0 * (seed + 1),
+        warm_seconds=0.0,
+        updating_seconds=1.0,
+        peak_bytes=seed,
+        right={"held out": right, "held out before": [0.0] * len(right)},
+        curve=[],
+    )
+
+
+def test_rows_by_hand():
+    # Solved by problem, means over seeds: moe-bias 1, 1/2, 1/2, 0; base 1, 0, 0, 0.
+    rows = compare_policies(
+        [
+            arm("base", 0, [1.0, 0.0, 0.0, 0.0]),
+            arm("moe-bias", 1, [1.0, 1.0, 1.0, 0.0]),
+            arm("moe-bias", 0, [1.0, 0.0, 0.0, 0.0]),
+        ]
+    )
+    assert [(row.name, row.seeds, row.by_seed) for row in rows] == [("base", 1, [0.25]), ("moe-bias", 2, [0.25, 0.75])]
+    ours = rows[1]
+    assert ours.accuracy["held out"].value == 0.5
+    assert ours.accuracy["held out before"].value == 0.0
+    assert ours.change["base"].value == 0.25
+    assert ours.change["base"].low < 0.25 < ours.change["base"].high
+    assert list(ours.change) == ["base"]
+    assert rows[0].change == {}
+    assert (ours.sampled_tokens, ours.seconds, ours.peak_bytes) == (150, 15.0, 1)
+    assert ours.updating_share == pytest.approx(1 / 15)
+
+
+def test_arms_of_other_problems_are_refused():
+    with pytest.raises(UserError, match="'moe-bias' and 'base' are of different held-out problems"):
+        compare_policies([arm("base", 0, [1.0, 0.0]), arm("moe-bias", 0, [1.0])])
+
+
+def test_records_come_back_in_the_order_of_arms_and_seeds(tmp_path):
+    records = PolicyRecords(tmp_path)
+    assert records.all() == []
+    kept = [arm("moe-bias", 2, [1.0]), arm("moe-bias", 10, [0.0]), arm("moe-bias-sft", 0, [1.0]), arm("lora", 1, [1.0])]
+    for each in reversed(kept):
+        records.save(each, {})
+    assert records.all() == kept
+    assert records.load("moe-bias", 3) is None
+    records.save(replace(kept[0], name="no arm"), {})
+    assert records.all() == kept
+    (tmp_path / "arms" / "lora-seed1.json").write_text("{")
+    with pytest.raises(UserError, match=r"lora-seed1.json' is damaged; remove it to run the arm again"):
+        records.all()
