@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any
 
 from moe_bias.analysis.quantities import QUANTITIES
-from moe_bias.evaluation.policy_arms import AGAINST, in_order
+from moe_bias.evaluation.policy_arms import AGAINST, measured_after
 
 RECORDS = Path(__file__).parent.parent / "records"
 _MARKED = re.compile(r"(<!-- from records: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -112,9 +112,10 @@ def policies(task: str) -> str:
     """Accuracy of the arms of reinforcement learning on one task, and changes against other arms, in %."""
     record = _read(RECORDS / "compare" / task / "table.json")
     rows = record["rows"]
-    sets = in_order(rows[0]["accuracy"])
+    sets = measured_after(rows[0]["accuracy"])
     others = [name for name in AGAINST if any(name in row["change"] for row in rows)]
-    headings = ["arm", "parameters", "held out by seed", *sets, *(f"held out, to `{name}`" for name in others)]
+    solved = [heading for name in sets for heading in (name, "gained by the steps")]
+    headings = ["arm", "parameters", "held out by seed", *solved, *(f"held out, to `{name}`" for name in others)]
     return _table(headings, (_policy_row(row, sets, others) for row in rows)) + f"\n{_machine(record)}.\n"
 
 
@@ -333,7 +334,8 @@ def _cell_row(row: dict[str, Any], arms: bool) -> list[str]:
 
 def _policy_row(row: dict[str, Any], sets: Sequence[str], others: Sequence[str]) -> list[str]:
     changes = [_percent(row["change"][name], "+.1f") if name in row["change"] else "" for name in others]
-    accuracies = [_percent(row["accuracy"][name], ".1f") for name in sets]
+    gains = {name: _percent(change, "+.1f") for name, change in row["gain"].items()}
+    accuracies = [cell for name in sets for cell in (_percent(row["accuracy"][name], ".1f"), gains.get(name, ""))]
     by_seed = ", ".join(f"{100 * value:.0f}" for value in row["by_seed"])
     return [f"`{row['name']}`", f"{row['parameters']:,}", by_seed, *accuracies, *changes]
 

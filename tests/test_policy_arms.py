@@ -36,10 +36,12 @@ def test_rows_by_hand():
     ours = rows[1]
     assert ours.accuracy["held out"].value == 0.5
     assert ours.accuracy["held out before"].value == 0.0
+    assert ours.gain["held out"].value == 0.5
+    assert list(ours.gain) == ["held out"]
     assert ours.change["base"].value == 0.25
     assert ours.change["base"].low < 0.25 < ours.change["base"].high
     assert list(ours.change) == ["base"]
-    assert rows[0].change == {}
+    assert rows[0].change == rows[0].gain == {}
     assert (ours.sampled_tokens, ours.seconds, ours.peak_bytes) == (150, 15.0, 1)
     assert ours.updating_share == pytest.approx(1 / 15)
 

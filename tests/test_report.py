@@ -92,7 +92,7 @@ def runs(tmp_path_factory) -> list[Path]:
     sample = {"question": SCRIPT, "completion": "8", "gold": "8", "outcome": "correct", "reward": 1.0}
     (rl / "samples.jsonl").write_text("".join(json.dumps({"step": step, **sample}) + "\n" for step in (1, 2, 2)))
     row = {"name": "lora", "parameters": 200, "seeds": 1, "sampled_tokens": 50, "seconds": 8.0, "peak_bytes": 2**30}
-    row |= {"by_seed": [0.5]}
+    row |= {"by_seed": [0.5], "gain": {"held out": CHANGE}}
     row |= {"accuracy": {"held out": ESTIMATE}, "change": {"base": CHANGE}}
     arms = [{**row, "name": "moe-bias", "parameters": 20, "seconds": 2.0}, row]
     compared = write(tmp_path / "compared" / "table.json", {"rows": arms}).parent

@@ -30,6 +30,7 @@ from moe_bias.config import CompareSettings, UserError
 from moe_bias.evaluation.grid import with_changes
 from moe_bias.evaluation.policy_arms import (
     BASE,
+    BEFORE,
     LAYER_ARMS,
     LORA,
     LORA_ARMS,
@@ -319,7 +320,7 @@ class _Copies:
 
 
 def _before_and_after(points: Sequence[_Point]) -> dict[str, list[float]]:
-    return {f"{name} before": right for name, right in points[0][1].items()} | points[-1][1]
+    return {name + BEFORE: right for name, right in points[0][1].items()} | points[-1][1]
 
 
 def _curve(points: Sequence[_Point]) -> list[tuple[int, dict[str, float]]]:

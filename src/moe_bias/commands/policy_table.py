@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
 
-from moe_bias.evaluation.policy_arms import AGAINST, PolicyRow, in_order
+from moe_bias.evaluation.policy_arms import AGAINST, PolicyRow, measured_after
 from moe_bias.evaluation.statistics import Estimate
 
 
@@ -32,21 +32,26 @@ def _costs(rows: Sequence[PolicyRow]) -> Table:
 
 
 def _accuracies(rows: Sequence[PolicyRow]) -> Table:
-    sets = in_order(rows[0].accuracy)
+    sets = measured_after(rows[0].accuracy)
     table = Table(
-        title="Problems solved by greedy answers, % [95% interval over problems]; 'before' is before the first step.\n"
+        title="Problems solved by greedy answers, % [95% interval over problems]; 'gained' by the steps, in points.\n"
         "'by seed' is 'held out' of each training. Last columns: its paired change against other arms, in points",
         title_justify="left",
     )
     table.add_column("arm", overflow="fold")
     against = [name for name in AGAINST if any(name in row.change for row in rows)]
-    for heading in ("by seed", *sets, *(f"to {name}" for name in against)):
+    solved = [heading for name in sets for heading in (name, "gained")]
+    for heading in ("by seed", *solved, *(f"to {name}" for name in against)):
         table.add_column(heading, justify="right")
     for row in rows:
-        changes = [_interval(row.change[name], "{:+.1f}") if name in row.change else "-" for name in against]
         seeds = ", ".join(f"{100 * value:.0f}" for value in row.by_seed)
-        table.add_row(row.name, seeds, *(_interval(row.accuracy[name], "{:.1f}") for name in sets), *changes)
+        cells = [cell for name in sets for cell in (_interval(row.accuracy[name], "{:.1f}"), _change(row.gain, name))]
+        table.add_row(row.name, seeds, *cells, *(_change(row.change, name) for name in against))
     return table
+
+
+def _change(found: Mapping[str, Estimate], name: str) -> str:
+    return _interval(found[name], "{:+.1f}") if name in found else "-"
 
 
 def _interval(estimate: Estimate, form: str) -> str:

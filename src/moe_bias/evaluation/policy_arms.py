@@ -45,6 +45,8 @@ LAYER_ARMS: dict[str, dict[str, Any]] = {
 }
 LORA_ARMS = (LORA, LORA_HIGH_ENTROPY, LORA_SUPERVISED)
 ARMS = (BASE, *LAYER_ARMS, *LORA_ARMS)
+BEFORE = " before"
+"""Ends the name of a set of problems where it was measured before the first step."""
 AGAINST = (BASE, STATIC, LORA)
 """The arms that every other one is tested against, where they were run."""
 
@@ -75,7 +77,7 @@ class PolicyRow:
     """An arm over its seeds: accuracy by set of problems, and by other arm the paired change of the held-out one.
 
     Intervals are over problems, of means over seeds. `by_seed` is held-out accuracy in the order of seeds: how far
-    trainings differ is no part of the intervals.
+    trainings differ is no part of the intervals. `gain` is the paired change of accuracy by the arm's steps.
     """
 
     name: str
@@ -87,6 +89,7 @@ class PolicyRow:
     peak_bytes: int
     by_seed: list[float]
     accuracy: dict[str, Estimate]
+    gain: dict[str, Estimate]
     change: dict[str, Estimate]
 
 
@@ -134,17 +137,19 @@ def compare_policies(arms: Sequence[PolicyArm]) -> list[PolicyRow]:
     groups: dict[str, list[PolicyArm]] = {}
     for arm in arms:
         groups.setdefault(arm.name, []).append(arm)
-    held_out = {name: _mean_right(group)["held out"] for name, group in groups.items()}
-    return [_row(group, held_out) for group in groups.values()]
+    right = {name: _mean_right(group) for name, group in groups.items()}
+    return [_row(group, right) for group in groups.values()]
 
 
-def in_order(sets: Iterable[str]) -> list[str]:
-    """Sets of problems, what was before the first step in front of what came after the last."""
-    return sorted(sets, key=lambda name: (name.removesuffix(" before"), not name.endswith(" before")))
+def measured_after(sets: Iterable[str]) -> list[str]:
+    """The sets of problems, without what was measured before the first step."""
+    return sorted(name for name in sets if not name.endswith(BEFORE))
 
 
-def _row(group: Sequence[PolicyArm], held_out: Mapping[str, Floats]) -> PolicyRow:
+def _row(group: Sequence[PolicyArm], right: Mapping[str, Mapping[str, Floats]]) -> PolicyRow:
+    """`right` has by arm and set of problems the mean over seeds of each problem."""
     first = group[0]
+    own = right[first.name]
     seconds = float(np.mean([arm.seconds for arm in group]))
     return PolicyRow(
         name=first.name,
@@ -155,11 +160,12 @@ def _row(group: Sequence[PolicyArm], held_out: Mapping[str, Floats]) -> PolicyRo
         updating_share=float(np.mean([arm.updating_seconds for arm in group])) / seconds if seconds else 0.0,
         peak_bytes=max(arm.peak_bytes for arm in group),
         by_seed=[float(np.mean(arm.right["held out"])) for arm in sorted(group, key=lambda arm: arm.seed)],
-        accuracy={name: mean(values) for name, values in _mean_right(group).items()},
+        accuracy={name: mean(values) for name, values in own.items()},
+        gain={name: mean(own[name] - own[name + BEFORE]) for name in measured_after(own) if first.name != BASE},
         change={
-            other: mean(held_out[first.name] - held_out[other])
+            other: mean(own["held out"] - right[other]["held out"])
             for other in AGAINST
-            if other in held_out and other != first.name
+            if other in right and other != first.name
         },
     )
 

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from moe_bias.evaluation.policy_arms import in_order
+from moe_bias.evaluation.policy_arms import measured_after
 from moe_bias.evaluation.statistics import Estimate
 from moe_bias.report import figures
 from moe_bias.report.content import Block, Note, Plot, Table, Topic, percent, points, slug, with_interval
@@ -80,6 +80,10 @@ def _cell(estimates: Mapping[str, Any] | None, name: str, form: str) -> str:
     return with_interval(Estimate(**estimates[name]), form) if estimates and name in estimates else ""
 
 
+def _points(estimates: Mapping[str, Any], name: str) -> str:
+    return points(Estimate(**estimates[name])) if name in estimates else ""
+
+
 def arms(record: Record) -> Iterator[Block]:
     """Accuracy of each arm of reinforcement learning, changes against others, and its curve."""
     rows = record.content["rows"]
@@ -122,16 +126,20 @@ def _curves(record: Record) -> dict[str, dict[str, figures.Line]]:
 
 
 def _sets(record: Record, rows: Sequence[Mapping[str, Any]]) -> Table:
-    sets = in_order(rows[0]["accuracy"])
+    sets = measured_after(rows[0]["accuracy"])
     others = list(dict.fromkeys(other for row in rows for other in row["change"]))
-    changes = [f"to {other}, points" for other in others]
-    headings = ["arm", "held out by seed, %", *(f"{name}, %" for name in sets), *changes]
+    solved = [heading for name in sets for heading in (f"{name}, %", "gained by the steps, points")]
+    headings = ["arm", "held out by seed, %", *solved, *(f"to {other}, points" for other in others)]
     body = [
         [
             row["name"],
             ", ".join(f"{100 * value:.0f}" for value in row["by_seed"]),
-            *(percent(Estimate(**row["accuracy"][name])) for name in sets),
-            *(points(Estimate(**row["change"][other])) if other in row["change"] else "" for other in others),
+            *(
+                cell
+                for name in sets
+                for cell in (percent(Estimate(**row["accuracy"][name])), _points(row["gain"], name))
+            ),
+            *(_points(row["change"], other) for other in others),
         ]
         for row in rows
     ]
