@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from moe_bias.config import UserError
-from moe_bias.evaluation.statistics import Estimate, Floats, mean
+from moe_bias.evaluation.statistics import Estimate, Floats, mean, share
 from moe_bias.records import provenance, write_json
 
 BASE, STATIC, MAIN, LORA = "base", "static", "moe-bias", "lora"
@@ -160,7 +160,7 @@ def _row(group: Sequence[PolicyArm], right: Mapping[str, Mapping[str, Floats]]) 
         updating_share=float(np.mean([arm.updating_seconds for arm in group])) / seconds if seconds else 0.0,
         peak_bytes=max(arm.peak_bytes for arm in group),
         by_seed=[float(np.mean(arm.right["held out"])) for arm in sorted(group, key=lambda arm: arm.seed)],
-        accuracy={name: mean(values) for name, values in own.items()},
+        accuracy={name: share(values) for name, values in own.items()},
         gain={name: mean(own[name] - own[name + BEFORE]) for name in measured_after(own) if first.name != BASE},
         change={
             other: mean(own["held out"] - right[other]["held out"])
