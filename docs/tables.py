@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any
 
 from moe_bias.analysis.quantities import QUANTITIES
-from moe_bias.evaluation.policy_arms import AGAINST, measured_after
+from moe_bias.evaluation.policy_arms import AGAINST, measured_after, percent_by_seed
 
 RECORDS = Path(__file__).parent.parent / "records"
 _MARKED = re.compile(r"(<!-- from records: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -336,7 +336,7 @@ def _policy_row(row: dict[str, Any], sets: Sequence[str], others: Sequence[str])
     changes = [_percent(row["change"][name], "+.1f") if name in row["change"] else "" for name in others]
     gains = {name: _percent(change, "+.1f") for name, change in row["gain"].items()}
     accuracies = [cell for name in sets for cell in (_percent(row["accuracy"][name], ".1f"), gains.get(name, ""))]
-    by_seed = ", ".join(f"{100 * value:.0f}" for value in row["by_seed"])
+    by_seed = percent_by_seed(row["by_seed"])
     return [f"`{row['name']}`", f"{row['parameters']:,}", by_seed, *accuracies, *changes]
 
 

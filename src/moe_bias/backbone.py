@@ -131,9 +131,9 @@ class Head:
 
     def _rows(self, token: Tensor) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of some tokens, in float32 or better."""
-        weight = at_least_float32(self.module.weight[token])  # type: ignore[index]
-        bias = getattr(self.module, "bias", None)
-        return weight, None if bias is None else at_least_float32(bias[token])
+        linear: Any = self.module
+        bias = getattr(linear, "bias", None)
+        return at_least_float32(linear.weight[token]), None if bias is None else at_least_float32(bias[token])
 
 
 def adapted_logits(

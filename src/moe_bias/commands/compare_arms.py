@@ -31,11 +31,13 @@ from moe_bias.evaluation.grid import with_changes
 from moe_bias.evaluation.policy_arms import (
     BASE,
     BEFORE,
+    HELD_OUT,
     LAYER_ARMS,
     LORA,
     LORA_ARMS,
     LORA_HIGH_ENTROPY,
     LORA_SUPERVISED,
+    SHIFTED,
     SUPERVISED,
     PolicyArm,
 )
@@ -53,8 +55,6 @@ from moe_bias.training.lora import Budget, LoRAChoices, lora_on, train_lora
 from moe_bias.training.rl import PolicyTrainer, Watching
 from moe_bias.training.sft import Prepared
 from moe_bias.training.trainer import Trainer, Watch
-
-HELD_OUT, SHIFTED = "held out", "shifted"
 
 
 def prepare_stage(settings: CompareSettings, names: Sequence[str]) -> Stage:

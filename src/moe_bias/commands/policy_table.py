@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from moe_bias.evaluation.policy_arms import AGAINST, PolicyRow, measured_after
+from moe_bias.evaluation.policy_arms import AGAINST, PolicyRow, measured_after, percent_by_seed
 from moe_bias.evaluation.statistics import Estimate
 
 
@@ -44,9 +44,8 @@ def _accuracies(rows: Sequence[PolicyRow]) -> Table:
     for heading in ("by seed", *solved, *(f"to {name}" for name in against)):
         table.add_column(heading, justify="right")
     for row in rows:
-        seeds = ", ".join(f"{100 * value:.0f}" for value in row.by_seed)
         cells = [cell for name in sets for cell in (_interval(row.accuracy[name], "{:.1f}"), _change(row.gain, name))]
-        table.add_row(row.name, seeds, *cells, *(_change(row.change, name) for name in against))
+        table.add_row(row.name, percent_by_seed(row.by_seed), *cells, *(_change(row.change, name) for name in against))
     return table
 
 

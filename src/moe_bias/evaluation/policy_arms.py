@@ -45,6 +45,8 @@ LAYER_ARMS: dict[str, dict[str, Any]] = {
 }
 LORA_ARMS = (LORA, LORA_HIGH_ENTROPY, LORA_SUPERVISED)
 ARMS = (BASE, *LAYER_ARMS, *LORA_ARMS)
+HELD_OUT, SHIFTED = "held out", "shifted"
+"""Sets of problems: of the kind that is trained on, and of another."""
 BEFORE = " before"
 """Ends the name of a set of problems where it was measured before the first step."""
 AGAINST = (BASE, STATIC, LORA)
@@ -111,8 +113,8 @@ class PolicyRecords:
 
     def all(self) -> list[PolicyArm]:
         """Every arm that has a record, in the order of `ARMS`, then of seeds. Raises UserError on a damaged one."""
-        seeds = {name: sorted(self._seeds(name)) for name in ARMS}
-        return [arm for name in ARMS for seed in seeds[name] if (arm := self.load(name, seed)) is not None]
+        found = (self.load(name, seed) for name in ARMS for seed in sorted(self._seeds(name)))
+        return [arm for arm in found if arm is not None]
 
     def _seeds(self, name: str) -> list[int]:
         found = (path.stem.removeprefix(f"{name}-seed") for path in self.folder.glob(f"{name}-seed*.json"))
@@ -146,6 +148,11 @@ def measured_after(sets: Iterable[str]) -> list[str]:
     return sorted(name for name in sets if not name.endswith(BEFORE))
 
 
+def percent_by_seed(by_seed: Iterable[float]) -> str:
+    """Shares in whole percent, such as '42, 50, 17'."""
+    return ", ".join(f"{100 * value:.0f}" for value in by_seed)
+
+
 def _row(group: Sequence[PolicyArm], right: Mapping[str, Mapping[str, Floats]]) -> PolicyRow:
     """`right` has by arm and set of problems the mean over seeds of each problem."""
     first = group[0]
@@ -159,11 +166,11 @@ def _row(group: Sequence[PolicyArm], right: Mapping[str, Mapping[str, Floats]]) 
         seconds=seconds,
         updating_share=float(np.mean([arm.updating_seconds for arm in group])) / seconds if seconds else 0.0,
         peak_bytes=max(arm.peak_bytes for arm in group),
-        by_seed=[float(np.mean(arm.right["held out"])) for arm in sorted(group, key=lambda arm: arm.seed)],
+        by_seed=[float(np.mean(arm.right[HELD_OUT])) for arm in sorted(group, key=lambda arm: arm.seed)],
         accuracy={name: share(values) for name, values in own.items()},
         gain={name: mean(own[name] - own[name + BEFORE]) for name in measured_after(own) if first.name != BASE},
         change={
-            other: mean(own["held out"] - right[other]["held out"])
+            other: mean(own[HELD_OUT] - right[other][HELD_OUT])
             for other in AGAINST
             if other in right and other != first.name
         },

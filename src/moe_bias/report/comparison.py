@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from moe_bias.evaluation.policy_arms import measured_after
+from moe_bias.evaluation.policy_arms import HELD_OUT, measured_after, percent_by_seed
 from moe_bias.evaluation.statistics import Estimate
 from moe_bias.report import figures
 from moe_bias.report.content import Block, Note, Plot, Table, Topic, percent, points, slug, with_interval
@@ -87,12 +87,12 @@ def _points(estimates: Mapping[str, Any], name: str) -> str:
 def arms(record: Record) -> Iterator[Block]:
     """Accuracy of each arm of reinforcement learning, changes against others, and its curve."""
     rows = record.content["rows"]
-    held_out = [(row["name"], Estimate(**row["accuracy"]["held out"])) for row in rows]
+    held_out = [(row["name"], Estimate(**row["accuracy"][HELD_OUT])) for row in rows]
     main = next((row for row in rows if row["name"] == MAIN), rows[-1])
     changes = "; ".join(
         f"{points(Estimate(**change))} points against {other}" for other, change in main["change"].items()
     )
-    lead = f"{main['name']} solves {percent(Estimate(**main['accuracy']['held out']))}% of the held-out problems"
+    lead = f"{main['name']} solves {percent(Estimate(**main['accuracy'][HELD_OUT]))}% of the held-out problems"
     plot = Plot(
         slug(record.name, "accuracy"),
         "Held-out accuracy of each arm, with 95% intervals over problems",
@@ -133,7 +133,7 @@ def _sets(record: Record, rows: Sequence[Mapping[str, Any]]) -> Table:
     body = [
         [
             row["name"],
-            ", ".join(f"{100 * value:.0f}" for value in row["by_seed"]),
+            percent_by_seed(row["by_seed"]),
             *(
                 cell
                 for name in sets
