@@ -27,7 +27,7 @@ GENERATE = {"max_new_tokens": 8, "pad_token_id": 0}
 
 def with_adapter(model, seed=1, **settings):
     """The model under an adapter whose bias is large enough to change what it generates."""
-    peft_model = get_peft_model(model, MoEBiasConfig(**{"num_experts": 4, **settings})).eval()
+    peft_model = get_peft_model(model, MoEBiasConfig(**{"experts": "free", "num_experts": 4, **settings})).eval()
     randomise(find_adapter_head(peft_model).active_layer, seed=seed, scale=3.0)
     return peft_model
 
@@ -80,17 +80,17 @@ def weights_hash(model):
 )
 def test_settings_that_cannot_be_built_are_refused_in_one_sentence(settings, message):
     with pytest.raises(ValueError, match=message) as caught:
-        MoEBiasConfig(**settings)
+        MoEBiasConfig(experts="free", **settings)
     assert "\n" not in str(caught.value)
 
 
 def test_support_outside_the_vocabulary_is_refused():
     with pytest.raises(ValueError, match="support id 97 is outside the vocabulary of 97 tokens"):
-        get_peft_model(tiny_model(), MoEBiasConfig(support=[97]))
+        get_peft_model(tiny_model(), MoEBiasConfig(experts="free", support=[97]))
 
 
 def test_config_is_not_changed_by_use_and_fits_a_second_model():
-    config = MoEBiasConfig()
+    config = MoEBiasConfig(experts="free", num_experts=16)
     for width in (16, 32):
         peft_model = get_peft_model(tiny_model(hidden_size=width), config)
         assert peft_model.peft_config["default"].hidden_size == width
@@ -98,7 +98,7 @@ def test_config_is_not_changed_by_use_and_fits_a_second_model():
 
 
 def test_trainable_parameters_are_those_of_the_layer():
-    peft_model = get_peft_model(tiny_model(), MoEBiasConfig(num_experts=4, support=SUPPORT))
+    peft_model = get_peft_model(tiny_model(), MoEBiasConfig(experts="free", num_experts=4, support=SUPPORT))
     trainable, _ = peft_model.get_nb_trainable_parameters()
     assert trainable == 4 * (len(SUPPORT) + 16) + 2
 
@@ -223,7 +223,7 @@ def test_our_push_to_hub_keeps_the_adapters_own_card(monkeypatch):
 
 def test_a_layer_that_stands_alone_is_saved_as_an_adapter(base_folder, tmp_path):
     model = load_base(base_folder)
-    layer = MoEBiasLayer(LayerConfig(num_experts=4, support=tuple(SUPPORT)), 16, VOCABULARY)
+    layer = MoEBiasLayer(LayerConfig(experts="free", num_experts=4, support=tuple(SUPPORT)), 16, VOCABULARY)
     randomise(layer)
     layer.strength = 0.5
     save_layer(layer, tmp_path / "adapter", model, fork_coverage=0.7)
@@ -245,7 +245,7 @@ def test_adapters_switch_off_and_on_and_go(tmp_path):
     base = logits_of(model)
     peft_model = with_adapter(model)
     first = logits_of(peft_model)
-    peft_model.add_adapter("other", MoEBiasConfig(num_experts=8, support=SUPPORT))
+    peft_model.add_adapter("other", MoEBiasConfig(experts="free", num_experts=8, support=SUPPORT))
     assert torch.equal(logits_of(peft_model), first)
     peft_model.set_adapter("other")
     assert torch.equal(logits_of(peft_model), base)
@@ -264,7 +264,7 @@ def test_adapters_switch_off_and_on_and_go(tmp_path):
 
 def test_only_the_active_adapter_is_trainable():
     peft_model = with_adapter(tiny_model())
-    peft_model.add_adapter("other", MoEBiasConfig(num_experts=4))
+    peft_model.add_adapter("other", MoEBiasConfig(experts="free", num_experts=4))
     trainable = {name for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
     assert trainable
     assert all(".default." in name for name in trainable)
@@ -272,7 +272,7 @@ def test_only_the_active_adapter_is_trainable():
 
 def test_an_adapter_deleted_before_it_was_used_leaves_no_trace():
     peft_model = with_adapter(tiny_model())
-    peft_model.add_adapter("other", MoEBiasConfig())
+    peft_model.add_adapter("other", MoEBiasConfig(experts="free", num_experts=16))
     peft_model.delete_adapter("other")
     peft_model.eval()
     assert list(find_adapter_head(peft_model).moe_bias_layers) == ["default"]
@@ -290,7 +290,7 @@ def test_deleting_the_last_adapter_leaves_the_base_model():
 def test_transformers_own_verbs(base_folder, tmp_path):
     model = load_base(base_folder)
     base = logits_of(model)
-    model.add_adapter(MoEBiasConfig(num_experts=4), "one")
+    model.add_adapter(MoEBiasConfig(experts="free", num_experts=4), "one")
     randomise(find_adapter_head(model).active_layer, scale=3.0)
     adapted = logits_of(model)
     assert not torch.equal(adapted, base)
@@ -354,7 +354,7 @@ def test_greedy_generation_is_repeated_arg_max_of_the_adapted_logits(use_cache):
 def test_fresh_adapter_generates_what_the_base_generates(sampling):
     model, ids = tiny_model(), token_ids()
     outputs = []
-    for candidate in (model, get_peft_model(tiny_model(), MoEBiasConfig())):
+    for candidate in (model, get_peft_model(tiny_model(), MoEBiasConfig(experts="free", num_experts=16))):
         torch.manual_seed(0)
         outputs.append(candidate.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **sampling, **GENERATE))
     assert torch.equal(*outputs)
@@ -363,7 +363,9 @@ def test_fresh_adapter_generates_what_the_base_generates(sampling):
 @pytest.mark.parametrize("sampling", [{"do_sample": True}, {"num_beams": 3, "do_sample": False}])
 def test_sampling_and_beams_follow_the_adapter(sampling):
     """A bias that leaves one token possible makes every strategy choose it."""
-    peft_model = get_peft_model(tiny_model(), MoEBiasConfig(num_experts=4, support=[42], entropy_gate=False))
+    peft_model = get_peft_model(
+        tiny_model(), MoEBiasConfig(experts="free", num_experts=4, support=[42], entropy_gate=False)
+    )
     find_adapter_head(peft_model).active_layer.experts.data.fill_(1e4)
     ids = token_ids()
     output = peft_model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **sampling, **GENERATE)
@@ -392,7 +394,9 @@ def word_tokenizer():
 
 
 def test_text_generation_pipeline():
-    peft_model = get_peft_model(tiny_model(), MoEBiasConfig(num_experts=4, support=[42], entropy_gate=False)).eval()
+    peft_model = get_peft_model(
+        tiny_model(), MoEBiasConfig(experts="free", num_experts=4, support=[42], entropy_gate=False)
+    ).eval()
     find_adapter_head(peft_model).active_layer.experts.data.fill_(1e4)
     generate = pipeline("text-generation", model=peft_model, tokenizer=word_tokenizer())
     text = generate("w3 w4 w5", max_new_tokens=3, do_sample=False)[0]["generated_text"]
@@ -417,7 +421,7 @@ def test_decode_step_compiles_without_graph_break():
 
 def test_adapter_changed_in_mid_generation_needs_no_new_cache():
     peft_model = with_adapter(tiny_model())
-    peft_model.add_adapter("other", MoEBiasConfig(num_experts=8))
+    peft_model.add_adapter("other", MoEBiasConfig(experts="free", num_experts=8))
     randomise(find_adapter_head(peft_model).moe_bias_layers["other"], seed=7)
     first, second = token_ids(length=6), token_ids(length=3, seed=9)
     cache = DynamicCache(config=peft_model.config)
@@ -439,7 +443,7 @@ def test_adapter_changed_in_mid_generation_needs_no_new_cache():
 def test_training_moves_every_trainable_tensor_and_no_base_weight(name, support):
     model, ids = tiny_model(name), token_ids()
     before = weights_hash(model)
-    peft_model = get_peft_model(model, MoEBiasConfig(num_experts=4, support=support)).train()
+    peft_model = get_peft_model(model, MoEBiasConfig(experts="free", num_experts=4, support=support)).train()
     initial = {key: value.clone() for key, value in peft_model.named_parameters() if value.requires_grad}
     optimizer = torch.optim.AdamW([value for value in peft_model.parameters() if value.requires_grad], lr=1e-2)
     losses = []
@@ -462,7 +466,7 @@ def test_gradients_are_those_of_the_plain_formula():
     """Through the whole head, against the bias added to full logits by hand, in float64."""
     ids = token_ids()
     model = tiny_model("gemma2").double()
-    peft_model = get_peft_model(model, MoEBiasConfig(num_experts=4, support=SUPPORT, strength=0.7))
+    peft_model = get_peft_model(model, MoEBiasConfig(experts="free", num_experts=4, support=SUPPORT, strength=0.7))
     head = find_adapter_head(peft_model)
     head.double()
     randomise(head.active_layer, scale=0.1)
@@ -523,7 +527,7 @@ def test_two_static_adapters_merge_and_come_out_again():
     base = logits_of(model)
     settings = {"num_experts": 1, "top_k": 1, "entropy_gate": False}
     peft_model = with_adapter(model, **settings)
-    peft_model.add_adapter("other", MoEBiasConfig(**settings))
+    peft_model.add_adapter("other", MoEBiasConfig(experts="free", **settings))
     randomise(find_adapter_head(peft_model).moe_bias_layers["other"], seed=5)
     moves = sum(layer.experts[0] for layer in find_adapter_head(peft_model).moe_bias_layers.values())
     peft_model.merge_adapter(adapter_names=["default", "other"])

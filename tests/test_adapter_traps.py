@@ -23,7 +23,9 @@ FILE = "adapter_model.safetensors"
 
 
 def adapted(model=None, **settings):
-    peft_model = get_peft_model(model or tiny_model(), MoEBiasConfig(**{"num_experts": 4, **settings})).eval()
+    peft_model = get_peft_model(
+        model or tiny_model(), MoEBiasConfig(**{"experts": "free", "num_experts": 4, **settings})
+    ).eval()
     randomise(find_adapter_head(peft_model).active_layer)
     return peft_model
 
@@ -175,7 +177,7 @@ def test_adapter_of_another_model_is_refused_with_both_numbers(route, sizes, mes
 
 
 def test_config_has_no_field_that_makes_peft_save_the_embedding():
-    assert "target_modules" not in MoEBiasConfig().to_dict()
+    assert "target_modules" not in MoEBiasConfig(experts="free", num_experts=16).to_dict()
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied"])
@@ -214,22 +216,22 @@ def test_mixing_with_lora_is_refused_whichever_comes_first():
     with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
         adapted().add_adapter("low_rank", lora)
     with pytest.raises(ValueError, match=r"Linear adapter at '.*q_proj'; one model cannot mix it with MoE-Bias"):
-        get_peft_model(get_peft_model(tiny_model(), lora), MoEBiasConfig())
+        get_peft_model(get_peft_model(tiny_model(), lora), MoEBiasConfig(experts="free", num_experts=16))
     model = tiny_model()
     model.add_adapter(lora, "low_rank")
     with pytest.raises(ValueError, match="one model cannot mix it with MoE-Bias"):
-        model.add_adapter(MoEBiasConfig(), "bias")
+        model.add_adapter(MoEBiasConfig(experts="free", num_experts=16), "bias")
     model = tiny_model()
-    model.add_adapter(MoEBiasConfig(), "bias")
+    model.add_adapter(MoEBiasConfig(experts="free", num_experts=16), "bias")
     with pytest.raises(ValueError, match="'low_rank' is not a MoE-Bias adapter of this model"):
         model.add_adapter(lora, "low_rank")
     with pytest.raises(ValueError, match="MOE_BIAS"):
-        get_peft_model(tiny_model(), MoEBiasConfig(), mixed=True)
+        get_peft_model(tiny_model(), MoEBiasConfig(experts="free", num_experts=16), mixed=True)
 
 
 def test_several_active_adapters_and_adapters_per_row_are_refused():
     peft_model = adapted()
-    peft_model.add_adapter("other", MoEBiasConfig())
+    peft_model.add_adapter("other", MoEBiasConfig(experts="free", num_experts=16))
     with pytest.raises(ValueError, match="one adapter at a time"):
         peft_model.base_model.set_adapter(["default", "other"])
     with pytest.raises(ValueError, match="adapter_names per row"):
@@ -300,7 +302,7 @@ def test_model_on_disk_is_refused_and_its_files_stay(tmp_path, adapter_folder):
     device_map = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "lm_head": "cpu"}
     device_map["model.rotary_emb"] = "cpu"
     for attach in (
-        lambda model: get_peft_model(model, MoEBiasConfig()),
+        lambda model: get_peft_model(model, MoEBiasConfig(experts="free", num_experts=16)),
         lambda model: PeftModel.from_pretrained(model, adapter_folder),
         lambda model: model.load_adapter(str(adapter_folder)),
     ):
@@ -319,7 +321,7 @@ def test_offloaded_head_computes_and_its_adapter_is_not_on_meta():
     base = logits_of(model)
     cpu_offload(model, execution_device=torch.device("cpu"))
     assert model.lm_head.weight.is_meta
-    peft_model = get_peft_model(model, MoEBiasConfig(num_experts=4)).eval()
+    peft_model = get_peft_model(model, MoEBiasConfig(experts="free", num_experts=4)).eval()
     assert torch.equal(logits_of(peft_model), base)
     layer = find_adapter_head(peft_model).active_layer
     assert not any(parameter.is_meta for parameter in layer.parameters())
@@ -363,7 +365,7 @@ def test_trl_refuses_the_adapter_and_its_fused_head_is_refused_where_it_does_not
     trl_utils = pytest.importorskip("trl.trainer.utils")
     model = tiny_model()
     trl_utils.add_fused_lm_head(model)
-    model.add_adapter(MoEBiasConfig(num_experts=4))
+    model.add_adapter(MoEBiasConfig(experts="free", num_experts=4))
     with pytest.raises(ValueError, match="went past its output embedding"):
         model(input_ids=token_ids(), labels=token_ids(), fused_lm_head=True)
     assert torch.isfinite(logits_of(model)).all()
@@ -382,9 +384,9 @@ def test_trl_sft_does_not_train_without_gradient(wrapped, message, tmp_path):
     model = tiny_model()
     data = Dataset.from_dict({"input_ids": [list(range(3, 12))] * 2})
     if wrapped == "PeftModel":
-        model = get_peft_model(model, MoEBiasConfig(num_experts=4))
+        model = get_peft_model(model, MoEBiasConfig(experts="free", num_experts=4))
     else:
-        model.add_adapter(MoEBiasConfig(num_experts=4))
+        model.add_adapter(MoEBiasConfig(experts="free", num_experts=4))
     arguments = trl.SFTConfig(
         output_dir=str(tmp_path), max_steps=1, report_to="none", use_cpu=True, bf16=False, per_device_train_batch_size=1
     )
@@ -406,7 +408,7 @@ def test_trl_takes_no_peft_config_of_ours(tmp_path):
             args=arguments,
             train_dataset=data,
             processing_class=word_tokenizer(),
-            peft_config=MoEBiasConfig(num_experts=4),
+            peft_config=MoEBiasConfig(experts="free", num_experts=4),
         ).train()
 
 
@@ -414,7 +416,7 @@ def test_transformers_trainer_trains_the_adapter(tmp_path):
     from datasets import Dataset
     from transformers import Trainer, TrainingArguments
 
-    peft_model = get_peft_model(tiny_model(), MoEBiasConfig(num_experts=4))
+    peft_model = get_peft_model(tiny_model(), MoEBiasConfig(experts="free", num_experts=4))
     rows = [list(range(3, 12))] * 4
     data = Dataset.from_dict({"input_ids": rows, "labels": rows})
     arguments = TrainingArguments(

@@ -25,7 +25,9 @@ STOP = [2]
 def stage():
     model = tiny_model()
     head = find_head(model)[1]
-    layer = MoEBiasLayer(LayerConfig(num_experts=4, support=tuple(range(2, 60))), head.hidden_size, head.vocab_size)
+    layer = MoEBiasLayer(
+        LayerConfig(experts="free", num_experts=4, support=tuple(range(2, 60))), head.hidden_size, head.vocab_size
+    )
     randomise(layer)
     return model, head, layer_policy(layer, head.transform)
 

@@ -45,7 +45,9 @@ def save_adapter(folder: Path, base_model: str, **changes) -> str:
     """An adapter with random weights on the tiny model."""
     model = tiny_model("llama")
     model.name_or_path = base_model
-    adapted = get_peft_model(model, MoEBiasConfig(**{"num_experts": 3, "support": SUPPORT, **changes}))
+    adapted = get_peft_model(
+        model, MoEBiasConfig(**{"experts": "free", "num_experts": 3, "support": SUPPORT, **changes})
+    )
     randomise(find_adapter_head(adapted).active_layer, scale=5.0)
     adapted.save_pretrained(folder)
     return str(folder)
@@ -185,7 +187,7 @@ def test_faults_of_the_program_show_their_traceback(monkeypatch):
     monkeypatch.setattr(params, "model_sizes", fail_with(ValueError("raised outside the package")))
     with pytest.raises(ValueError, match="raised outside the package"):
         main(["params"])
-    monkeypatch.setattr(params, "model_sizes", lambda settings: LayerConfig(top_k=0))
+    monkeypatch.setattr(params, "model_sizes", lambda settings: LayerConfig(experts="free", top_k=0))
     with pytest.raises(ValueError, match="validation error for LayerConfig"):
         main(["params"])
     monkeypatch.setattr(params, "model_sizes", lambda settings: (1, 2))
@@ -329,7 +331,7 @@ def test_generate_without_a_chat_template(folder, capsys):
 
 def test_generate_refuses_an_adapter_of_another_model(folder, model, capsys):
     other = tiny_model("llama", hidden_size=32)
-    get_peft_model(other, MoEBiasConfig(num_experts=3)).save_pretrained(folder / "other")
+    get_peft_model(other, MoEBiasConfig(experts="free", num_experts=3)).save_pretrained(folder / "other")
     sentence = complaint(capsys, "generate", "w5", "--model", model, "--adapter", "other")
     assert "was made for hidden_size 32, the model has 16" in sentence
 

@@ -50,7 +50,13 @@ def told(settings: type, given: dict | None = None, **values) -> str:
         ({"load_balance_weight": -0.1}, "load_balance_weight is -0.1: input should be greater than or equal to 0"),
         ({"load_balance_weight": float("inf")}, "load_balance_weight is inf: input should be a finite number"),
         ({"strength": float("nan")}, "strength is nan: input should be a finite number"),
-        ({"experts": 4}, "experts is 4: extra inputs are not permitted"),
+        ({"expert": 4}, "expert is 4: extra inputs are not permitted"),
+        ({"experts": "dense"}, "experts is 'dense': input should be 'free', 'directions' or 'linear'"),
+        ({"expert_rank": 0}, "expert_rank is 0: input should be greater than or equal to 1"),
+        (
+            {"experts": "free", "reach": "vocabulary"},
+            "reach = 'vocabulary' needs experts = 'directions' or 'linear': free entries are of the support alone",
+        ),
     ],
 )
 def test_impossible_layers_are_refused_in_one_sentence(changes, sentence):
@@ -58,7 +64,7 @@ def test_impossible_layers_are_refused_in_one_sentence(changes, sentence):
 
 
 def test_support_outside_the_vocabulary_is_refused():
-    config = LayerConfig(support=(0, 9))
+    config = LayerConfig(experts="free", support=(0, 9))
     config.check_vocabulary(10)
     with pytest.raises(ValueError, match="support id 9 is outside the vocabulary of 9 tokens"):
         config.check_vocabulary(9)
@@ -71,9 +77,9 @@ def test_long_support_with_a_late_duplicate_is_refused_quickly():
 
 def test_number_of_parameters():
     # E M + E D, and alpha and beta: 4 * 10 + 4 * 8 + 2 = 74; the whole vocabulary: 4 * 100 + 4 * 8 + 2 = 434.
-    assert LayerConfig(num_experts=4, support=tuple(range(10))).num_parameters(8, 100) == 74
-    assert LayerConfig(num_experts=4).num_parameters(8, 100) == 434
-    assert LayerConfig(num_experts=4, entropy_gate=False).num_parameters(8, 100) == 432
+    assert LayerConfig(experts="free", num_experts=4, support=tuple(range(10))).num_parameters(8, 100) == 74
+    assert LayerConfig(experts="free", num_experts=4).num_parameters(8, 100) == 434
+    assert LayerConfig(experts="free", num_experts=4, entropy_gate=False).num_parameters(8, 100) == 432
 
 
 def test_layer_settings_describe_a_layer():
@@ -82,7 +88,7 @@ def test_layer_settings_describe_a_layer():
 
 
 def test_later_sources_win(folder, monkeypatch):
-    assert LayerSettings().num_experts == 16
+    assert LayerSettings().num_experts == 4
     (folder / "moe-bias.toml").write_text("num_experts = 8\ntop_k = 3\nseed = 5\n")
     assert (LayerSettings().num_experts, LayerSettings().top_k) == (8, 3)
     monkeypatch.setenv("MOE_BIAS_NUM_EXPERTS", "6")
@@ -116,7 +122,7 @@ def test_lists_are_written_with_commas(monkeypatch):
             "0",
             "num_experts from MOE_BIAS_NUM_EXPERTS is '0': input should be greater than or equal to 1",
         ),
-        ("TOP_K", "17", "top_k = 17 is more than num_experts = 16 (top_k comes from MOE_BIAS_TOP_K)"),
+        ("TOP_K", "17", "top_k = 17 is more than num_experts = 4 (top_k comes from MOE_BIAS_TOP_K)"),
         (
             "LOAD_BALANCE_WEIGHT",
             "nan",

@@ -272,7 +272,7 @@ def save_prefix():
 
 
 def save_wide():
-    adapted = get_peft_model(tiny_model("llama", hidden_size=32), MoEBiasConfig(num_experts=3))
+    adapted = get_peft_model(tiny_model("llama", hidden_size=32), MoEBiasConfig(experts="free", num_experts=3))
     adapted.save_pretrained("odd")
 
 

@@ -162,7 +162,7 @@ def test_load_balance_loss_is_that_of_the_last_call_weighted(monkeypatch):
 
 
 def test_layer_of_a_peft_model_is_its_active_adapters():
-    peft_model = get_peft_model(tiny_model(), MoEBiasConfig())
+    peft_model = get_peft_model(tiny_model(), MoEBiasConfig(experts="free", num_experts=16))
     assert get_moe_bias_layer(peft_model) is find_adapter_head(peft_model).active_layer
     with peft_model.disable_adapter(), pytest.raises(ValueError, match="disabled or merged"):
         get_moe_bias_layer(peft_model)
@@ -210,7 +210,9 @@ def test_hidden_states_that_the_head_does_not_read_are_refused():
 
 
 def test_either_form_loads_what_the_other_saved(tmp_path):
-    peft_model = get_peft_model(tiny_model(), MoEBiasConfig(num_experts=4, support=[3, 5, 40], strength=0.5))
+    peft_model = get_peft_model(
+        tiny_model(), MoEBiasConfig(experts="free", num_experts=4, support=[3, 5, 40], strength=0.5)
+    )
     randomise(find_adapter_head(peft_model).active_layer)
     expected = forward(peft_model).logits
     peft_model.save_pretrained(tmp_path / "peft")
@@ -232,12 +234,12 @@ def test_files_that_do_not_fit_or_are_damaged_are_refused(tmp_path):
         load_moe_bias_layer(tiny_model(hidden_size=32), tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     tensors = load_file(path)
-    key = next(key for key in tensors if key.endswith("experts"))
+    key = next(key for key in tensors if key.endswith("directions"))
     save_file({**tensors, key: tensors[key] * torch.nan}, path)
-    with pytest.raises(ValueError, match="'experts' holds NaN or infinite values"):
+    with pytest.raises(ValueError, match="'directions' holds NaN or infinite values"):
         load_moe_bias_layer(tiny_model(), tmp_path)
     save_file({name: value for name, value in tensors.items() if name != key}, path)
-    with pytest.raises(ValueError, match="lacks tensor 'experts'"):
+    with pytest.raises(ValueError, match="lacks tensor 'directions'"):
         load_moe_bias_layer(tiny_model(), tmp_path)
     path.unlink()
     with pytest.raises(ValueError, match=r"holds no adapter_model\.safetensors"):
@@ -255,4 +257,4 @@ def test_adapter_of_another_method_is_refused_by_name(tmp_path):
 def test_loading_onto_a_peft_model_is_refused(tmp_path):
     save_moe_bias_layer(tiny_model(), tmp_path)
     with pytest.raises(ValueError, match="load another with its load_adapter"):
-        load_moe_bias_layer(get_peft_model(tiny_model(), MoEBiasConfig()), tmp_path)
+        load_moe_bias_layer(get_peft_model(tiny_model(), MoEBiasConfig(experts="free", num_experts=16)), tmp_path)

@@ -27,7 +27,7 @@ SUPPORT = list(range(2, 60))
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "granite"])
 def test_adapted_logits_are_those_of_the_cpu(name):
-    adapted = get_peft_model(tiny_model(name), MoEBiasConfig(num_experts=4, support=SUPPORT)).eval()
+    adapted = get_peft_model(tiny_model(name), MoEBiasConfig(experts="free", num_experts=4, support=SUPPORT)).eval()
     randomise(find_adapter_head(adapted).moe_bias_layers["default"])
     ids = token_ids()
     with torch.no_grad():
@@ -41,7 +41,9 @@ def test_features_training_and_answers_on_the_gpu():
     head = find_head(model)[1]
     examples = [Example([5, 6, 7], [8, 9, 2]), Example([5, 9], [11, 8, 2])]
     features = with_scalars(head, run_backbone(model, examples, 2, "test"), SUPPORT, "test")
-    layer = MoEBiasLayer(LayerConfig(num_experts=4, support=tuple(SUPPORT)), head.hidden_size, head.vocab_size).cuda()
+    layer = MoEBiasLayer(
+        LayerConfig(experts="free", num_experts=4, support=tuple(SUPPORT)), head.hidden_size, head.vocab_size
+    ).cuda()
     fit(layer, features, head, TrainingSettings(epochs=40, expert_rate=0.5), "test")
     assert token_nll(layer, features, head).mean() < token_nll(None, features, head).mean() - 1
     base, adapted = greedy_answers(
@@ -60,7 +62,9 @@ def test_features_training_and_answers_on_the_gpu():
 def test_what_a_sampler_on_the_gpu_keeps_is_what_extraction_on_the_cpu_gives():
     model = tiny_model().cuda()
     head = find_head(model)[1]
-    layer = MoEBiasLayer(LayerConfig(num_experts=4, support=tuple(SUPPORT)), head.hidden_size, head.vocab_size)
+    layer = MoEBiasLayer(
+        LayerConfig(experts="free", num_experts=4, support=tuple(SUPPORT)), head.hidden_size, head.vocab_size
+    )
     randomise(layer)
     choices = SamplingChoices(temperature=0.7, max_new_tokens=6, group=3, batch_size=2, stop_ids=[])
     prompts = [[5, 6, 7], [9]]

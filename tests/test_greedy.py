@@ -33,13 +33,13 @@ def generated(model, prompt, limit):
 def test_every_policys_answers_are_those_of_generate(name, batch_size):
     model = tiny_model(name)
     head = find_head(model)[1]
-    config = LayerConfig(num_experts=4, support=tuple(range(2, 90)))
+    config = LayerConfig(experts="free", num_experts=4, support=tuple(range(2, 90)))
     layers = [MoEBiasLayer(config, head.hidden_size, head.vocab_size) for _ in range(2)]
     for seed, layer in enumerate(layers):
         randomise(layer, seed)
     policies = [base_policy, *(layer_policy(layer, head.transform) for layer in layers)]
     answers = greedy_answers(model, head, PROMPTS, policies, stop_ids=STOP, max_new_tokens=12, batch_size=batch_size)
-    adapted = get_peft_model(model, MoEBiasConfig(**config.model_dump()))
+    adapted = get_peft_model(model, MoEBiasConfig(experts="free", **config.model_dump()))
     attached = find_adapter_head(adapted).moe_bias_layers["default"]
     for column, layer in zip(answers, [None, *layers], strict=True):
         if layer is not None:

@@ -116,7 +116,9 @@ def test_numbers_of_base_and_adapter_are_ours(tasks, kind):
 def test_a_padded_vocabulary_keeps_its_adapter(tasks):
     tiny_model("llama", vocab_size=VOCABULARY + 3).save_pretrained("model")  # the tokenizer has 97 words
     assert len(AutoTokenizer.from_pretrained("model")) == VOCABULARY
-    get_peft_model(tiny_model("llama", vocab_size=VOCABULARY + 3), MoEBiasConfig()).save_pretrained("padded")
+    get_peft_model(
+        tiny_model("llama", vocab_size=VOCABULARY + 3), MoEBiasConfig(experts="free", num_experts=16)
+    ).save_pretrained("padded")
     perplexity, _ = measured("out", "--model", "moe-bias", "--model_args", "pretrained=model,peft=padded,dtype=float32")
     alone, _ = measured("alone", "--model", "moe-bias", "--model_args", "pretrained=model,dtype=float32")
     assert perplexity == alone

@@ -14,7 +14,7 @@ SUPPORTS = pytest.mark.parametrize("support", [None, SUPPORT], ids=["whole", "su
 
 
 def adapted(model: PreTrainedModel, **settings):
-    return get_peft_model(model, MoEBiasConfig(num_experts=4, **settings))
+    return get_peft_model(model, MoEBiasConfig(experts="free", num_experts=4, **settings))
 
 
 @torch.no_grad()

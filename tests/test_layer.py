@@ -25,6 +25,7 @@ def layers(draw, dtype: torch.dtype = torch.float64) -> tuple[MoEBiasLayer, int]
     vocab_size = draw(st.integers(1, 12))
     support = draw(st.none() | st.lists(st.integers(0, vocab_size - 1), min_size=1, unique=True).map(tuple))
     config = LayerConfig(
+        experts="free",
         num_experts=num_experts,
         top_k=draw(st.integers(1, num_experts)),
         support=support,
@@ -41,7 +42,9 @@ def layers(draw, dtype: torch.dtype = torch.float64) -> tuple[MoEBiasLayer, int]
 
 def small_layer(**changes) -> MoEBiasLayer:
     torch.manual_seed(0)
-    return MoEBiasLayer(LayerConfig(**{"num_experts": 4, "top_k": 2, **changes}), hidden_size=5, vocab_size=11)
+    return MoEBiasLayer(
+        LayerConfig(**{"experts": "free", "num_experts": 4, "top_k": 2, **changes}), hidden_size=5, vocab_size=11
+    )
 
 
 def bias_of_one_token(layer: MoEBiasLayer, hidden_D: Tensor, entropy: float) -> list[float]:
@@ -90,7 +93,7 @@ def test_gates_share_one_among_the_k_most_probable(case):
 
 @torch.no_grad()
 def test_one_token_by_hand():
-    layer = MoEBiasLayer(LayerConfig(num_experts=2, top_k=2), hidden_size=1, vocab_size=1).double()
+    layer = MoEBiasLayer(LayerConfig(experts="free", num_experts=2, top_k=2), hidden_size=1, vocab_size=1).double()
     layer.router.weight.copy_(torch.tensor([[math.log(3)], [0.0]]))
     layer.experts.copy_(torch.tensor([[4.0], [-4.0]]))
     # Normalisation (7 - 5) / 2 = 1; p = (3, 1) / 4; B: 4 * 3/4 - 4 * 1/4 = 2; w = sigmoid(ln 3) = 3/4; b = 1.5.

@@ -330,7 +330,9 @@ def test_advantages_are_those_of_trl_but_for_its_1e_4():
 def problem(name="llama", tokens=61, temperature=0.7, **choices):
     """A random layer in float64, features at a temperature, what was sampled, u_S and the full logits."""
     head = find_head(tiny_model(name).double())[1]
-    layer = MoEBiasLayer(LayerConfig(num_experts=4, support=SUPPORT, **choices), HIDDEN, VOCABULARY).double()
+    layer = MoEBiasLayer(
+        LayerConfig(experts="free", num_experts=4, support=SUPPORT, **choices), HIDDEN, VOCABULARY
+    ).double()
     randomise(layer)
     generator = torch.Generator().manual_seed(2)
     hidden_TD = torch.randn(tokens, HIDDEN, generator=generator, dtype=torch.float64)

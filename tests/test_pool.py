@@ -15,14 +15,14 @@ def pool_of(count):
 
     def load(version):
         loaded.append(version)
-        return MoEBiasLayer(LayerConfig(num_experts=3, support=(1, 2)), 5, 7)
+        return MoEBiasLayer(LayerConfig(experts="free", num_experts=3, support=(1, 2)), 5, 7)
 
     return AdapterPool(load, count * layer_bytes(load(ONE))), loaded
 
 
 def test_bytes_of_a_layer_are_those_of_its_tensors():
     # Router 3 x 5, experts 3 x 2, gate 2, mean and scale 5 each: 33 float32; the support: 2 int64.
-    assert layer_bytes(MoEBiasLayer(LayerConfig(num_experts=3, support=(1, 2)), 5, 7)) == 33 * 4 + 2 * 8
+    assert layer_bytes(MoEBiasLayer(LayerConfig(experts="free", num_experts=3, support=(1, 2)), 5, 7)) == 33 * 4 + 2 * 8
 
 
 def test_a_layer_is_loaded_once_while_there_is_room():

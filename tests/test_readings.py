@@ -27,7 +27,7 @@ def head_of(name: str) -> Head:
 def layer_of(support=None, scale=1.0, seed=1, **options) -> MoEBiasLayer:
     """A random layer in float64."""
     options = {"num_experts": 5, "top_k": 2, **options}
-    layer = MoEBiasLayer(LayerConfig(support=support, **options), HIDDEN, VOCABULARY)
+    layer = MoEBiasLayer(LayerConfig(experts="free", support=support, **options), HIDDEN, VOCABULARY)
     randomise(layer, seed, scale)
     return layer.double()
 

@@ -230,7 +230,7 @@ def test_logs_go_on_where_the_checkpoint_is(tmp_path):
 
 
 def test_a_static_layer_is_trained_too():
-    config = LayerConfig(num_experts=1, top_k=1, entropy_gate=False, support=SUPPORT)
+    config = LayerConfig(experts="free", num_experts=1, top_k=1, entropy_gate=False, support=SUPPORT)
     layer = MoEBiasLayer(config, 16, VOCABULARY)
     Setting(settings_of(), layer=layer).trainer.run()
     assert layer.experts.abs().sum() > 0

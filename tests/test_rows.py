@@ -13,7 +13,10 @@ from moe_bias.config import LayerConfig
 from moe_bias.layer import MoEBiasLayer, entropy_from_logits
 from moe_bias.serving.rows import Tenant, move_rows, rows_by_tenant
 
-CONFIGS = (LayerConfig(num_experts=5, support=(0, 7, 96)), LayerConfig(num_experts=1, top_k=1, entropy_gate=False))
+CONFIGS = (
+    LayerConfig(experts="free", num_experts=5, support=(0, 7, 96)),
+    LayerConfig(num_experts=1, top_k=1, entropy_gate=False),
+)
 
 
 def tenants(strengths=(1.0, 0.3)):

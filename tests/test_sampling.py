@@ -26,7 +26,7 @@ CHOICES = SamplingChoices(temperature=1.0, max_new_tokens=6, group=3, batch_size
 
 
 def layer_for(head, support=tuple(range(2, 60)), scale=1.0):
-    layer = MoEBiasLayer(LayerConfig(num_experts=4, support=support), head.hidden_size, head.vocab_size)
+    layer = MoEBiasLayer(LayerConfig(experts="free", num_experts=4, support=support), head.hidden_size, head.vocab_size)
     randomise(layer, scale=scale)
     return layer
 
@@ -234,7 +234,7 @@ def test_half_precision_hidden_states_are_kept_as_they_are():
 def test_a_fresh_layer_samples_from_the_frozen_model():
     model = tiny_model()
     head = find_head(model)[1]
-    fresh = MoEBiasLayer(LayerConfig(), head.hidden_size, head.vocab_size)
+    fresh = MoEBiasLayer(LayerConfig(experts="free", num_experts=16), head.hidden_size, head.vocab_size)
     rollouts = TransformersSampler(model, head).sample(PROMPTS, fresh, CHOICES, 0)
     base_T = rollouts.features.logit - rollouts.features.log_partition.float()
     torch.testing.assert_close(rollouts.log_prob, base_T, rtol=0, atol=1e-5)
@@ -312,7 +312,7 @@ def bundled():
 def test_the_trainers_log_probabilities_are_the_samplers_on_a_real_model(bundled, temperature, support, cap, tolerance):
     model, head = bundled
     head = replace(head, transform=replace(head.transform, cap=cap))
-    layer = MoEBiasLayer(LayerConfig(num_experts=4, support=support), head.hidden_size, head.vocab_size)
+    layer = MoEBiasLayer(LayerConfig(experts="free", num_experts=4, support=support), head.hidden_size, head.vocab_size)
     torch.manual_seed(0)
     torch.nn.init.normal_(layer.experts, std=0.5)
     choices = SamplingChoices(temperature=temperature, max_new_tokens=3, group=4, batch_size=1, stop_ids=[2])

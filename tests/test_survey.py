@@ -33,7 +33,7 @@ def head():
 
 
 def layer_on(support):
-    layer = MoEBiasLayer(LayerConfig(num_experts=3, top_k=2, support=support), 16, VOCABULARY)
+    layer = MoEBiasLayer(LayerConfig(experts="free", num_experts=3, top_k=2, support=support), 16, VOCABULARY)
     randomise(layer, scale=0.5)
     return layer
 

@@ -34,7 +34,9 @@ def features_of(head, tokens=61, support=SUPPORT) -> Features:
 
 def layer_of(support=SUPPORT, **choices) -> MoEBiasLayer:
     torch.manual_seed(0)
-    config = LayerConfig(**{"num_experts": 4, "support": None if support is None else tuple(support), **choices})
+    config = LayerConfig(
+        **{"experts": "free", "num_experts": 4, "support": None if support is None else tuple(support), **choices}
+    )
     return MoEBiasLayer(config, HIDDEN, VOCABULARY)
 
 

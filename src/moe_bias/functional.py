@@ -126,9 +126,9 @@ def load_moe_bias_layer(model: nn.Module, source: str | Path) -> MoEBiasLayer:
         raise UserError("the model carries a PEFT adapter; load another with its load_adapter")
     _, head = find_head(model)
     config, tensors = read_adapter(source)
-    config = config.for_model(head.hidden_size, head.vocab_size)
+    config = config.for_model(head.hidden_size, head.vocab_size, head.rows)
     check_adapter_file(tensors, config)
-    layer = _like_model(MoEBiasLayer(config.layer_config(), head.hidden_size, head.vocab_size), head)
+    layer = _like_model(head.layer(config.layer_config()), head)
     layer.load_state_dict(layer_tensors(tensors))
     _ATTACHED[model] = _Attached(layer, head)
     return layer
@@ -137,8 +137,7 @@ def load_moe_bias_layer(model: nn.Module, source: str | Path) -> MoEBiasLayer:
 def _attached(model: nn.Module, support: Sequence[int] | None = None) -> _Attached:
     if model not in _ATTACHED:
         _, head = find_head(model)
-        layer = MoEBiasLayer(_settings().layer_config(support), head.hidden_size, head.vocab_size)
-        _ATTACHED[model] = _Attached(_like_model(layer, head), head)
+        _ATTACHED[model] = _Attached(_like_model(head.layer(_settings().layer_config(support)), head), head)
     return _ATTACHED[model]
 
 

@@ -5,14 +5,22 @@ For a token with hidden state h (the exact input of the output embedding) and ba
     p = softmax(G n(h))                      router probabilities; n is a fixed normalisation
     g_e = p_e / sum_{top-k} p                for the k largest, 0 elsewhere
     w = sigmoid(alpha H + beta)              H: entropy of softmax(z) in nats; w = 1 without the gate
-    b = w sum_e g_e B_e                      one row of B per expert, one column per support token
+    b = w sum_e g_e (W_S (c_e + U_e V_e n(h)) + B_e)
     z' = z + s b                             on the support; z' = z off it
 
-B starts at zero, so a fresh layer changes nothing. The load-balance loss is the one of the Switch
-Transformer (arXiv 2101.03961).
+W_S are the output embedding's rows of the support's tokens: the model's own, and never kept with the layer.
+c_e (D,) is a direction in its space, U_e and V_e make the direction depend on the hidden state with rank r,
+B_e (M,) are free entries. A layer has those parts that its config names. All but V start at zero, so a
+fresh layer changes nothing.
 
-Shapes: T tokens (any leading shape where a docstring says `...`), D hidden size, E experts,
-V vocabulary, M support (M = V without one).
+Whatever the parts, b is a thin product: with the table P = [W_S c + B; W_S U] (C, M), C = E (1 + r), and the
+coefficients a = w [g; g V n(h)] (T, C) of each token, b = a P. `table` and `mix` make the two, and all
+that applies, trains, samples or reads a layer starts from them. The plain reference is `plain_bias`.
+
+The load-balance loss is the one of the Switch Transformer (arXiv 2101.03961).
+
+Shapes: T tokens (any leading shape where a docstring says `...`), D hidden size, E experts, R rank,
+C coefficients, V vocabulary, M support (M = V without one).
 """
 
 from __future__ import annotations
@@ -20,13 +28,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_bias.config import LayerConfig, Normalisation, UserError
+from moe_bias.config import LayerConfig, Normalisation, Reach, UserError
 
 LOWEST_LOG_PROB = -1e4
 """Log-probabilities are raised to this before `p log p`: exp(-1e4) is 0 in float32 and in float64,
@@ -43,9 +51,9 @@ class Routing:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Each token's share of each expert's bias, gates times weight (..., E); the weight; the routing."""
+    """Each token's coefficients (..., C) of the layer's table; the entropy gate's weight; the routing."""
 
-    shares: Tensor
+    coefficients: Tensor
     weight: Tensor
     routing: Routing
 
@@ -57,6 +65,16 @@ class LayerOutput:
     bias: Tensor
     weight: Tensor
     routing: Routing
+
+
+class EmbeddingRows(Protocol):
+    """The output embedding that a layer's experts are made through."""
+
+    def __call__(self, token_M: Tensor | None) -> Tensor:
+        """The weight's rows of some tokens (M, D), of all tokens for None; in float32 or better, without gradient."""
+
+    def state(self) -> tuple[object, ...]:
+        """Equal as long as the rows are the same."""
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -106,39 +124,78 @@ def load_balance_loss(
 
 
 class MoEBiasLayer(nn.Module):
-    """Router, expert biases and entropy gate, as the module docstring defines them.
+    """Router, experts and entropy gate, as the module docstring defines them.
 
-    Parameters: `router.weight` (E, D), `experts` (E, M), `entropy_gate` alpha and beta. Buffers:
-    `support` (M,) int64 token ids (absent when every token has a bias), `hidden_mean` and
-    `hidden_scale` (D,), the fixed normalisation that the router sees h through.
+    Parameters: `router.weight` (E, D); `directions` (E, D), `writes` and `reads` (E, R, D), the rows of U and V;
+    `experts` (E, M), the free entries; `entropy_gate` alpha and beta. Those that the config does not ask for are
+    None. Buffers: `hidden_mean` and `hidden_scale` (D,), the fixed normalisation that router and linear experts
+    see h through; `support_ids` (M,) int64 (None: all tokens).
+
+    `reach` tells where the experts act: 'support', or 'vocabulary' for all tokens, whatever the support that they
+    were trained on.
     """
 
-    support: Tensor | None
+    support_ids: Tensor | None
     hidden_mean: Tensor
     hidden_scale: Tensor
+    directions: nn.Parameter | None
+    writes: nn.Parameter | None
+    reads: nn.Parameter | None
+    experts: nn.Parameter | None
 
-    def __init__(self, config: LayerConfig, hidden_size: int, vocab_size: int) -> None:
-        """Raises ValueError where the support names ids outside the vocabulary."""
+    def __init__(
+        self, config: LayerConfig, hidden_size: int, vocab_size: int, embedding: EmbeddingRows | None = None
+    ) -> None:
+        """`embedding` is the model's, which experts that are made through it need before the layer can be applied.
+
+        Raises ValueError where the support names ids outside the vocabulary.
+        """
         super().__init__()
         config.check_vocabulary(vocab_size)
         self.config = config
         self.hidden_size = hidden_size
         self.vocab_size = vocab_size
         self.strength = config.strength
-        self.router = nn.Linear(hidden_size, config.num_experts, bias=False)
-        self.experts = nn.Parameter(torch.zeros(config.num_experts, config.support_size(vocab_size)))
+        self.reach: Reach = config.reach
+        self.embedding = embedding
+        self._kept = _Kept()
+        experts, rank = config.num_experts, config.rank
+        self.router = nn.Linear(hidden_size, experts, bias=False)
+        has_entries, through = config.has_entries, config.through_embedding
+        self.experts = _zeros(experts, config.support_size(vocab_size)) if has_entries else None
+        self.directions = _zeros(experts, hidden_size) if through else None
+        self.writes = _zeros(experts, rank, hidden_size) if rank else None
+        self.reads = _zeros(experts, rank, hidden_size) if rank else None
         self.entropy_gate = nn.Linear(1, 1) if config.entropy_gate else None
         support = None if config.support is None else torch.tensor(config.support, dtype=torch.int64)
-        self.register_buffer("support", support, persistent=False)
+        self.register_buffer("support_ids", support, persistent=False)
         self.register_buffer("hidden_mean", torch.zeros(hidden_size))
         self.register_buffer("hidden_scale", torch.ones(hidden_size))
         self.reset_parameters()
 
+    @property
+    def support(self) -> Tensor | None:
+        """The token ids (M,) that the layer has a bias for now; None: all of them."""
+        return None if self.reach == "vocabulary" else self.support_ids
+
+    def support_or_all(self) -> Tensor:
+        """The token ids (M,) that the layer has a bias for now, where those are all of them too."""
+        return torch.arange(self.vocab_size, device=self.device) if self.support is None else self.support
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer's parameters are."""
+        return self.router.weight.device
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Zero biases, a small random router, a gate that starts at sigmoid(H)."""
-        self.experts.zero_()
+        """Zero biases, a small random router, linear experts that read at random, a gate that starts at sigmoid(H)."""
+        for parameter in (self.experts, self.directions, self.writes):
+            if parameter is not None:
+                parameter.zero_()
         nn.init.normal_(self.router.weight, std=1 / math.sqrt(self.hidden_size))
+        if self.reads is not None:
+            nn.init.normal_(self.reads, std=1 / math.sqrt(self.hidden_size))
         if self.entropy_gate is not None:
             self.entropy_gate.weight.fill_(1.0)
             self.entropy_gate.bias.zero_()
@@ -163,11 +220,17 @@ class MoEBiasLayer(nn.Module):
         elif normalisation == "rms":
             self.hidden_scale.copy_(hidden_TD.square().mean(0).sqrt().clamp(min=1e-6))
 
+    def normed(self, hidden: Tensor) -> Tensor:
+        """`n(h)` for `hidden` (..., D), in float32 or better. No gradient enters `hidden`."""
+        hidden = at_least_float32(hidden.detach())
+        return (hidden - self.hidden_mean.to(hidden.dtype)) / self.hidden_scale.to(hidden.dtype)
+
     def route(self, hidden: Tensor) -> Routing:
         """Router probabilities and top-k gates for `hidden` (..., D). No gradient enters `hidden`."""
-        hidden = at_least_float32(hidden.detach())
-        normed = (hidden - self.hidden_mean.to(hidden.dtype)) / self.hidden_scale.to(hidden.dtype)
-        probs = F.linear(normed, self.router.weight.to(hidden.dtype)).softmax(-1)
+        return self._routed(self.normed(hidden))
+
+    def _routed(self, normed: Tensor) -> Routing:
+        probs = F.linear(normed, self.router.weight.to(normed.dtype)).softmax(-1)
         top_probs, top_experts = probs.topk(self.config.top_k, dim=-1)
         kept = top_probs / top_probs.sum(-1, keepdim=True)
         return Routing(probs, torch.zeros_like(probs).scatter(-1, top_experts, kept))
@@ -180,22 +243,91 @@ class MoEBiasLayer(nn.Module):
         return torch.sigmoid(entropy * alpha.to(entropy.dtype).squeeze() + beta.to(entropy.dtype).squeeze())
 
     def mix(self, hidden: Tensor, entropy: Tensor) -> Mixture:
-        """How much of each expert each token gets, for hidden states (..., D) and base entropies (...,)."""
-        routing = self.route(hidden)
+        """Each token's coefficients of the table, for hidden states (..., D) and base entropies (...,)."""
+        normed = self.normed(hidden)
+        routing = self._routed(normed)
         weight = self.gate_weight(entropy.to(routing.gates.dtype))
-        return Mixture(routing.gates * weight.unsqueeze(-1), weight, routing)
+        return Mixture(self._coefficients(normed, routing.gates * weight.unsqueeze(-1)), weight, routing)
+
+    def _coefficients(self, normed: Tensor, shares: Tensor) -> Tensor:
+        """Gates times weight (..., E), and after them each times what its expert reads (..., E R)."""
+        if self.reads is None:
+            return shares
+        read = F.linear(normed, self.reads.flatten(0, 1).to(normed.dtype)).unflatten(-1, self.reads.shape[:2])
+        return torch.cat([shares, (shares.unsqueeze(-1) * read).flatten(-2)], dim=-1)
+
+    def table(self) -> Tensor:
+        """P (C, M): what one unit of each coefficient adds to each token's logit. C = E (1 + R); float32 or better
+        but for free entries alone, which are the parameter itself.
+
+        Without a gradient to come it is made once, and again when what it is made of has changed. Raises ValueError
+        where the experts are made through an output embedding that the layer was not given.
+        """
+        if self.directions is None:
+            assert self.experts is not None
+            return self.experts
+        if torch.is_grad_enabled() and self.directions.requires_grad:
+            self._kept.table = None
+            return self._made_table(self._rows())
+        if torch.compiler.is_compiling():
+            kept = self._kept.table
+            return self._made_table(self._rows()) if kept is None else kept
+        parts = (self.directions, self.writes, self.experts)
+        state = [_state_of(part) for part in parts if part is not None]
+        trained = [part for part in parts if part is not None and part.requires_grad]
+        return self._kept.table_of(
+            (self.reach, self._embedding_state(), *state), trained, lambda: self._made_table(self._rows())
+        )
+
+    def _made_table(self, rows_MD: Tensor) -> Tensor:
+        assert self.directions is not None
+        vectors_CD = self.directions if self.writes is None else torch.cat([self.directions, self.writes.flatten(0, 1)])
+        table_CM = vectors_CD.to(rows_MD.dtype) @ rows_MD.T
+        if self.experts is None:
+            return table_CM
+        experts = self.config.num_experts
+        entries_EM = self.experts.to(table_CM.dtype)
+        if self.reach == "vocabulary":
+            entries_EM = self._spread(entries_EM)
+        return torch.cat([table_CM[:experts] + entries_EM, table_CM[experts:]])
+
+    def _rows(self) -> Tensor:
+        """W_S (M, D) on the layer's device; those of a support are kept."""
+        state = (self.reach, self.device, self.router.weight.dtype, self._embedding_state())
+        if self._kept.rows is not None and self._kept.rows_state == state:
+            return self._kept.rows
+        assert self.embedding is not None
+        rows_MD = self.embedding(self.support).to(self.device)
+        rows_MD = rows_MD.to(torch.promote_types(rows_MD.dtype, self.router.weight.dtype))
+        if self.support is not None:
+            self._kept.rows, self._kept.rows_state = rows_MD, state
+        return rows_MD
+
+    def _embedding_state(self) -> tuple[object, ...]:
+        if self.embedding is None:
+            raise UserError(
+                f"experts = {self.config.experts!r} are made through the model's output embedding, which this layer "
+                "was not given: make it with the model's head, find_head(model)[1].layer(config)"
+            )
+        return self.embedding.state()
 
     def forward(self, hidden: Tensor, entropy: Tensor) -> LayerOutput:
         """The bias for hidden states (..., D) and base entropies (...,), in float32 or better."""
         mixture = self.mix(hidden, entropy)
-        shares = mixture.shares
-        return LayerOutput(shares @ self.experts.to(shares.dtype), mixture.weight, mixture.routing)
+        return LayerOutput(self.bias_of(mixture), mixture.weight, mixture.routing)
+
+    def bias_of(self, mixture: Mixture) -> Tensor:
+        """The bias (..., M) of coefficients that `mix` gave."""
+        return mixture.coefficients @ self.table().to(mixture.coefficients.dtype)
 
     def on_vocabulary(self, bias: Tensor) -> Tensor:
-        """A bias on the support (..., M) as one on the vocabulary (..., V), 0 off the support."""
-        if self.support is None:
+        """A bias on the tokens that the layer acts on (..., M) as one on the vocabulary (..., V), 0 elsewhere."""
+        return bias if self.support is None else self._spread(bias)
+
+    def _spread(self, bias: Tensor) -> Tensor:
+        if self.support_ids is None:
             return bias
-        return bias.new_zeros(*bias.shape[:-1], self.vocab_size).index_copy(-1, self.support, bias)
+        return bias.new_zeros(*bias.shape[:-1], self.vocab_size).index_copy(-1, self.support_ids, bias)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         own = self.state_dict()
@@ -204,6 +336,65 @@ class MoEBiasLayer(nn.Module):
             {name: tuple(tensor.shape) for name, tensor in own.items()},
         )
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class _Kept:
+    """What a layer derives and keeps; a copy of the layer derives its own."""
+
+    def __init__(self) -> None:
+        self.table: Tensor | None = None
+        self.rows: Tensor | None = None
+        self.rows_state: tuple[object, ...] = ()
+        self._table_state: tuple[object, ...] = ()
+        self._made_of: list[Tensor] = []
+
+    def table_of(self, state: tuple[object, ...], trained: list[nn.Parameter], make: Callable[[], Tensor]) -> Tensor:
+        """The table of this state and of these contents of what is being trained.
+
+        Fused optimisers write to parameters without a trace in their version, so contents are compared.
+        """
+        kept = self.table
+        same = len(trained) == len(self._made_of) and self._table_state == state
+        if kept is None or not (same and all(map(torch.equal, trained, self._made_of))):
+            with torch.inference_mode(False), torch.no_grad():
+                kept, self._made_of = make(), [part.clone() for part in trained]
+            self.table, self._table_state = kept, state
+        return kept
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Kept:
+        return _Kept()
+
+
+def plain_bias(layer: MoEBiasLayer, hidden_TD: Tensor, entropy_T: Tensor, rows_MD: Tensor) -> Tensor:
+    """The plain reference of the layer's bias (T, M): each expert's direction, token by token, through the embedding.
+
+    `rows_MD` is the output embedding's weight on the layer's support.
+    """
+    normed_TD = layer.normed(hidden_TD)
+    gates_TE, weight_T = layer.route(hidden_TD).gates, layer.gate_weight(entropy_T)
+    bias_TM = normed_TD.new_zeros(len(hidden_TD), len(rows_MD))
+    for token in range(len(hidden_TD)):
+        for expert in range(layer.config.num_experts):
+            direction_D = normed_TD.new_zeros(layer.hidden_size)
+            if layer.directions is not None:
+                direction_D = direction_D + layer.directions[expert]
+            if layer.writes is not None and layer.reads is not None:
+                direction_D = direction_D + layer.writes[expert].T @ (layer.reads[expert] @ normed_TD[token])
+            expert_M = rows_MD @ direction_D
+            if layer.experts is not None:
+                expert_M = expert_M + layer.experts[expert]
+            bias_TM[token] = bias_TM[token] + weight_T[token] * gates_TE[token, expert] * expert_M
+    return bias_TM
+
+
+def _zeros(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(*shape))
+
+
+def _state_of(tensor: Tensor) -> tuple[object, ...]:
+    """Changes when the tensor is another, or is written to; tensors made in inference mode do not count that."""
+    version = -1 if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), version, tensor.dtype, tensor.device
 
 
 def check_layer_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:

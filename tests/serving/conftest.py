@@ -29,9 +29,9 @@ VOCABULARY, HIDDEN, LENGTH = len(CHARACTERS) + 2, 64, 256
 """An odd vocabulary, which vLLM pads."""
 
 ADAPTERS = {
-    "routed": LayerConfig(num_experts=4, top_k=2, support=tuple(range(1, 80, 2))),
-    "static": LayerConfig(num_experts=1, top_k=1, entropy_gate=False),
-    "whole": LayerConfig(num_experts=3, top_k=3, strength=0.5),
+    "routed": LayerConfig(experts="free", num_experts=4, top_k=2, support=tuple(range(1, 80, 2))),
+    "static": LayerConfig(experts="free", num_experts=1, top_k=1, entropy_gate=False),
+    "whole": LayerConfig(experts="free", num_experts=3, top_k=3, strength=0.5),
 }
 
 

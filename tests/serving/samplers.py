@@ -41,7 +41,7 @@ CLOSE = {"rtol": 0, "atol": 1e-4}
 
 
 def layer_of(support: tuple[int, ...] | None = tuple(range(2, 60)), seed: int = 1) -> MoEBiasLayer:
-    layer = MoEBiasLayer(LayerConfig(num_experts=4, support=support), HIDDEN, VOCABULARY)
+    layer = MoEBiasLayer(LayerConfig(experts="free", num_experts=4, support=support), HIDDEN, VOCABULARY)
     randomise(layer, seed=seed)
     return layer
 

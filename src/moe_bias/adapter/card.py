@@ -9,6 +9,12 @@ from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
+KINDS = {
+    "free": "a bias of its own for each of these tokens",
+    "directions": "a direction in the space of the output embedding",
+    "linear": "a direction in the space of the output embedding, which depends on the hidden state with rank {rank}",
+}
+"""What an expert is, by the name of its kind."""
 _PLACEHOLDER = "[More Information Needed]"
 
 
@@ -66,9 +72,11 @@ model = AutoPeftModelForCausalLM.from_pretrained("{name}")
 
 def _facts(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     support = config["support"]
+    everywhere = support is None or config["reach"] == "vocabulary"
     facts = [
         ("experts", f"{config['num_experts']}, {config['top_k']} per token"),
-        ("tokens with a bias", "the whole vocabulary" if support is None else f"{len(support):,}"),
+        ("an expert is", KINDS[config["experts"]].format(rank=config["expert_rank"])),
+        ("tokens with a bias", "the whole vocabulary" if everywhere else f"{len(support):,}"),
         ("entropy gate", "on" if config["entropy_gate"] else "off"),
         ("strength", f"{config['strength']:g}"),
     ]

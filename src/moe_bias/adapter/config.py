@@ -16,7 +16,9 @@ from peft import PeftConfig
 from pydantic import ValidationError
 
 from moe_bias.adapter.card import write_card
+from moe_bias.adapter.embedding import check_embedding, embedding_sample
 from moe_bias.config import LayerConfig, UserError, describe_error
+from moe_bias.layer import EmbeddingRows
 
 
 class _MoEBiasType(str):
@@ -43,28 +45,37 @@ PEFT_TYPE = _MoEBiasType("MOE_BIAS")
 class MoEBiasConfig(PeftConfig):
     """Settings of one adapter, and what was measured when it was made.
 
-    `support` lists the token ids that have a bias (None: all). `fork_coverage` is the share of the
-    base's probability mass at forks that the support holds on held-out text. `hidden_size` and
-    `vocab_size` are those of the model it was made for; they are filled in when it is attached.
-    Raises ValueError, in one sentence, on anything that cannot be built.
+    `support` lists the token ids that have a bias (None: all), `reach` tells whether the experts act on them alone.
+    `experts` is their kind; a config that knows its model's sizes but not their kind was written before there
+    were others than free ones. `fork_coverage` is the share of the base's probability mass at forks that the
+    support holds on held-out text. `hidden_size` and `vocab_size` are those of the model it was made for, and
+    `embedding_sample` some entries of its output embedding; they are filled in when it is attached. Raises
+    ValueError, in one sentence, on anything that cannot be built.
     """
 
     task_type: str | None = "CAUSAL_LM"
-    num_experts: int = 16
-    top_k: int = 2
+    num_experts: int = LayerConfig.model_fields["num_experts"].default
+    top_k: int = LayerConfig.model_fields["top_k"].default
+    experts: str | None = None
+    expert_rank: int = LayerConfig.model_fields["expert_rank"].default
+    free_entries: bool = False
     support: list[int] | None = None
+    reach: str = "support"
     entropy_gate: bool = True
     load_balance_weight: float = 0.01
     strength: float = 1.0
     fork_coverage: float | None = None
     hidden_size: int | None = None
     vocab_size: int | None = None
+    embedding_sample: list[float] | None = None
 
     target_modules = None  # not a field: see the module docstring
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PEFT_TYPE
+        if self.experts is None:
+            self.experts = LayerConfig.model_fields["experts"].default if self.hidden_size is None else "free"
         layer = self.layer_config()
         self.support = None if layer.support is None else list(layer.support)
 
@@ -74,6 +85,10 @@ class MoEBiasConfig(PeftConfig):
             return LayerConfig(
                 num_experts=self.num_experts,
                 top_k=self.top_k,
+                experts=self.experts,
+                expert_rank=self.expert_rank,
+                free_entries=self.free_entries,
+                reach=self.reach,
                 support=None if self.support is None else tuple(self.support),
                 entropy_gate=self.entropy_gate,
                 load_balance_weight=self.load_balance_weight,
@@ -82,8 +97,12 @@ class MoEBiasConfig(PeftConfig):
         except ValidationError as error:
             raise UserError(describe_error(error)) from error
 
-    def for_model(self, hidden_size: int, vocab_size: int) -> MoEBiasConfig:
-        """A copy that knows its model's sizes. Raises ValueError where it was made for others."""
+    def for_model(self, hidden_size: int, vocab_size: int, rows: EmbeddingRows | None = None) -> MoEBiasConfig:
+        """A copy that knows its model's sizes and, from `rows`, a sample of its output embedding.
+
+        Raises ValueError where it was made for other sizes, or on an output embedding unlike this one; warns where
+        the embedding differs by more than rounding, as a quantised copy does.
+        """
         ours, theirs = (self.hidden_size, self.vocab_size), (hidden_size, vocab_size)
         for name, made_for, has in zip(("hidden_size", "vocab_size"), ours, theirs, strict=True):
             if made_for is not None and made_for != has:
@@ -91,6 +110,12 @@ class MoEBiasConfig(PeftConfig):
         self.layer_config().check_vocabulary(vocab_size)
         config = copy.copy(self)
         config.hidden_size, config.vocab_size = theirs
+        found = None if rows is None else embedding_sample(rows, hidden_size, vocab_size)
+        if found is not None:
+            if self.embedding_sample is None:
+                config.embedding_sample = found.tolist()
+            else:
+                check_embedding(self.embedding_sample, found, self.layer_config().through_embedding)
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from moe_bias.adapter.config import MoEBiasConfig
-from moe_bias.backbone import output_embedding
+from moe_bias.backbone import OutputRows, output_embedding, unwrapped
 from moe_bias.config import LayerConfig, UserError
 from moe_bias.layer import MoEBiasLayer, at_least_float32, check_layer_tensors
 
@@ -59,7 +59,7 @@ def save_layer(
     name = next(name for name, module in model.named_modules() if module is head)
     config = MoEBiasConfig(
         **layer.config.model_dump(), fork_coverage=fork_coverage, base_model_name_or_path=_name_of(model)
-    ).for_model(layer.hidden_size, layer.vocab_size)
+    ).for_model(layer.hidden_size, layer.vocab_size, OutputRows(unwrapped(head)))
     config.inference_mode = True
     config.strength = layer.strength
     tensors = {

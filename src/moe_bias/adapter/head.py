@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from moe_bias.adapter.config import MoEBiasConfig
 from moe_bias.adapter.files import LAYERS, layer_shapes
-from moe_bias.backbone import HeadTransform
+from moe_bias.backbone import HeadTransform, OutputRows, offload_hook
 from moe_bias.config import UserError
 from moe_bias.layer import LayerOutput, MoEBiasLayer, Routing, check_layer_tensors, entropy_from_logits
 
@@ -100,7 +100,8 @@ class MoEBiasHead(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: MoEBiasConfig) -> None:
         """Adds a fresh layer for an adapter, in float32 on the output embedding's device."""
-        layer = MoEBiasLayer(config.layer_config(), self.in_features, self.out_features)
+        rows = OutputRows(self.base_layer)
+        layer = MoEBiasLayer(config.layer_config(), self.in_features, self.out_features, rows)
         self.moe_bias_layers[adapter_name] = layer
         self._unchecked.add(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -245,7 +246,7 @@ def merged_bias(head: MoEBiasHead, adapter_name: str) -> Tensor:
     if reason is not None:
         raise UserError(f"adapter {adapter_name!r} cannot be merged: {reason}")
     with torch.no_grad():
-        move = layer.on_vocabulary(layer.strength * layer.experts.float()).squeeze(0) / head.transform.scale
+        move = layer.on_vocabulary(layer.strength * layer.table().float()).squeeze(0) / head.transform.scale
         exact = move if base.bias is None else base.bias.float() + move
         rounded = exact.to(base.weight.dtype)
     if not torch.equal(rounded.float(), exact):
@@ -257,6 +258,8 @@ def merged_bias(head: MoEBiasHead, adapter_name: str) -> Tensor:
 
 
 def _why_not_static(layer: MoEBiasLayer, transform: HeadTransform) -> str | None:
+    if layer.config.rank:
+        return "with linear experts its bias depends on the hidden state"
     if layer.config.num_experts > 1:
         return f"with {layer.config.num_experts} experts its bias depends on the hidden state"
     if layer.config.entropy_gate:
@@ -276,8 +279,8 @@ def find_adapter_head(model: nn.Module) -> MoEBiasHead:
 
 def _device_of(base_layer: nn.Module) -> torch.device:
     """Where the output embedding computes; a head that accelerate offloads has its weights on 'meta'."""
-    hook = getattr(base_layer, "_hf_hook", None)
-    if getattr(hook, "offload", False):
-        return torch.device(hook.execution_device)  # type: ignore[union-attr]
+    hook = offload_hook(base_layer)
+    if hook is not None:
+        return torch.device(hook.execution_device)
     tensors = [*base_layer.parameters(), *base_layer.buffers()]
     return tensors[0].device if tensors else torch.device("cpu")

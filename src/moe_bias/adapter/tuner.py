@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from moe_bias.adapter.config import PEFT_TYPE, MoEBiasConfig
 from moe_bias.adapter.files import LAYERS, check_adapter_file
 from moe_bias.adapter.head import MoEBiasHead, find_adapter_head
-from moe_bias.backbone import measure_head_transform, output_embedding
+from moe_bias.backbone import OutputRows, measure_head_transform, output_embedding, unwrapped
 from moe_bias.config import UserError
 
 PREFIX = "moe_bias_"
@@ -41,7 +41,8 @@ class MoEBiasModel(BaseTuner):
         self._target = next(name for name, module in model.named_modules() if module is head)
         self._transform = head.transform if isinstance(head, MoEBiasHead) else measure_head_transform(model)
         config = self.peft_config[adapter_name]
-        self.peft_config[adapter_name] = config.for_model(int(head.in_features), int(head.out_features))
+        rows = OutputRows(unwrapped(head))
+        self.peft_config[adapter_name] = config.for_model(int(head.in_features), int(head.out_features), rows)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: MoEBiasConfig, model_config: Any) -> MoEBiasConfig:

@@ -117,7 +117,7 @@ def joined_readings(parts: Sequence[TokenReadings]) -> TokenReadings:
 def _read_whole(layer: MoEBiasLayer, head: Head, hidden_CD: Tensor, token_C: Tensor) -> TokenReadings:
     logits_CV = head.logits(hidden_CD.to(head.dtype))
     entropy_C = entropy_from_logits(logits_CV)
-    support_M = torch.arange(head.vocab_size, device=head.device) if layer.support is None else layer.support
+    support_M = layer.support_or_all().to(head.device)
     mixture = layer.mix(hidden_CD, entropy_C)
     bias_CM, move_CM = _bias_and_move(layer, head, mixture, logits_CV[:, support_M])
     adapted_CV = logits_CV.index_add(-1, support_M, move_CM.to(logits_CV.dtype))
@@ -131,7 +131,7 @@ def _read_whole(layer: MoEBiasLayer, head: Head, hidden_CD: Tensor, token_C: Ten
 
 def _bias_and_move(layer: MoEBiasLayer, head: Head, mixture: Mixture, logits_TM: Tensor) -> tuple[Tensor, Tensor]:
     """The bias b and the move d, both (T, M), for the final base logits of the support."""
-    bias_TM = mixture.shares @ layer.experts.to(mixture.shares.dtype)
+    bias_TM = layer.bias_of(mixture)
     return bias_TM, head.transform.reachable(logits_TM, layer.strength * bias_TM)
 
 

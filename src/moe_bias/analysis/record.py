@@ -112,7 +112,7 @@ def expert_cards(layer: MoEBiasLayer, found: Survey, top: int, decode: Decode) -
     slots_SE = found.tally.by_stratum.double()
     share_SE = slots_SE / slots_SE.sum(1, keepdim=True).clamp(min=1)
     from_high_E = slots_SE[0] / slots_SE.sum(0).clamp(min=1)
-    tokens = strongest_tokens(layer.experts, layer.config.support, top)
+    tokens = strongest_tokens(layer.table().detach()[: layer.config.num_experts], layer.config.support, top)
     return [
         {
             "expert": number,

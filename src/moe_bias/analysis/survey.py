@@ -125,7 +125,7 @@ class _Reader:
 
     def __init__(self, layer: MoEBiasLayer, head: Head) -> None:
         self._layer, self._head = layer, head
-        self._support_M = torch.arange(head.vocab_size) if layer.support is None else layer.support.cpu()
+        self._support_M = layer.support_or_all().cpu()
         self._support_logits = head.columns(self._support_M.to(head.device))
 
     def chunks(self, part: Features, bar: Meter) -> Iterator[tuple[TokenReadings, int]]:

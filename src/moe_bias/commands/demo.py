@@ -124,5 +124,5 @@ def _measure(
 @torch.no_grad()
 def _used_share(layer: MoEBiasLayer, features: Features) -> list[float]:
     """The share of routed slots that goes to each expert on these tokens."""
-    routed_TE = layer.route(features.hidden.to(layer.experts.device)).gates > 0
+    routed_TE = layer.route(features.hidden.to(layer.device)).gates > 0
     return (routed_TE.sum(0) / routed_TE.sum()).tolist()

@@ -88,8 +88,9 @@ def print_report(
     console.print(_arms_table(report.arms, settings))
     console.print(_answers_table(report))
     console.print(_experts_table(report, layer, tokenizer))
+    support = layer.support_or_all()
     console.print(
-        f"The support of {layer.experts.shape[1]:,} tokens holds {report.fork_coverage:.1%} of the base's probability\n"
+        f"The support of {len(support):,} tokens holds {report.fork_coverage:.1%} of the base's probability\n"
         f"mass at held-out forks. Supervised on {report.train_tokens:,} tokens.\n{_said(report.reinforced)}\n"
         f"The run took {report.seconds:.0f} s.\n"
     )
@@ -163,7 +164,7 @@ def _experts_table(report: DemoReport, layer: MoEBiasLayer, tokenizer: PreTraine
     table.add_column("use", justify="right")
     table.add_column("raises most")
     table.add_column("lowers most")
-    experts = strongest_tokens(layer.experts.detach(), layer.config.support, SHOWN_TOKENS)
+    experts = strongest_tokens(layer.table().detach()[: layer.config.num_experts], layer.config.support, SHOWN_TOKENS)
     for number, (share, tokens) in enumerate(zip(report.expert_share, experts, strict=True)):
         if share > 0:
             raised, lowered = (_tokens(side, tokenizer) for side in (tokens.raised, tokens.lowered))

@@ -178,7 +178,7 @@ def saved_layer(name: str, head: Head) -> Beginning:
             f"the adapter in {name!r} is of another model: its hidden states and vocabulary are {found[0]} and "
             f"{found[1]} wide, here they are {head.hidden_size} and {head.vocab_size}"
         )
-    layer = MoEBiasLayer(config.layer_config(), head.hidden_size, head.vocab_size)
+    layer = head.layer(config.for_model(head.hidden_size, head.vocab_size, head.rows).layer_config())
     layer.load_state_dict(tensors)
     return Beginning(layer.to(head.device), config.fork_coverage)
 
@@ -191,8 +191,8 @@ def fresh_policy_layer(ground: Ground, settings: PolicySettings) -> Beginning:
     """
     head = ground.head
     support = parse_support(settings.support, head.vocab_size)
-    config = LayerConfig(num_experts=1, top_k=1, entropy_gate=False, support=(0,))
-    still = MoEBiasLayer(config, head.hidden_size, head.vocab_size).to(head.device)
+    config = LayerConfig(num_experts=1, top_k=1, experts="free", entropy_gate=False, support=(0,))
+    still = head.layer(config).to(head.device)
     prompts = ground.train.prompts[:CALIBRATION_PROMPTS]
     choices = SamplingChoices(
         settings.temperature, settings.max_new_tokens, CALIBRATION_GROUP, settings.batch_size, ground.stop_ids

@@ -126,7 +126,7 @@ def rollouts_of(
     """
     length_N = torch.tensor([len(answer.token_ids) + answer.finished for answer in answers])
     example_T = torch.arange(len(answers)).repeat_interleave(length_N)
-    support_M = support_of(layer)
+    support_M = layer.support_or_all().cpu()
     features = Features(
         hidden_TD,
         scalars.token,
@@ -150,11 +150,6 @@ def rollouts_of(
         choices.group,
         choices.temperature,
     )
-
-
-def support_of(layer: MoEBiasLayer) -> Tensor:
-    """The token ids (M,) that the layer has biases for, on the CPU."""
-    return torch.arange(layer.vocab_size) if layer.support is None else layer.support.cpu()
 
 
 def check_prompts(prompts: Sequence[list[int]], choices: SamplingChoices, token_bytes: int, buffer_bytes: int) -> None:

@@ -27,7 +27,6 @@ from moe_bias.rollout.sampler import (
     SamplingChoices,
     check_prompts,
     rollouts_of,
-    support_of,
 )
 from moe_bias.support import RestScalars, VocabularySplit, base_scalars, split_vocabulary
 
@@ -154,7 +153,7 @@ def _hidden_type(head: Head) -> torch.dtype:
 
 
 def _split_of(layer: MoEBiasLayer, head: Head) -> VocabularySplit:
-    return split_vocabulary(support_of(layer).to(head.device), head.vocab_size)
+    return split_vocabulary(layer.support_or_all().to(head.device), head.vocab_size)
 
 
 def _in_order(kept: list[_Kept], answers: list[Answer], layer: MoEBiasLayer, choices: SamplingChoices) -> Rollouts:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_bias.layer import MoEBiasLayer, entropy_from_logits
+from moe_bias.layer import entropy_from_logits
 from moe_bias.serving.recording import RecordFile
 from moe_bias.serving.rows import Tenant
 from moe_bias.support import VocabularySplit, base_scalars, split_vocabulary
@@ -62,7 +62,7 @@ def recorded_rows(recordings: Mapping[int, Recording], vocab_size: int, device: 
             [recordings[row] for row in rows],
             torch.tensor(rows, device=device),
             temperature,
-            _split(tenant.layer, vocab_size, device),
+            split_vocabulary(tenant.layer.support_or_all().to(device), vocab_size),
         )
         for (tenant, temperature), rows in groups.items()
     ]
@@ -93,11 +93,6 @@ def _base_scalars(group: RecordedRows, logits_RV: Tensor) -> tuple[Tensor, ...]:
 def _divided(logits_RV: Tensor, temperature: float) -> Tensor:
     logits_RV = logits_RV.float()
     return logits_RV if temperature == 1 else logits_RV / temperature
-
-
-def _split(layer: MoEBiasLayer, vocab_size: int, device: torch.device) -> VocabularySplit:
-    support_M = torch.arange(vocab_size) if layer.support is None else layer.support
-    return split_vocabulary(support_M.to(device), vocab_size)
 
 
 def _write(file: RecordFile, place: int, row: np.void, with_hidden: bool) -> None:

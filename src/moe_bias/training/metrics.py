@@ -43,7 +43,7 @@ import torch
 
 from moe_bias.layer import MoEBiasLayer, Routing
 from moe_bias.training.objective import SupervisedLoss
-from moe_bias.training.optimisation import GradientNorms
+from moe_bias.training.optimisation import EXPERTS, ROUTER, GradientNorms
 from moe_bias.training.processes import Processes
 
 FILE = "metrics.jsonl"
@@ -55,7 +55,7 @@ def step_metrics(
     layer: MoEBiasLayer,
     loss: SupervisedLoss,
     norms: GradientNorms,
-    rates: tuple[float, float],
+    rates: Mapping[str, float],
     processes: Processes,
 ) -> Metrics:
     """All of a step but its number, its speed and its evaluation."""
@@ -69,8 +69,8 @@ def step_metrics(
         **_gate(layer),
         "grad_norm_experts": norms.experts,
         "grad_norm_router": norms.router,
-        "expert_rate": rates[0],
-        "router_rate": rates[1],
+        "expert_rate": rates[EXPERTS],
+        "router_rate": rates[ROUTER],
     }
 
 

@@ -10,7 +10,10 @@ as wide as the support then stays in the processor's cache, and memory does not 
 Over several processes, each with a part of the batch's tokens, the loss is still that of the whole
 batch: both denominators and the routed shares f_e are summed over the processes.
 
-Shapes: T tokens, D hidden, E experts, M support.
+The layer's bias is coefficients times its table, whatever its experts are (see `layer`): the gradient by
+both is gathered, and autograd takes it on from there, once a step.
+
+Shapes: T tokens, D hidden, C coefficients, M support.
 """
 
 from __future__ import annotations
@@ -58,7 +61,9 @@ class Adapted:
 def adapted_log_prob(layer: MoEBiasLayer, batch: Features, logits_TM: Tensor, transform: HeadTransform) -> Adapted:
     """The layer's effect on a batch of features, at temperature 1. `logits_TM` are final base logits."""
     mixture = layer.mix(batch.hidden, batch.entropy)
-    return Adapted(_log_prob_of(layer, mixture.shares, batch, logits_TM, transform), mixture.routing)
+    move = TableMove(layer, layer.table(), transform)
+    adapted_TM = move.adapted(mixture.coefficients, logits_TM)
+    return Adapted(log_prob_from_adapted(batch.logit, batch.column, adapted_TM, batch.rest), mixture.routing)
 
 
 def supervised_loss(adapted: Adapted, load_balance_weight: float) -> SupervisedLoss:
@@ -82,14 +87,15 @@ def supervised_gradients(
     the whole batch's, the gradient this process's summand of the whole batch's.
     """
     mixture = layer.mix(batch.hidden, batch.entropy)
-    shares_TE, experts_EM = _scaled(layer, mixture.shares)
-    mix = _MixGradient(shares_TE.detach(), experts_EM.detach(), transform)
-    tokens = total(shares_TE.new_tensor(float(len(batch))))
+    coefficients_TC = layer.strength * mixture.coefficients
+    table_CM = layer.table().to(coefficients_TC.dtype)
+    mix = _MixGradient(coefficients_TC.detach(), table_CM.detach(), transform)
+    tokens = total(coefficients_TC.new_tensor(float(len(batch))))
     nll = torch.zeros_like(tokens)
-    for rows in chunks(len(batch), layer.experts):
+    for rows in chunks(len(batch), table_CM):
         nll -= mix.add(rows, batch.at(rows), logits_of(rows), tokens)
     balance, weight = load_balance_loss(mixture.routing, total=total), layer.config.load_balance_weight
-    torch.autograd.backward([shares_TE, experts_EM, weight * balance], [mix.shares_TE, mix.experts_EM, None])
+    torch.autograd.backward([coefficients_TC, table_CM, weight * balance], [mix.coefficients_TC, mix.table_CM, None])
     nll, balance = total(nll), total(balance.detach())
     routing = Routing(mixture.routing.probs.detach(), mixture.routing.gates.detach())
     return SupervisedLoss(nll + weight * balance, nll, balance, routing)
@@ -107,84 +113,76 @@ def mean_nll(
 
     Each process takes every n-th chunk.
     """
-    nll = torch.zeros((), dtype=torch.float64, device=layer.experts.device)
-    for rows in chunks(len(source), layer.experts)[processes.rank :: processes.count]:
-        batch = on_device(source.at(rows), layer.experts.device)
+    nll = torch.zeros((), dtype=torch.float64, device=layer.device)
+    for rows in chunks(len(source), layer.table())[processes.rank :: processes.count]:
+        batch = on_device(source.at(rows), layer.device)
         logits_TM = logits.of(torch.arange(rows.start, rows.start + len(batch)), batch)(slice(None))
         nll -= adapted_log_prob(layer, batch, logits_TM, transform).log_prob.double().sum()
     return float(processes.total(nll)) / len(source)
 
 
-def chunks(tokens: int, experts_EM: Tensor) -> list[slice]:
+def chunks(tokens: int, table_CM: Tensor) -> list[slice]:
     """Even slices over the tokens whose tokens x support tensors are of the size that suits the device.
 
     Even, because a short last slice reads all columns for a few tokens. At least one, so that a process
     without a token in a small batch takes part with zeros.
     """
-    size = CHUNK_ELEMENTS.get(experts_EM.device.type, CHUNK_ELEMENTS["cuda"])
-    most = max(size // experts_EM.shape[-1], 1)
+    size = CHUNK_ELEMENTS.get(table_CM.device.type, CHUNK_ELEMENTS["cuda"])
+    most = max(size // table_CM.shape[-1], 1)
     count = max(math.ceil(tokens / most), 1)
     rows = max(math.ceil(tokens / count), 1)
     return [slice(start, start + rows) for start in range(0, max(tokens, 1), rows)]
 
 
-def adapted_logits(
-    layer: MoEBiasLayer, shares_TE: Tensor, logits_TM: Tensor, transform: HeadTransform, temperature: float = 1.0
-) -> Tensor:
-    """`u + d` (T, M) of each token's shares of the experts; `logits_TM` are final base logits over the temperature."""
-    if transform.cap is not None:
-        return logits_TM + support_move(layer, shares_TE, logits_TM, transform, temperature)
-    shares_TE = (layer.strength / temperature) * shares_TE
-    return torch.addmm(logits_TM, shares_TE, layer.experts.to(shares_TE.dtype))
+@dataclass(frozen=True)
+class TableMove:
+    """How a layer's table (C, M) moves the support's logits at a temperature, over which `logits_TM` are given."""
 
+    layer: MoEBiasLayer
+    table_CM: Tensor
+    transform: HeadTransform
+    temperature: float = 1.0
 
-def support_move(
-    layer: MoEBiasLayer, shares_TE: Tensor, logits_TM: Tensor, transform: HeadTransform, temperature: float = 1.0
-) -> Tensor:
-    """`d = s b / T` (T, M), as much of it as a soft-cap lets the final logits move."""
-    bias_TM = (layer.strength * shares_TE) @ layer.experts.to(shares_TE.dtype)
-    return transform.reachable(temperature * logits_TM, bias_TM) / temperature
+    def adapted(self, coefficients_TC: Tensor, logits_TM: Tensor) -> Tensor:
+        """`u + d` (T, M) of each token's coefficients."""
+        if self.transform.cap is not None:
+            return logits_TM + self.move(coefficients_TC, logits_TM)
+        coefficients_TC = (self.layer.strength / self.temperature) * coefficients_TC
+        return torch.addmm(logits_TM, coefficients_TC, self.table_CM.to(coefficients_TC.dtype))
 
-
-def _log_prob_of(
-    layer: MoEBiasLayer, shares_TE: Tensor, batch: Features, logits_TM: Tensor, transform: HeadTransform
-) -> Tensor:
-    adapted_TM = adapted_logits(layer, shares_TE, logits_TM, transform)
-    return log_prob_from_adapted(batch.logit, batch.column, adapted_TM, batch.rest)
-
-
-def _scaled(layer: MoEBiasLayer, shares_TE: Tensor) -> tuple[Tensor, Tensor]:
-    """What is multiplied to the move of the support's logits: shares times the strength, and the experts."""
-    return layer.strength * shares_TE, layer.experts.to(shares_TE.dtype)
+    def move(self, coefficients_TC: Tensor, logits_TM: Tensor) -> Tensor:
+        """`d = s b / T` (T, M), as much of it as a soft-cap lets the final logits move."""
+        bias_TM = (self.layer.strength * coefficients_TC) @ self.table_CM.to(coefficients_TC.dtype)
+        return self.transform.reachable(self.temperature * logits_TM, bias_TM) / self.temperature
 
 
 class _MixGradient:
-    """Gathers the gradient of the mean negative log-likelihood by shares (T, E) and experts (E, M).
+    """Gathers the gradient of the mean negative log-likelihood by coefficients (T, C) and table (C, M).
 
     Written out, and in place: autograd would copy what is as wide as the support at every turn.
     """
 
-    def __init__(self, shares_TE: Tensor, experts_EM: Tensor, transform: HeadTransform) -> None:
-        self._shares_TE, self._experts_EM, self._transform = shares_TE, experts_EM, transform
-        self.shares_TE, self.experts_EM = torch.zeros_like(shares_TE), torch.zeros_like(experts_EM)
+    def __init__(self, coefficients_TC: Tensor, table_CM: Tensor, transform: HeadTransform) -> None:
+        self._coefficients_TC, self._table_CM, self._transform = coefficients_TC, table_CM, transform
+        self.coefficients_TC, self.table_CM = torch.zeros_like(coefficients_TC), torch.zeros_like(table_CM)
 
     @torch.no_grad()
     def add(self, rows: slice, batch: Features, logits_TM: Tensor, tokens: Tensor) -> Tensor:
         """Adds a chunk's part, where the mean is over `tokens`; returns its summand of the mean log-probability."""
-        shares_TE, experts_EM = self._shares_TE[rows], self._experts_EM
-        adapted_TM, move_gradient = self._adapted(shares_TE, logits_TM)
+        coefficients_TC, table_CM = self._coefficients_TC[rows], self._table_CM
+        adapted_TM, move_gradient = self._adapted(coefficients_TC, logits_TM)
         weight_T = (-1 / tokens).expand(len(batch))
         log_prob_T, gradient_TM = log_prob_and_gradient(batch.logit, batch.column, adapted_TM, batch.rest, weight_T)
         gradient_TM = move_gradient(gradient_TM)
-        torch.mm(gradient_TM, experts_EM.T, out=self.shares_TE[rows])
-        self.experts_EM.addmm_(shares_TE.T, gradient_TM)
+        torch.mm(gradient_TM, table_CM.T, out=self.coefficients_TC[rows])
+        self.table_CM.addmm_(coefficients_TC.T, gradient_TM)
         return log_prob_T.sum() / tokens
 
-    def _adapted(self, shares_TE: Tensor, logits_TM: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """The adapted logits, and how a gradient by them becomes one by the mix of experts."""
+    def _adapted(self, coefficients_TC: Tensor, logits_TM: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """The adapted logits, and how a gradient by them becomes one by the bias."""
         if self._transform.cap is None:
-            return logits_TM.addmm_(shares_TE, self._experts_EM), itself
-        mix_TM = (shares_TE @ self._experts_EM).requires_grad_()
+            return logits_TM.addmm_(coefficients_TC, self._table_CM), itself
+        bias_TM = (coefficients_TC @ self._table_CM).requires_grad_()
         with torch.enable_grad():
-            move_TM = self._transform.reachable(logits_TM, mix_TM)
-        return logits_TM + move_TM.detach(), lambda gradient_TM: torch.autograd.grad(move_TM, mix_TM, gradient_TM)[0]
+            move_TM = self._transform.reachable(logits_TM, bias_TM)
+        return logits_TM + move_TM.detach(), lambda gradient_TM: torch.autograd.grad(move_TM, bias_TM, gradient_TM)[0]

@@ -3,13 +3,11 @@
 AdamW where gradients say where to go; SGD with momentum where their size says whether to go at all,
 as in reinforcement learning: AdamW makes full-size steps of the tiny gradients of rare tokens.
 
-The experts have a rate of their own, router and gate another: a bias is a logit, of order 1, a
-router weight is of order 1 / sqrt(D). Rates rise linearly, then stay or fall linearly to 0; they are a
-function of the step alone, so that a resumed run needs no state for them. Weight decay draws the
-experts to 0, which is the base model, and leaves router and gate alone. Dropout leaves a share p of
-the entries of B out of a step and scales the others by 1 / (1 - p).
-
-Shapes: E experts, M support.
+The experts have a rate of their own, and so have free entries beside them; router, gate and what linear experts
+read have another: a free entry is a logit, of order 1, a router weight is of order 1 / sqrt(D). Rates rise
+linearly, then stay or fall linearly to 0; they are a function of the step alone, so that a resumed run needs no
+state for them. Weight decay draws the experts to 0, which is the base model, and leaves router, gate and reads
+alone. Dropout leaves a share p of the experts' numbers out of a step and scales the others by 1 / (1 - p).
 """
 
 from __future__ import annotations
@@ -21,12 +19,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_bias.config import OptimiserSettings
 from moe_bias.layer import MoEBiasLayer
 
 STATE_PREFIX = "optimizer."
+EXPERTS, ROUTER, ENTRIES = "experts", "router", "entries"
+"""The parts that have rates of their own."""
 MOMENTUM = 0.9
 """Of SGD."""
 
@@ -47,19 +47,32 @@ class Optimisation:
         self._layer = layer
         self._settings = settings
         self._steps = steps
-        self._slow = [parameter for name, parameter in layer.named_parameters() if name != "experts"]
-        experts: dict[str, Any] = {"params": [layer.experts], "weight_decay": settings.weight_decay}
-        groups = [experts, {"params": self._slow}]
+        experts = expert_parameters(layer)
+        self._experts = list(experts.values())
+        self._slow = [parameter for name, parameter in layer.named_parameters() if name not in experts]
+        entries = [layer.experts] if layer.directions is not None and layer.experts is not None else []
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in self._experts if all(p is not e for e in entries)], "part": EXPERTS},
+            {"params": self._slow, "part": ROUTER},
+        ]
+        if entries:
+            groups.append({"params": entries, "part": ENTRIES})
+        for group in groups:
+            group["weight_decay"] = 0.0 if group["part"] == ROUTER else settings.weight_decay
         self._optimizer: torch.optim.Optimizer = (
             torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
             if settings.optimizer == "adamw"
             else torch.optim.SGD(groups, momentum=MOMENTUM, weight_decay=0.0)
         )
 
-    def rates(self, step: int) -> tuple[float, float]:
-        """The rates of the experts and of router and gate in step `step`, counted from 0."""
+    def rates(self, step: int) -> dict[str, float]:
+        """The rate of each part, by its name, in step `step`, counted from 0."""
         factor = rate_factor(step, self._steps, self._settings.warmup, self._settings.decay == "linear")
-        return factor * self._settings.expert_rate, factor * self._settings.router_rate
+        return {
+            EXPERTS: factor * self._settings.expert_rate,
+            ROUTER: factor * self._settings.router_rate,
+            ENTRIES: factor * self._settings.entry_rate,
+        }
 
     def zero_grad(self) -> None:
         """Forgets the gradients."""
@@ -69,15 +82,16 @@ class Optimisation:
         """Of the gradients as they are."""
         experts, router = (
             float(torch.nn.utils.get_total_norm([p.grad for p in part if p.grad is not None]))
-            for part in ([self._layer.experts], self._slow)
+            for part in (self._experts, self._slow)
         )
         return GradientNorms(float(np.hypot(experts, router)), experts, router)
 
     def step(self, step: int) -> None:
         """Clips the gradients and takes step `step`, counted from 0."""
         torch.nn.utils.clip_grad_norm_(self._layer.parameters(), self._settings.max_grad_norm)
-        for group, rate in zip(self._optimizer.param_groups, self.rates(step), strict=True):
-            group["lr"] = rate
+        rates = self.rates(step)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rates[group["part"]]
         self._optimizer.step()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -104,29 +118,39 @@ def rate_factor(step: int, steps: int, warmup: float, falls: bool = True) -> flo
     return min((step + 1) / rise, (steps - step) / max(steps - rise, 1) if falls else 1.0)
 
 
+def expert_parameters(layer: MoEBiasLayer) -> dict[str, nn.Parameter]:
+    """What the experts' biases are made of: at 0, all of it, the layer changes nothing."""
+    named = {"experts": layer.experts, "directions": layer.directions, "writes": layer.writes}
+    return {name: parameter for name, parameter in named.items() if parameter is not None}
+
+
 @contextmanager
 def dropped_experts(layer: MoEBiasLayer, share: float, seed: int, step: int) -> Iterator[None]:
-    """While open, a share of the entries of B is 0 and the others are scaled up; afterwards B is as before.
+    """While open, a share of the experts' numbers is 0 and the others are scaled up; afterwards they are as before.
 
-    The gradient that was gathered meanwhile becomes the one of B itself. Which entries, follows from
-    seed and step alone.
+    The gradient that was gathered meanwhile becomes the one of the experts themselves. Which numbers, follows
+    from seed and step alone.
     """
     if share == 0:
         yield
         return
-    mask_EM = _dropout_mask(layer.experts, share, seed, step)
-    whole_EM = layer.experts.detach().clone()
-    layer.experts.data.mul_(mask_EM)
+    generator = torch.Generator().manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
+    parameters = list(expert_parameters(layer).values())
+    masks = [_dropout_mask(parameter, share, generator) for parameter in parameters]
+    whole = [parameter.detach().clone() for parameter in parameters]
+    for parameter, mask in zip(parameters, masks, strict=True):
+        parameter.data.mul_(mask)
     try:
         yield
     finally:
-        layer.experts.data.copy_(whole_EM)
-    if layer.experts.grad is not None:
-        layer.experts.grad.mul_(mask_EM)
+        for parameter, before in zip(parameters, whole, strict=True):
+            parameter.data.copy_(before)
+    for parameter, mask in zip(parameters, masks, strict=True):
+        if parameter.grad is not None:
+            parameter.grad.mul_(mask)
 
 
-def _dropout_mask(experts_EM: Tensor, share: float, seed: int, step: int) -> Tensor:
-    """(E, M): 0 with probability `share`, else 1 / (1 - share). Drawn on the CPU, so alike on every device."""
-    mixed = int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
-    kept_EM = torch.rand(experts_EM.shape, generator=torch.Generator().manual_seed(mixed)) >= share
-    return (kept_EM / (1 - share)).to(experts_EM)
+def _dropout_mask(parameter: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """0 with probability `share`, else 1 / (1 - share). Drawn on the CPU, so alike on every device."""
+    kept = torch.rand(parameter.shape, generator=generator) >= share
+    return (kept / (1 - share)).to(parameter)

@@ -8,7 +8,7 @@ the whole distribution, which cost several times as much, are computed where the
 All is at the sampling temperature T: features hold u = z / T and its scalars, `logits_of` gives u_S
 (T, M), final base logits over T, and the support's columns move by s b / T.
 
-Shapes: T tokens, E experts, M support.
+Shapes: T tokens, C coefficients, M support.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from moe_bias.backbone import HeadTransform
 from moe_bias.features.extract import Features
 from moe_bias.layer import MoEBiasLayer, Routing, itself, load_balance_loss
 from moe_bias.support import PolicyStats, log_prob_from_adapted, reduced_stats
-from moe_bias.training.objective import adapted_logits, chunks, support_move
+from moe_bias.training.objective import TableMove, chunks
 from moe_bias.training.policy_objective import (
     AdaptedPolicy,
     PolicyLoss,
@@ -38,7 +38,8 @@ def adapted_policy(
 ) -> AdaptedPolicy:
     """The layer's effect on a batch of features at the terms' temperature. `logits_TM` are u_S."""
     mixture = layer.mix(batch.hidden, batch.entropy)
-    log_prob_T, stats = _policy_of(layer, mixture.shares, batch, logits_TM, transform, terms)
+    move = TableMove(layer, layer.table(), transform, terms.temperature)
+    log_prob_T, stats = _policy_of(move, mixture.coefficients, batch, logits_TM, terms)
     return AdaptedPolicy(log_prob_T, mixture.routing, stats)
 
 
@@ -58,17 +59,19 @@ def policy_gradients(
     batch: the loss returned is the whole batch's, the gradient this process's summand of it.
     """
     mixture = layer.mix(batch.hidden, batch.entropy)
-    shares_TE = mixture.shares.detach().requires_grad_()
-    tokens = total(shares_TE.new_tensor(float(len(batch))))
-    means_4, log_probs = shares_TE.new_zeros(4), []
-    for rows in chunks(len(batch), layer.experts):
-        log_prob_T, stats = _policy_of(layer, shares_TE[rows], batch.at(rows), logits_of(rows), transform, terms)
+    table_CM = layer.table()
+    leaf_TC, leaf_CM = mixture.coefficients.detach().requires_grad_(), table_CM.detach().requires_grad_()
+    move = TableMove(layer, leaf_CM, transform, terms.temperature)
+    tokens = total(leaf_TC.new_tensor(float(len(batch))))
+    means_4, log_probs = leaf_TC.new_zeros(4), []
+    for rows in chunks(len(batch), leaf_CM):
+        log_prob_T, stats = _policy_of(move, leaf_TC[rows], batch.at(rows), logits_of(rows), terms)
         part_4 = policy_means(log_prob_T, stats, sampled.at(rows), tokens, terms)
         (part_4 @ terms.weights(part_4)).backward()
         means_4 += part_4.detach()
         log_probs.append(log_prob_T.detach())
     balance, weight = load_balance_loss(mixture.routing, total=total), layer.config.load_balance_weight
-    torch.autograd.backward([mixture.shares, weight * balance], [shares_TE.grad, None])
+    torch.autograd.backward([mixture.coefficients, table_CM, weight * balance], [leaf_TC.grad, leaf_CM.grad, None])
     means_4, balance = total(means_4), total(balance.detach())
     routing = Routing(mixture.routing.probs.detach(), mixture.routing.gates.detach())
     return assembled_loss(means_4, balance, weight, terms, tokens, AdaptedPolicy(torch.cat(log_probs), routing))
@@ -86,11 +89,12 @@ def policy_stats(
 
     The entropy is what `select_high_entropy` is given: the training policy's at the sampling temperature.
     """
-    shares_TE = layer.mix(batch.hidden, batch.entropy).shares
+    coefficients_TC = layer.mix(batch.hidden, batch.entropy).coefficients
+    move = TableMove(layer, layer.table(), transform, temperature)
     parts = []
-    for rows in chunks(len(batch), layer.experts):
+    for rows in chunks(len(batch), move.table_CM):
         logits_TM = logits_of(rows)
-        move_TM = support_move(layer, shares_TE[rows], logits_TM, transform, temperature)
+        move_TM = move.move(coefficients_TC[rows], logits_TM)
         parts.append(reduced_stats(logits_TM, move_TM, batch.at(rows).rest))
     log_partition, entropy, kl = zip(*((p.log_partition, p.entropy, p.kl) for p in parts), strict=True)
     return PolicyStats(torch.cat(log_partition), torch.cat(entropy), torch.cat(kl))
@@ -111,17 +115,12 @@ def mean_kl_to_base(
 
 
 def _policy_of(
-    layer: MoEBiasLayer,
-    shares_TE: Tensor,
-    batch: Features,
-    logits_TM: Tensor,
-    transform: HeadTransform,
-    terms: PolicyTerms,
+    move: TableMove, coefficients_TC: Tensor, batch: Features, logits_TM: Tensor, terms: PolicyTerms
 ) -> tuple[Tensor, PolicyStats | None]:
     """Log-probabilities, and entropy and KL where a weight asks for them: they cost several times as much."""
     if not terms.needs_stats:
-        adapted_TM = adapted_logits(layer, shares_TE, logits_TM, transform, terms.temperature)
+        adapted_TM = move.adapted(coefficients_TC, logits_TM)
         return log_prob_from_adapted(batch.logit, batch.column, adapted_TM, batch.rest), None
-    move_TM = support_move(layer, shares_TE, logits_TM, transform, terms.temperature)
+    move_TM = move.move(coefficients_TC, logits_TM)
     log_prob_T = log_prob_from_adapted(batch.logit, batch.column, logits_TM + move_TM, batch.rest)
     return log_prob_T, reduced_stats(logits_TM, move_TM, batch.rest)

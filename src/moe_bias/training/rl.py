@@ -221,8 +221,7 @@ class Update:
         self._terms = PolicyTerms(
             settings.temperature, settings.eps_low, settings.eps_high, settings.kl_weight, settings.entropy_weight
         )
-        support_M = layer.support if layer.support is not None else torch.arange(layer.vocab_size)
-        self._columns = head.columns(support_M.to(head.device))
+        self._columns = head.columns(layer.support_or_all().to(head.device))
 
     def learn(self, batch: Features, sampled: Sampled, step: int) -> Metrics:
         """Updates the layer; `batch` and `sampled` hold the selected tokens of step `step`.

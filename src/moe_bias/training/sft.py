@@ -177,7 +177,7 @@ def _support_from_file(path: Path, vocab_size: int) -> list[int]:
 def fresh_layer(settings: StartSettings, support: tuple[int, ...] | None, head: Head) -> MoEBiasLayer:
     """A layer that changes nothing yet; its router follows from the seed."""
     torch.manual_seed(settings.seed)
-    return MoEBiasLayer(settings.layer_config(support), head.hidden_size, head.vocab_size)
+    return head.layer(settings.layer_config(support))
 
 
 def fit(
@@ -236,7 +236,7 @@ def start(layer: MoEBiasLayer, source: FeatureSource, settings: StartSettings) -
     """Sets the router's normalisation, from tokens evenly spread over the source, and the gate's start."""
     count = min(len(source), NORMALISATION_TOKENS)
     rows = torch.arange(count) * len(source) // max(count, 1)
-    layer.calibrate(source.at(rows).hidden.to(layer.experts.device), settings.normalisation)
+    layer.calibrate(source.at(rows).hidden.to(layer.device), settings.normalisation)
     if layer.entropy_gate is not None:
         layer.entropy_gate.weight.fill_(settings.gate_alpha)
         layer.entropy_gate.bias.fill_(settings.gate_beta)

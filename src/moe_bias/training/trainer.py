@@ -140,7 +140,7 @@ class Trainer:
     def _step(self, index: Tensor) -> Metrics:
         step, layer = self._position.step, self._layer
         part = self._processes.part(index)
-        batch = on_device(self._source.at(part), layer.experts.device)
+        batch = on_device(self._source.at(part), layer.device)
         self._optimisation.zero_grad()
         with dropped_experts(layer, self._settings.expert_dropout, self._settings.seed, step):
             logits_of = self._logits.of(part, batch)
