@@ -18,12 +18,14 @@ from conftest import HIDDEN, VOCABULARY, randomise, tiny_model, token_ids
 from moe_bias import MoEBiasConfig, find_adapter_head, load_moe_bias_layer
 from moe_bias.adapter import read_adapter, save_layer
 from moe_bias.backbone import OutputRows, adapted_logits, find_head
-from moe_bias.config import LayerConfig, UserError
+from moe_bias.config import LayerConfig, TrainingSettings, UserError
+from moe_bias.evaluation.likelihood import token_nll
 from moe_bias.layer import MoEBiasLayer, entropy_from_logits, plain_bias
 from moe_bias.support import full_log_prob
 from moe_bias.training.objective import adapted_log_prob, supervised_gradients, supervised_loss
 from moe_bias.training.policy_gradients import adapted_policy, policy_gradients, policy_stats
 from moe_bias.training.policy_objective import PolicyTerms, Sampled, policy_loss
+from moe_bias.training.sft import fit
 from test_training import features_of
 
 OLD = Path(__file__).parent / "adapters"
@@ -365,3 +367,18 @@ def test_policy_stats_are_of_the_applied_table():
     layer.strength = 0.0
     stats = policy_stats(layer, features, lambda rows: logits_of(features.hidden[rows]), head.transform)
     torch.testing.assert_close(stats.kl, still.kl.to(stats.kl.dtype), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_likelihood_of_a_layer_with_the_whole_vocabulary_is_that_of_its_logits(name):
+    head = find_head(tiny_model(name))[1]
+    layer = head.layer(LayerConfig(num_experts=4, experts="directions", support=SUPPORT, reach="vocabulary"))
+    features = features_of(head)
+    fit(layer, features, head, TrainingSettings(epochs=4, expert_rate=0.1), "test")
+    assert layer.reach == "vocabulary"
+    logits_TV = head.logits(features.hidden)
+    adapted_TV = adapted_logits(layer, head.transform, features.hidden, features.entropy, logits_TV).double()
+    expected_T = -adapted_TV.log_softmax(-1).gather(-1, features.token[:, None]).squeeze(-1)
+    torch.testing.assert_close(token_nll(layer, features, head).double(), expected_T, rtol=1e-5, atol=1e-5)
+    layer.reach = "support"
+    assert not torch.allclose(token_nll(layer, features, head).double(), expected_T, rtol=1e-3)

@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_bias.backbone import Head
+from moe_bias.backbone import Head, adapted_logits
 from moe_bias.evaluation.statistics import Floats
 from moe_bias.features.extract import Features
 from moe_bias.features.source import FeatureSource, on_device
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.support import reduced_log_prob
-from moe_bias.training.objective import adapted_log_prob
+from moe_bias.training.objective import adapted_log_prob, chunks
 
 CHUNK_TOKENS = 2048
 
@@ -24,6 +24,9 @@ def token_nll(layer: MoEBiasLayer | None, features: FeatureSource, head: Head) -
     parts = []
     for index in torch.arange(len(features)).split(CHUNK_TOKENS):
         batch = on_device(features.at(index), head.device)
+        if layer is not None and layer.reach == "vocabulary":
+            parts.append(-_log_prob_everywhere(layer, batch, head).cpu())
+            continue
         logits_TM = logits_of(batch.hidden)
         if layer is None:
             still_TM = torch.zeros_like(logits_TM)
@@ -31,6 +34,17 @@ def token_nll(layer: MoEBiasLayer | None, features: FeatureSource, head: Head) -
         else:
             log_prob_T = adapted_log_prob(layer, batch, logits_TM, head.transform).log_prob
         parts.append(-log_prob_T.cpu())
+    return torch.cat(parts)
+
+
+def _log_prob_everywhere(layer: MoEBiasLayer, batch: Features, head: Head) -> Tensor:
+    """`log pi'(y)` (T,) of a layer that acts on more tokens than the features' support."""
+    parts = []
+    for rows in chunks(len(batch), layer.table()):
+        part = batch.at(rows)
+        logits_TV = head.logits(part.hidden.to(head.dtype))
+        adapted_TV = adapted_logits(layer, head.transform, part.hidden, part.entropy, logits_TV)
+        parts.append(adapted_TV.log_softmax(-1).gather(-1, part.token[:, None]).squeeze(-1))
     return torch.cat(parts)
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -195,7 +196,8 @@ def fit(
     step's weights.
     """
     start(layer, features, settings)
-    return Trainer(layer, features, head, settings, Watch(evaluations), logits=logits).run(description)
+    with trained_on_support(layer):
+        return Trainer(layer, features, head, settings, Watch(evaluations), logits=logits).run(description)
 
 
 def train(
@@ -225,10 +227,21 @@ def train(
     if saved is not None:
         trainer.resume(*saved)
     try:
-        return trainer.run("training" if saved is None else f"training on from step {saved[1].step}")
+        with trained_on_support(layer):
+            return trainer.run("training" if saved is None else f"training on from step {saved[1].step}")
     finally:
         if log is not None:
             log.close()
+
+
+@contextmanager
+def trained_on_support(layer: MoEBiasLayer) -> Iterator[None]:
+    """While open the layer acts on its support alone, which features are kept for; then as far as its config says."""
+    layer.reach = "support"
+    try:
+        yield
+    finally:
+        layer.reach = layer.config.reach
 
 
 @torch.no_grad()
