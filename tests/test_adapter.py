@@ -498,15 +498,24 @@ def test_load_balance_loss_needs_a_forward_with_gradients():
 # --- merging --------------------------------------------------------------------------------------
 
 
+STATIC = {"num_experts": 1, "top_k": 1, "entropy_gate": False}
+STATIC_KINDS = [
+    {"experts": "free"},
+    {"experts": "directions"},
+    {"experts": "directions", "free_entries": True},
+    {"experts": "directions", "reach": "vocabulary"},
+]
+
+
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "cohere", "granite", "phi"])
 @pytest.mark.parametrize("support", [None, SUPPORT], ids=["whole", "support"])
+@pytest.mark.parametrize("kind", STATIC_KINDS, ids=["free", "directions", "both", "reach"])
 @pytest.mark.filterwarnings("ignore:the output embedding had no bias")
-def test_static_adapter_merges_into_the_head_bias(name, support):
+def test_static_adapter_merges_into_the_head_bias(name, support, kind):
     model, ids = tiny_model(name), token_ids()
     base, before = logits_of(model), weights_hash(model)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    settings = {"num_experts": 1, "top_k": 1, "entropy_gate": False, "strength": 0.7}
-    peft_model = with_adapter(model, support=support, **settings)
+    peft_model = with_adapter(model, support=support, strength=0.7, **STATIC, **kind)
     expected = logits_of(peft_model)
     peft_model.merge_adapter()
     torch.testing.assert_close(logits_of(peft_model), expected, rtol=1e-5, atol=1e-5)
@@ -525,9 +534,8 @@ def test_static_adapter_merges_into_the_head_bias(name, support):
 def test_two_static_adapters_merge_and_come_out_again():
     model = tiny_model()
     base = logits_of(model)
-    settings = {"num_experts": 1, "top_k": 1, "entropy_gate": False}
-    peft_model = with_adapter(model, **settings)
-    peft_model.add_adapter("other", MoEBiasConfig(experts="free", **settings))
+    peft_model = with_adapter(model, **STATIC)
+    peft_model.add_adapter("other", MoEBiasConfig(experts="free", **STATIC))
     randomise(find_adapter_head(peft_model).moe_bias_layers["other"], seed=5)
     moves = sum(layer.experts[0] for layer in find_adapter_head(peft_model).moe_bias_layers.values())
     peft_model.merge_adapter(adapter_names=["default", "other"])
@@ -536,8 +544,18 @@ def test_two_static_adapters_merge_and_come_out_again():
     assert model.lm_head.base_layer.bias is None
 
 
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:the output embedding had no bias")
+def test_one_direction_merges_as_its_product_with_the_output_embedding():
+    model = tiny_model("phi")
+    own, weight = model.lm_head.bias.clone(), model.lm_head.weight
+    peft_model = with_adapter(model, experts="directions", **STATIC)
+    direction_D = find_adapter_head(peft_model).active_layer.directions[0].clone()
+    torch.testing.assert_close(peft_model.merge_and_unload().lm_head.bias, own + weight @ direction_D)
+
+
 def test_merging_warns_where_the_checkpoint_could_not_hold_the_bias():
-    peft_model = with_adapter(tiny_model(), num_experts=1, top_k=1, entropy_gate=False)
+    peft_model = with_adapter(tiny_model(), **STATIC)
     with pytest.warns(UserWarning, match="save the adapter, not the merged model"):
         peft_model.merge_and_unload()
 
@@ -547,18 +565,10 @@ def test_merging_warns_where_the_checkpoint_could_not_hold_the_bias():
     [
         ("llama", torch.float32, {}, "with 4 experts its bias depends on the hidden state"),
         ("llama", torch.float32, {"num_experts": 1, "top_k": 1}, "with the entropy gate its bias depends on the base"),
-        (
-            "gemma2",
-            torch.float32,
-            {"num_experts": 1, "top_k": 1, "entropy_gate": False},
-            "the model soft-caps its logits at 2,",
-        ),
-        (
-            "llama",
-            torch.bfloat16,
-            {"num_experts": 1, "top_k": 1, "entropy_gate": False},
-            "bfloat16 cannot hold its bias exactly",
-        ),
+        ("llama", torch.float32, {"experts": "linear", **STATIC}, "with linear experts its bias depends on the hidden"),
+        ("gemma2", torch.float32, STATIC, "the model soft-caps its logits at 2,"),
+        ("gemma2", torch.float32, {"experts": "directions", **STATIC}, "the model soft-caps its logits at 2,"),
+        ("llama", torch.bfloat16, STATIC, "bfloat16 cannot hold its bias exactly"),
     ],
 )
 def test_merging_that_would_not_be_exact_is_refused_with_the_reason(name, dtype, settings, reason):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moe_bias.adapter import MoEBiasConfig, MoEBiasHead, MoEBiasModel, find_adapter_head
     from moe_bias.adapter.card import push_to_hub
+    from moe_bias.adapter.shift import HiddenShift, InsertedShift
     from moe_bias.config import LayerConfig
     from moe_bias.functional import (
         apply_moe_bias,
@@ -24,10 +25,13 @@ if TYPE_CHECKING:
         get_moe_bias_layer,
         load_moe_bias_layer,
         save_moe_bias_layer,
+        shift_hidden_states,
     )
     from moe_bias.layer import MoEBiasLayer
 
 __all__ = [
+    "HiddenShift",
+    "InsertedShift",
     "LayerConfig",
     "MoEBiasConfig",
     "MoEBiasHead",
@@ -40,11 +44,13 @@ __all__ = [
     "load_moe_bias_layer",
     "push_to_hub",
     "save_moe_bias_layer",
+    "shift_hidden_states",
 ]
 
 _HOMES = {
     "adapter": ("MoEBiasConfig", "MoEBiasHead", "MoEBiasModel", "find_adapter_head"),
     "adapter.card": ("push_to_hub",),
+    "adapter.shift": ("HiddenShift", "InsertedShift"),
     "config": ("LayerConfig",),
     "functional": (
         "apply_moe_bias",
@@ -52,6 +58,7 @@ _HOMES = {
         "get_moe_bias_layer",
         "load_moe_bias_layer",
         "save_moe_bias_layer",
+        "shift_hidden_states",
     ),
     "layer": ("MoEBiasLayer",),
 }

@@ -10,6 +10,12 @@ The layer is the one of the PEFT form and so are its files: either loads what th
 settings come from `MOE_BIAS_*` variables (or the TOML file); with MOE_BIAS_ENABLED=0 the logits come
 back as they are.
 
+A layer that is a shift of the hidden states (see `moe_bias.adapter.shift`) can also act there, so that code which
+multiplies with the output embedding itself, a fused loss among others, gets the adapted logits:
+
+    with shift_hidden_states(model):
+        loss = fused_loss(model.model(**batch).last_hidden_state, model.lm_head.weight, labels)
+
 Shapes: B batch, L positions, D hidden size, V vocabulary.
 """
 
@@ -22,6 +28,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from peft import PeftModel
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -34,6 +41,7 @@ from moe_bias.adapter import (
     read_adapter,
     save_layer,
 )
+from moe_bias.adapter.shift import InsertedShift
 from moe_bias.backbone import Head, HeadTransform, find_head
 from moe_bias.config import LayerSettings, UserError, describe_error
 from moe_bias.layer import MoEBiasLayer, at_least_float32, load_balance_loss
@@ -47,6 +55,16 @@ class _Attached:
     head: Head
     last: LastRouting = field(default_factory=LastRouting)
     checked: bool = False
+    shift: InsertedShift | None = None
+
+    @property
+    def transform(self) -> HeadTransform:
+        """What the model does to logits after its head."""
+        return self.head.transform
+
+    def shifting(self) -> MoEBiasLayer | None:
+        """The layer that the hidden states are shifted by; None where the settings say that none is enabled."""
+        return self.layer if _settings().enabled else None
 
 
 _ATTACHED: WeakKeyDictionary[nn.Module, _Attached] = WeakKeyDictionary()
@@ -89,11 +107,30 @@ def apply_moe_bias(model_output: Any, model: nn.Module) -> Any:
         return logits
     if _adapter_head(model) is not None:
         raise UserError("the model carries a MoE-Bias adapter, so its logits are adapted already")
+    if _attached(model).shift is not None:
+        raise UserError("the model's hidden states are shifted, so its logits are adapted already")
     attached, hidden = _attached(model), _hidden_states(model_output)
     if isinstance(logits, tuple):
         stacked = torch.stack([step[-1][:, -1] for step in hidden])
         return _moved(attached, stacked, torch.stack(logits)).unbind()
     return _moved(attached, hidden[-1][:, -logits.shape[1] :], logits)
+
+
+def shift_hidden_states(model: nn.Module) -> InsertedShift:
+    """Lets the model's layer act at the backbone's output, until `remove()` or the end of a `with` block.
+
+    Whatever multiplies the backbone's last hidden states with the head's own weight then gives the adapted logits:
+    the model's own forward, TRL's and Liger's fused losses, a loss written by hand. Gradients reach the layer's
+    parameters through it. On a PEFT model it is the active adapter that acts, at each forward. Hidden states that
+    are taken from the model meanwhile are the shifted ones: extract features without it.
+
+    It needs experts = 'directions' or 'linear' without free entries or entropy gate, on the whole vocabulary or with
+    reach = 'vocabulary', and a model without soft-cap; what it costs and rounds is told at `HiddenShift`. Raises
+    UserError, with the reason, where it would not be exact, which one forward on two tokens finds out.
+    """
+    adapter = _adapter_head(model)
+    owner = _attached(model) if adapter is None else adapter
+    return InsertedShift(owner, get_moe_bias_layer(model), _without_peft(model))
 
 
 def get_load_balance_loss(model: nn.Module, counted: Tensor | None = None) -> Tensor:
@@ -124,6 +161,8 @@ def load_moe_bias_layer(model: nn.Module, source: str | Path) -> MoEBiasLayer:
     """
     if _adapter_head(model) is not None:
         raise UserError("the model carries a PEFT adapter; load another with its load_adapter")
+    if model in _ATTACHED and _ATTACHED[model].shift is not None:
+        raise UserError("the model's hidden states are shifted by its layer; remove() the shift before loading another")
     _, head = find_head(model)
     config, tensors = read_adapter(source)
     config = config.for_model(head.hidden_size, head.vocab_size, head.rows)
@@ -160,6 +199,11 @@ def _settings() -> LayerSettings:
 
 def _adapter_head(model: nn.Module) -> MoEBiasHead | None:
     return next((module for module in model.modules() if isinstance(module, MoEBiasHead)), None)
+
+
+def _without_peft(model: nn.Module) -> nn.Module:
+    """The model whose forward PEFT's wrapper calls."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _hidden_states(model_output: Any) -> Any:

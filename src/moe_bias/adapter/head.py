@@ -3,7 +3,8 @@
 With h its input and z = base_layer(h), `MoEBiasHead` returns z moved so that the *final* logits, after
 whatever the model does to z (a soft-cap, a scale), differ from the base model's by exactly s b. A fused
 kernel that multiplies with the head's weight itself would lose the bias without a word, so a forward
-of the model in which the head did not run is refused, whoever caused it.
+of the model in which the head did not run is refused, whoever caused it. Where the adapter is inserted as
+a shift of the backbone's hidden states (see `shift`), it is applied there, and the head adds nothing.
 
 Shapes: T tokens (any leading shape), D hidden size, V vocabulary, M support.
 """
@@ -11,7 +12,7 @@ Shapes: T tokens (any leading shape), D hidden size, V vocabulary, M support.
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -23,6 +24,9 @@ from moe_bias.adapter.files import LAYERS, layer_shapes
 from moe_bias.backbone import HeadTransform, OutputRows, offload_hook
 from moe_bias.config import UserError
 from moe_bias.layer import LayerOutput, MoEBiasLayer, Routing, check_layer_tensors, entropy_from_logits
+
+if TYPE_CHECKING:
+    from moe_bias.adapter.shift import InsertedShift
 
 _ENTROPY_CHUNK = 2**24
 """Logits whose entropy is taken at once: 64 MiB of float32, so that long sequences need no more."""
@@ -44,7 +48,8 @@ class LastRouting:
 class MoEBiasHead(nn.Module, BaseTunerLayer):
     """The output embedding with MoE-Bias layers around it, one per adapter name, one active at a time.
 
-    `last` holds the routing of the last forward with gradients, for the load-balance loss.
+    `last` holds the routing of the last forward with gradients, for the load-balance loss; `shift` what applies
+    the active adapter in the head's place.
     """
 
     adapter_layer_names = (LAYERS,)
@@ -62,6 +67,7 @@ class MoEBiasHead(nn.Module, BaseTunerLayer):
         self.in_features = int(self.base_layer.in_features)
         self.out_features = int(self.base_layer.out_features)
         self.last = LastRouting()
+        self.shift: InsertedShift | None = None
         self._ran = False
         self._hooks: list[RemovableHandle] = []
         self.merged_adapters: list[str] = []
@@ -88,7 +94,7 @@ class MoEBiasHead(nn.Module, BaseTunerLayer):
         if self.disable_adapters and self.merged:
             self.unmerge()
         layer = self.active_layer
-        if layer is None:
+        if layer is None or self.shift is not None:
             unchanged: Tensor = self.base_layer(hidden, *args, **kwargs)
             return unchanged
         self._check_once()
@@ -97,6 +103,12 @@ class MoEBiasHead(nn.Module, BaseTunerLayer):
         output = layer(hidden.to(raw.device), base_entropy(raw, self.transform))
         self.last.routing = output.routing if torch.is_grad_enabled() and self.training else None
         return move_logits(raw, layer, output, self.transform)
+
+    def shifting(self) -> MoEBiasLayer | None:
+        """The layer that a shift of the hidden states applies in this forward: it counts as applied."""
+        self._ran = True
+        self._check_once()
+        return self.active_layer
 
     def update_layer(self, adapter_name: str, config: MoEBiasConfig) -> None:
         """Adds a fresh layer for an adapter, in float32 on the output embedding's device."""
@@ -165,7 +177,9 @@ class MoEBiasHead(nn.Module, BaseTunerLayer):
         ]
 
     def unwatch(self) -> None:
-        """Takes the hooks of `watch` away."""
+        """Takes the hooks of `watch` away, and a shift."""
+        if self.shift is not None:
+            self.shift.remove()
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -180,7 +194,8 @@ class MoEBiasHead(nn.Module, BaseTunerLayer):
         if not self._ran and self.active_layer is not None:
             raise UserError(
                 f"this forward of {type(model).__name__} went past its output embedding, so the MoE-Bias adapter was "
-                "not applied: it cannot be used with a fused loss or head (TRL's trainers, Liger kernels)"
+                "not applied: with a fused loss or head (TRL's trainers, Liger kernels) it can be used only as a shift "
+                "of the hidden states, shift_hidden_states(model)"
             )
 
     def _check_once(self) -> None:
