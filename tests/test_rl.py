@@ -1,12 +1,13 @@
 """The loop of reinforcement learning on a tiny random model, its rewards made up."""
 
+import copy
 import re
 from dataclasses import replace
 
 import pytest
 import torch
 
-from conftest import VOCABULARY, tiny_model
+from conftest import VOCABULARY, randomise, tiny_model
 from moe_bias.backbone import find_head
 from moe_bias.config import LayerConfig, PolicySettings, UserError
 from moe_bias.layer import MoEBiasLayer
@@ -17,7 +18,9 @@ from moe_bias.tasks.verdict import judged
 from moe_bias.training.checkpoint import Checkpoints
 from moe_bias.training.collect import Collector, Curriculum, Judged
 from moe_bias.training.metrics import MetricsLog, SampleLog
+from moe_bias.training.policy_gradients import mean_kl_between
 from moe_bias.training.rl import PolicyPosition, PolicyTrainer, Watching
+from test_training import features_of
 
 WANTED = set(range(3, 40))
 SUPPORT = tuple(range(0, VOCABULARY, 2))
@@ -27,7 +30,7 @@ PROBLEMS = [Problem(f"question {number}", "gold", "", {}) for number in range(10
 
 def settings_of(**changes) -> PolicySettings:
     usual = {"steps": 4, "prompts": 4, "group": 4, "max_new_tokens": 5, "epochs": 2, "batch_tokens": 8, "rho": 0.5}
-    return PolicySettings(**{**usual, "num_experts": 4, "expert_rate": 3.0, **changes})
+    return PolicySettings(**{**usual, "experts": "free", "num_experts": 4, "expert_rate": 3.0, **changes})
 
 
 def share_of_wanted(tokens) -> float:
@@ -42,7 +45,7 @@ class Setting:
         head = find_head(model)[1]
         torch.manual_seed(0)
         config = settings.layer_config(SUPPORT)
-        self.layer = layer or MoEBiasLayer(config, head.hidden_size, head.vocab_size)
+        self.layer = layer or head.layer(config)
         self.rounds = []
         self.accuracies = 0
 
@@ -161,10 +164,10 @@ def stop_after(setting, steps):
     """Breaks off in the middle of the step after, as a kill would."""
     before = setting.trainer._update.learn
 
-    def learn(batch, sampled, step):
+    def learn(batch, sampled, step, share):
         if step == steps:
             raise RuntimeError("killed")
-        return before(batch, sampled, step)
+        return before(batch, sampled, step, share)
 
     setting.trainer._update.learn = learn
     with pytest.raises(RuntimeError, match="killed"):
@@ -179,6 +182,61 @@ def test_no_update_exceeds_the_bound_on_kl():
     # Of another step's tokens the same layer has another KL; then no update raises it.
     assert max(line.get("kl", 0) for line in bound.lines) < 0.04
     assert any(parameter.abs().sum() > 0 for parameter in [bound.layer.experts])
+
+
+@pytest.mark.parametrize("experts", ["free", "linear"])
+def test_no_update_moves_further_from_the_policy_that_sampled_than_the_bound(experts):
+    choices = {"steps": 4, "experts": experts, "optimizer": "adamw", "expert_rate": 0.3, "router_rate": 0.1}
+    free, bound = Setting(settings_of(**choices)), Setting(settings_of(**choices, step_kl=0.01))
+    free.trainer.run()
+    bound.trainer.run()
+    assert max(line.get("step_kl", 0) for line in free.lines) > 0.02
+    moved = [line["step_kl"] for line in bound.lines if "step_kl" in line]
+    assert max(moved) <= 0.01
+    assert max(moved) > 0.001
+
+
+def test_kl_between_two_states_is_that_of_the_full_softmax():
+    head = find_head(tiny_model())[1]
+    torch.manual_seed(0)
+    before = head.layer(LayerConfig(experts="linear", expert_rank=2, num_experts=4, support=tuple(range(2, 60))))
+    randomise(before)
+    now = copy.deepcopy(before)
+    randomise(now, seed=5, scale=0.3)
+    features = features_of(head)
+    logits_of = head.columns(features.support)
+    found = mean_kl_between(now, before, features, lambda rows: logits_of(features.hidden[rows]), head.transform)
+    logits_TV = head.logits(features.hidden).double()
+    policies = []
+    for layer in (now, before):
+        move_TV = layer.on_vocabulary(layer(features.hidden, features.entropy).bias).double()
+        policies.append((logits_TV + move_TV).log_softmax(-1))
+    expected = (policies[0].exp() * (policies[0] - policies[1])).sum(-1).mean()
+    assert found == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_a_step_is_as_small_as_the_share_of_groups_that_teach():
+    """One problem of four teaches: with SGD and one update, its step is a quarter of the unshrunk one."""
+    moved = {}
+    for shrink in (True, False):
+        setting = Setting(settings_of(steps=1, epochs=1, batch_tokens=4096, resamples=0, max_grad_norm=1e9, shrink_steps=shrink))
+        before = setting.layer.router.weight.detach().clone(), setting.layer.experts.detach().clone()
+        only_first_teaches(setting)
+        setting.trainer.run()
+        moved[shrink] = setting.layer.experts.detach() - before[1]
+        assert setting.lines[1]["rate_share"] == (0.25 if shrink else 1.0)
+    torch.testing.assert_close(moved[True], moved[False] / 4)
+
+
+def only_first_teaches(setting):
+    """Samples of all problems but each step's first are rewarded alike."""
+    judge = setting.trainer._collector.judge
+
+    def judged_alike(problems, rollouts):
+        found = judge(problems, rollouts)
+        return [replace(one, reward=one.reward if one.problem is problems[0] else 0.0) for one in found]
+
+    setting.trainer._collector = replace(setting.trainer._collector, judge=judged_alike)
 
 
 def test_equal_rewards_stop_the_run_with_the_success_rate():

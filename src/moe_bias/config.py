@@ -498,6 +498,12 @@ class PolicySettings(StartSettings, OptimiserSettings):
     eps_high: float = Field(0.28, ge=0, description="how far the ratio may rise above 1")
     kl_weight: float = Field(0.0, ge=0, description="weight of the exact KL to the base")
     kl_bound: float | None = Field(None, gt=0, description="exact KL to the base that no update may exceed, in nats")
+    step_kl: float | None = Field(
+        None, gt=0, description="exact KL to the policy that sampled that no update may exceed, in nats a token"
+    )
+    shrink_steps: bool = Field(
+        True, description="multiply a step's rates by the share of its problems whose rewards differ"
+    )
     entropy_weight: float = Field(0.0, ge=0, description="weight of the policy's entropy as a bonus")
     first_token_only: bool = Field(False, description="the layer acts on the first token of an answer alone")
     equal_steps: int = Field(5, ge=1, description="stop after so many steps in which no group's rewards differ")
@@ -772,10 +778,13 @@ class ParamsSettings(Settings):
 
 
 class InspectSettings(Settings):
-    """Look inside a saved adapter: config, norms, the tokens that each expert moves most."""
+    """Look inside a saved adapter: config, norms, the tokens that each expert moves most, what linear experts read."""
 
     adapter: CliPositionalArg[str] = Field(description="adapter folder or Hub id")
     top: int = Field(8, ge=1, description="tokens shown per expert and direction")
+    readings: int = Field(3, ge=0, description="hidden directions shown that each linear expert reads")
+    model: str = Field("", description="the model it was made on, where that is not found by the name it was saved with")
+    trust_remote_code: bool = Field(False, description="run code that the model's repository brings")
 
 
 class InspectTextSettings(ModelSettings):

@@ -74,7 +74,8 @@ class Curriculum:
 class Collected:
     """What a step learns from, and what it saw.
 
-    `batch` and `sampled` hold the selected tokens; `threshold` in nats, `tokens` of the kept groups
+    `batch` and `sampled` hold the selected tokens; `taught` is the share of the sampled groups that were kept;
+    `threshold` in nats, `tokens` of the kept groups
     together and `entropy`, their mean under the sampling policy in nats; infinite, 0 and 0 where no
     group was kept. `judged` are all samples, those of dropped groups too. Seconds of sampling and of
     judging.
@@ -82,6 +83,7 @@ class Collected:
 
     batch: Features | None
     sampled: Sampled | None
+    taught: float
     threshold: float
     tokens: int
     entropy: float
@@ -170,17 +172,20 @@ class Collector:
 
     def _selected(self, parts: Sequence[_Part], judged: list[Judged], seconds: Sequence[float]) -> Collected:
         if not parts:
-            return Collected(None, None, float("inf"), 0, 0.0, judged, *seconds)
+            return Collected(None, None, 0.0, float("inf"), 0, 0.0, judged, *seconds)
         entropy_T = torch.cat([part.entropy for part in parts])
         selected_T, threshold = select_high_entropy(entropy_T, self.settings.rho)
         selected_T &= torch.cat([part.kept for part in parts])
+        kept = sum(part.features.example.unique().numel() for part in parts)
+        taught = kept / len(judged)
         if not selected_T.any():
-            return Collected(None, None, threshold, len(entropy_T), float(entropy_T.mean()), judged, *seconds)
+            return Collected(None, None, taught, threshold, len(entropy_T), float(entropy_T.mean()), judged, *seconds)
         log_prob_T = torch.cat([part.sampled.log_prob for part in parts])
         advantage_T = torch.cat([part.sampled.advantage for part in parts])
         return Collected(
             joined([part.features for part in parts]).at(selected_T),
             Sampled(log_prob_T, advantage_T).at(selected_T),
+            taught,
             threshold,
             len(entropy_T),
             float(entropy_T.mean()),

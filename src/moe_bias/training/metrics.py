@@ -24,6 +24,8 @@ Reinforcement learning has in place of `nll` and `held_out_nll`:
     entropy             of the sampling policy at its temperature, in nats, over `tokens`, those of the kept groups
     threshold           tau in nats; `selected` tokens have an entropy from it up
     kl                  exact mean KL to the base over the selected tokens, in nats, after the step
+    step_kl             exact mean KL to the policy that sampled over the selected tokens, in nats, after the step
+    rate_share          what the step's rates were multiplied with
     clipped             share of the selected tokens whose gradient the clip took away, mean over minibatches
     sampler_gap         largest |log-probability in training - in sampling| in the first minibatch
     updates             optimiser steps

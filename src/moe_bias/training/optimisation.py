@@ -86,12 +86,12 @@ class Optimisation:
         )
         return GradientNorms(float(np.hypot(experts, router)), experts, router)
 
-    def step(self, step: int) -> None:
-        """Clips the gradients and takes step `step`, counted from 0."""
+    def step(self, step: int, share: float = 1.0) -> None:
+        """Clips the gradients and takes step `step`, counted from 0, at this share of its rates."""
         torch.nn.utils.clip_grad_norm_(self._layer.parameters(), self._settings.max_grad_norm)
         rates = self.rates(step)
         for group in self._optimizer.param_groups:
-            group["lr"] = rates[group["part"]]
+            group["lr"] = share * rates[group["part"]]
         self._optimizer.step()
 
     def tensors(self) -> dict[str, Tensor]:

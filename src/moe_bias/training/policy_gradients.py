@@ -114,6 +114,26 @@ def mean_kl_to_base(
     return float(sums_2[0] / sums_2[1].clamp(min=1))
 
 
+@torch.no_grad()
+def mean_kl_between(
+    layer: MoEBiasLayer,
+    before: MoEBiasLayer,
+    batch: Features,
+    logits_of: Callable[[slice], Tensor],
+    transform: HeadTransform,
+    temperature: float = 1.0,
+) -> float:
+    """Exact mean KL(pi'|pi_before) in nats a token of two states of a layer: `before` takes the base's place."""
+    moves = [TableMove(one, one.table(), transform, temperature) for one in (layer, before)]
+    coefficients = [one.mix(batch.hidden, batch.entropy).coefficients for one in (layer, before)]
+    total = 0.0
+    for rows in chunks(len(batch), moves[0].table_CM):
+        logits_TM = logits_of(rows)
+        now_TM, then_TM = (move.move(part[rows], logits_TM) for move, part in zip(moves, coefficients, strict=True))
+        total += float(reduced_stats(logits_TM + then_TM, now_TM - then_TM, batch.at(rows).rest).kl.double().sum())
+    return total / len(batch)
+
+
 def _policy_of(
     move: TableMove, coefficients_TC: Tensor, batch: Features, logits_TM: Tensor, terms: PolicyTerms
 ) -> tuple[Tensor, PolicyStats | None]:

@@ -8,8 +8,11 @@ a step's samples (arXiv 2506.01939, 2503.14476). Departures from both papers:
   reference model exists;
 - the threshold is taken over all tokens of a step's kept groups, once, and not in every minibatch;
 - a step's problems are drawn by seed and step, not in the order of epochs over the data;
-- KL is exact and to the base. `kl_bound` is a hard bound on its mean over the step's tokens: an update
-  that exceeds it is halved until it does not, or undone.
+- KL is exact. `kl_bound` is a hard bound on KL to the base, `step_kl` on KL to the policy that sampled, each a
+  mean over the step's selected tokens: an update that exceeds one is halved until it does not, or undone;
+- a step in which few problems teach is a small one: with `shrink_steps` its rates are multiplied by the share of the
+  sampled groups whose rewards differ. The loss is a mean over the tokens of those groups, so that otherwise a step
+  of one group would be as large as one of all.
 
 A step is: collect, then `epochs` passes over the selected tokens in minibatches, then a line of
 metrics, an evaluation and a checkpoint where they are due. All draws follow from seed and step, so
@@ -20,9 +23,10 @@ Shapes: T tokens, M support.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, get_args
 
@@ -41,12 +45,12 @@ from moe_bias.training.collect import Collected, Collector
 from moe_bias.training.interrupt import deferred_interrupt
 from moe_bias.training.metrics import Metrics, SampleLog, router_use
 from moe_bias.training.optimisation import Optimisation
-from moe_bias.training.policy_gradients import mean_kl_to_base, policy_gradients
+from moe_bias.training.policy_gradients import mean_kl_between, mean_kl_to_base, policy_gradients
 from moe_bias.training.policy_objective import PolicyLoss, PolicyTerms, Sampled
 from moe_bias.training.processes import ALONE
 
 HALVINGS = 8
-"""How often an update that exceeds `kl_bound` is halved before it is undone."""
+"""How often an update that exceeds a bound on KL is halved before it is undone."""
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 
 Evaluate = Callable[[MoEBiasLayer], float | None]
@@ -157,7 +161,8 @@ class PolicyTrainer:
         if collected.batch is None:
             return {}
         assert collected.sampled is not None
-        return self._update.learn(collected.batch, collected.sampled, step)
+        share = collected.taught if self._settings.shrink_steps else 1.0
+        return self._update.learn(collected.batch, collected.sampled, step, share)
 
     def _evaluate(self, metrics: Metrics, bar: Meter) -> None:
         """Measures where it is due, and writes the step's line."""
@@ -223,29 +228,36 @@ class Update:
         )
         self._columns = head.columns(layer.support_or_all().to(head.device))
 
-    def learn(self, batch: Features, sampled: Sampled, step: int) -> Metrics:
-        """Updates the layer; `batch` and `sampled` hold the selected tokens of step `step`.
+    def learn(self, batch: Features, sampled: Sampled, step: int, share: float = 1.0) -> Metrics:
+        """Updates the layer at this share of its rates; `batch` and `sampled` hold the selected tokens of step `step`.
 
         Raises UserError before an optimiser step whose loss or gradient is not finite.
         """
         device = self._head.device
         batch, sampled = on_device(batch, device), Sampled(sampled.log_prob.to(device), sampled.advantage.to(device))
         logits_TM = self._columns(batch.hidden) / self._settings.temperature
-        bound = self._bound(batch, logits_TM)
+        sampler = copy.deepcopy(self._layer).requires_grad_(False)
+        bounds = self._bounds(sampler, batch, logits_TM)
         losses, gap = [], 0.0
         for index in self._minibatches(len(batch), step):
-            before = None if bound is None else self._weights()
-            losses.append(self._step(batch.at(index), sampled.at(index), logits_TM[index], step))
+            before = self._weights()
+            losses.append(self._step(batch.at(index), sampled.at(index), logits_TM[index], step, share))
             if len(losses) == 1:
                 gap = float((losses[0].log_prob - sampled.log_prob[index]).abs().max())
-            if before is not None and bound is not None:
-                self._hold_kl(batch, logits_TM, before, bound)
-        return self._metrics(losses, gap, self._kl(batch, logits_TM))
+            self._hold(bounds, before)
+        moved = self._kl_from(sampler, batch, logits_TM)
+        return self._metrics(losses, gap, self._kl(batch, logits_TM)) | {"step_kl": moved, "rate_share": share}
 
-    def _bound(self, batch: Features, logits_TM: Tensor) -> float | None:
-        """What the KL may be after this step's updates: the bound, or where it began above that, no more than then."""
-        bound = self._settings.kl_bound
-        return None if bound is None else max(bound, self._kl(batch, logits_TM))
+    def _bounds(self, sampler: MoEBiasLayer, batch: Features, logits_TM: Tensor) -> list[Callable[[], bool]]:
+        """What must hold after each update of a step. A KL to the base that begins above its bound may not grow."""
+        bounds: list[Callable[[], bool]] = []
+        if self._settings.kl_bound is not None:
+            to_base = max(self._settings.kl_bound, self._kl(batch, logits_TM))
+            bounds.append(lambda: self._kl(batch, logits_TM) <= to_base)
+        if self._settings.step_kl is not None:
+            to_sampler = self._settings.step_kl
+            bounds.append(lambda: self._kl_from(sampler, batch, logits_TM) <= to_sampler)
+        return bounds
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: tensor.clone() for name, tensor in self._layer.state_dict().items()}
@@ -255,7 +267,7 @@ class Update:
         orders = [torch.randperm(tokens, generator=generator) for _ in range(self._settings.epochs)]
         return [index for order in orders for index in order.split(self._settings.batch_tokens)]
 
-    def _step(self, batch: Features, sampled: Sampled, logits_TM: Tensor, step: int) -> PolicyLoss:
+    def _step(self, batch: Features, sampled: Sampled, logits_TM: Tensor, step: int, share: float) -> PolicyLoss:
         self._optimisation.zero_grad()
         loss = policy_gradients(
             self._layer, batch, sampled, lambda rows: logits_TM[rows], self._head.transform, self._terms
@@ -266,7 +278,7 @@ class Update:
                 f"the loss of step {step + 1} became {float(loss.total)} with a gradient of norm {norm}; lower "
                 f"--expert-rate ({self._settings.expert_rate:g}) or --router-rate ({self._settings.router_rate:g})"
             )
-        self._optimisation.step(step)
+        self._optimisation.step(step, share)
         return loss
 
     def _kl(self, batch: Features, logits_TM: Tensor) -> float:
@@ -275,11 +287,17 @@ class Update:
             self._layer, batch, lambda rows: logits_TM[rows], self._head.transform, self._settings.temperature
         )
 
+    def _kl_from(self, sampler: MoEBiasLayer, batch: Features, logits_TM: Tensor) -> float:
+        """Exact mean KL to the policy that sampled over the tokens, in nats."""
+        return mean_kl_between(
+            self._layer, sampler, batch, lambda rows: logits_TM[rows], self._head.transform, self._settings.temperature
+        )
+
     @torch.no_grad()
-    def _hold_kl(self, batch: Features, logits_TM: Tensor, before: Mapping[str, Tensor], bound: float) -> None:
-        """Halves the last update until KL is within the bound; or undoes it."""
+    def _hold(self, bounds: Sequence[Callable[[], bool]], before: Mapping[str, Tensor]) -> None:
+        """Halves the last update until all bounds hold; or undoes it."""
         for _ in range(HALVINGS):
-            if self._kl(batch, logits_TM) <= bound:
+            if all(holds() for holds in bounds):
                 return
             for name, tensor in self._layer.state_dict().items():
                 tensor.copy_((tensor + before[name]) / 2)
