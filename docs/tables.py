@@ -83,8 +83,13 @@ def evaluation() -> str:
         "tokens",
         "cut off",
     ]
-    rows = [_arm_row(record, arm) for record in records for arm in record["arms"]]
-    return _table(headings, rows) + f"\n% with 95% intervals over problems; {_machine(records[0])}.\n"
+    arms = [(record, arm) for record in records for arm in record["arms"]]
+    if any("looping" in arm for _, arm in arms):
+        headings += ["loops", "distinct-4"]
+    return (
+        _table(headings, (_arm_row(record, arm)[: len(headings)] for record, arm in arms))
+        + f"\n% with 95% intervals over problems; {_machine(records[0])}.\n"
+    )
 
 
 def extraction() -> str:
@@ -303,6 +308,8 @@ def _arm_row(record: dict[str, Any], arm: dict[str, Any]) -> list[str]:
         "" if samples == 1 else _percent(arm["majority"], ".1f"),
         f"{arm['tokens']['value']:.0f}",
         f"{arm['cut']:.0%}",
+        _percent(arm["looping"], ".1f") if "looping" in arm else "",
+        _percent(arm["distinct"], ".1f") if "distinct" in arm else "",
     ]
 
 

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 
 from conftest import tiny_model
-from moe_bias import MoEBiasConfig
+from moe_bias import MoEBiasConfig, find_adapter_head
 from moe_bias.cli import main
 from moe_bias.commands import eval_model
 from moe_bias.config import UserError
@@ -99,6 +99,7 @@ def test_every_arm_answers_as_generate_does(ground, capsys):
     assert len({tuple(texts) for texts in answers.values()}) == 4
     record = json.loads(Path("out/record.json").read_text())
     assert [arm["method"] for arm in record["arms"]] == [None, "MOE_BIAS", "LORA", "LORA"]
+    assert [arm["strength"] for arm in record["arms"]] == [None] * 4
     # rank 8 at two layers: 8 (16 + 16) each; at the head 8 (16 + 97) more.
     assert [arm["parameters"] for arm in record["arms"]] == [None, 3 * (5 + 16) + 2, 512, 512 + 904]
     assert record["protocol"]["prompt_template"] == "{question} w9"
@@ -107,20 +108,97 @@ def test_every_arm_answers_as_generate_does(ground, capsys):
     assert "greedy answers, at most 6 tokens" in printed
     assert "By level" in printed
     assert "Change of accuracy to each arm before" in printed
+    assert "How the answers are written" in printed
 
 
-@pytest.mark.parametrize("kept", [0.0, 0.1, 0.35, 0.5, 0.93])
-def test_a_run_that_was_cut_goes_on_to_the_same_samples(ground, kept):
-    assert main(words_to("whole", *SAMPLED, "--adapter", "adapter")) == 0
-    assert main(words_to("cut", *SAMPLED, "--adapter", "adapter")) == 0
+def test_an_adapter_is_measured_at_each_strength_beside_one_base(ground):
+    assert (
+        main(words_to("out", "--adapter", "adapter", "--strength", "0,0.4,1", "--prompt-template", "{question}")) == 0
+    )
+    said = {(line["arm"], line["problem"]): line["text"] for line in lines(Path("out"))}
+    assert len(said) == 4 * 5
+    under = PeftModel.from_pretrained(tiny_model("llama"), "adapter").eval()
+    answers: dict[float, list[str]] = {}
+    for strength in (0, 0.4, 1):
+        find_adapter_head(under).active_layer.strength = strength
+        for n in range(5):
+            ids = generated(under, [3, 5 + n, 6])
+            answers.setdefault(strength, []).append(" ".join(f"w{token}" for token in ids))
+        assert [said[f"adapter x{strength:g}", f"p{n}"] for n in range(5)] == answers[strength], strength
+    assert [said["base", f"p{n}"] for n in range(5)] == answers[0]
+    assert len({tuple(texts) for texts in answers.values()}) == 3
+    arms = json.loads(Path("out/record.json").read_text())["arms"]
+    assert [(arm["name"], arm["strength"]) for arm in arms] == [
+        *(("base", None), ("adapter x0", 0.0), ("adapter x0.4", 0.4), ("adapter x1", 1.0))
+    ]
+
+
+def test_all_strengths_share_a_batch_and_others_are_added_later(ground, monkeypatch):
+    answer, policies = eval_model.sampled_answers, []
+
+    def counted(model, head, prompts, asked, *more):
+        policies.append(len(asked))
+        return answer(model, head, prompts, asked, *more)
+
+    monkeypatch.setattr(eval_model, "sampled_answers", counted)
+    assert main(words_to("out", "--adapter", "adapter", "--strength", "0.5,1")) == 0
+    assert set(policies) == {3}
+    before = lines(Path("out"))
+    policies.clear()
+    assert main(words_to("out", "--adapter", "adapter", "--strength", "1,2,0.5")) == 0
+    assert set(policies) == {1}
+    assert lines(Path("out"))[: len(before)] == before
+    assert {line["arm"] for line in lines(Path("out"))[len(before) :]} == {"adapter x2"}
+
+
+def test_a_strength_in_the_settings_file_is_one_number_as_other_commands_have_it(ground):
+    Path("moe-bias.toml").write_text("strength = 0.5")
+    assert main(words_to("out", "--adapter", "adapter")) == 0
+    assert {line["arm"] for line in lines(Path("out"))} == {"base", "adapter x0.5"}
+
+
+def test_loops_are_measured_on_what_older_runs_kept(ground, monkeypatch, capsys):
+    """An older record has neither loops nor strengths; the texts of its samples are all that is needed."""
+    assert main(words_to("out", "--adapter", "adapter")) == 0
+    record = json.loads(Path("out/record.json").read_text())
+    for arm in record["arms"]:
+        for name in ("looping", "distinct", "changes", "strength"):
+            del arm[name]
+    for name in ("record.json", "arms.json"):
+        kept = record if name == "record.json" else {arm["name"]: arm for arm in record["arms"]}
+        Path("out", name).write_text(json.dumps(kept))
+    assert main(["report", "out", "--output", "old"]) == 0
+    assert "loops" not in Path("old/report.md").read_text()
+    said = [{**line, "text": "w1 " * 40 if line["arm"] == "adapter" else "w1 w2"} for line in lines(Path("out"))]
+    (Path("out") / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in said))
+    monkeypatch.setattr(eval_model, "load_model", None)
+    capsys.readouterr()
+    assert main(words_to("out", "--adapter", "adapter", "--regrade")) == 0
+    base, adapter = json.loads(Path("out/record.json").read_text())["arms"]
+    assert (base["looping"]["value"], adapter["looping"]["value"]) == (0, 1)
+    assert adapter["changes"]["looping"]["base"] == {"value": 1, "low": 1, "high": 1}
+    assert adapter["distinct"]["value"] == pytest.approx(2 / 77)  # w1w1 and 1w1w, of 80 words
+    assert "+100.0 [+100.0, +100.0]" in capsys.readouterr().out
+    assert main(["report", "out", "--output", "new"]) == 0
+    page = Path("new/report.md").read_text()
+    assert "loops, points" in page
+    assert "+100.0" in page
+
+
+@pytest.mark.parametrize(
+    ("kept", "more"), [(0.0, []), (0.1, []), (0.35, []), (0.5, []), (0.93, []), (0.6, ["--strength", "0.4,1"])]
+)
+def test_a_run_that_was_cut_goes_on_to_the_same_samples(ground, kept, more):
+    assert main(words_to("whole", *SAMPLED, "--adapter", "adapter", *more)) == 0
+    assert main(words_to("cut", *SAMPLED, "--adapter", "adapter", *more)) == 0
     path = Path("cut/samples.jsonl")
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content))])
     Path("cut/record.json").unlink()
-    assert main(words_to("cut", *SAMPLED, "--adapter", "adapter")) == 0
+    assert main(words_to("cut", *SAMPLED, "--adapter", "adapter", *more)) == 0
     order = itemgetter("arm", "problem", "number")
     assert sorted(lines(Path("cut")), key=order) == sorted(lines(Path("whole")), key=order)
-    assert len(lines(Path("cut"))) == 2 * 5 * 2
+    assert len(lines(Path("cut"))) == (3 if more else 2) * 5 * 2
     records = [json.loads((Path(name) / "record.json").read_text()) for name in ("whole", "cut")]
     assert records[0]["arms"] == records[1]["arms"]
 
@@ -244,6 +322,19 @@ def test_a_tasks_problems_are_those_that_a_run_with_this_seed_holds_out(ground):
             "--output o --data problems.jsonl --adapter adapter,adapter",
             "adapter from --adapter is 'adapter,adapter': 'adapter' stands there twice",
         ),
+        (
+            "--output o --data problems.jsonl --adapter adapter --strength 0.5,1,0.50",
+            "strength from --strength is '0.5,1,0.50': 0.5 stands there twice",
+        ),
+        ("--output o --data problems.jsonl --strength 0.5", "--strength needs an adapter; name one with --adapter"),
+        (
+            "--output o --data problems.jsonl --adapter adapter --strength half",
+            "strength from --strength is 'half': input should be a valid number",
+        ),
+        (
+            "--output o --data problems.jsonl --adapter adapter,lora --strength 0.5,1",
+            "--strength 0.5,1 does not apply to adapter 'lora' of type LORA: only MOE_BIAS adapters have one; measure",
+        ),
         ("--output o --data problems.jsonl --no-base", "--no-base without --adapter leaves nothing to measure"),
         ("--output o --data problems.jsonl --max-new-tokens 200", "--max-new-tokens 200 and the longest prompt of"),
         ("--output o --data empty-gold.jsonl", "problem 'q1' of empty-gold.jsonl has an empty gold answer"),
@@ -262,6 +353,7 @@ def test_mistakes_are_told_before_any_answer(ground, more, sentence, capsys):
     )
     write(ground / "no-gold.jsonl", [{"problem": "w5"}])
     write(ground / "one.jsonl", [{"problem": "w5", "answer": "1"}])
+    save_lora(ground / "lora")
     assert complaint(capsys, *COMMON, *more.split()).startswith(sentence)
     assert not Path("o/samples.jsonl").exists()
 

@@ -10,8 +10,8 @@ from moe_bias.evaluation.samples import Sample
 from moe_bias.evaluation.scores import majority, pass_at, scores
 
 
-def sample(problem, arm, number, answer, right, tokens=10, finished=True, outcome=None):
-    return Sample(problem, arm, number, outcome or ("correct" if right else "wrong"), answer, tokens, finished, "text")
+def sample(problem, arm, number, answer, right, tokens=10, finished=True, outcome=None, text="text"):
+    return Sample(problem, arm, number, outcome or ("correct" if right else "wrong"), answer, tokens, finished, text)
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=8), st.data())
@@ -64,6 +64,38 @@ def test_scores_of_two_arms_by_hand():
     assert list(other.groups["level"]) == ["1"]  # one problem has no interval
     assert other.groups["level"]["1"].problems == 2
     assert other.groups["level"]["1"].accuracy.value == 0.75
+
+
+def test_loops_distinct_ngrams_and_their_changes_by_hand():
+    loop, fresh = "go on " * 20, "so it is done now"
+    texts = {("p1", "base"): (fresh, fresh), ("p2", "base"): (fresh, loop), ("p1", "it"): (loop, loop)}
+    texts[("p2", "it")] = (loop, fresh)
+    samples = [
+        sample(problem, arm, n, "1", True, tokens=10 * (arm == "it") + n, finished=text is fresh, text=text)
+        for (problem, arm), both in texts.items()
+        for n, text in enumerate(both)
+    ]
+    base, it = scores(samples, ["base", "it"], {})
+    assert (base.looping.value, it.looping.value) == (0.25, 0.75)  # (0 + 1/2) / 2, (1 + 1/2) / 2
+    # "go on go on" and "on go on go" of 37 runs of four of the 40 words, and 2 of 2.
+    assert base.distinct.value == pytest.approx((1 + (1 + 2 / 37) / 2) / 2)
+    assert it.distinct.value == pytest.approx((2 / 37 + (1 + 2 / 37) / 2) / 2)
+    assert base.changes == {name: {} for name in ("tokens", "cut", "looping", "distinct")}
+    changes = {name: change["base"] for name, change in it.changes.items()}
+    assert changes["looping"].value == changes["cut"].value == 0.5
+    assert (changes["looping"].low, changes["looping"].high) == (0, 1)  # p1 changes by 1, p2 not at all
+    assert changes["tokens"].value == 10
+    assert changes["distinct"].value == pytest.approx((2 / 37 - 1) / 2)
+
+
+def test_lengths_that_a_server_did_not_tell_have_no_change():
+    samples = [
+        sample(f"p{n}", arm, 0, "1", True, tokens=told) for n in range(3) for arm, told in (("a", 5), ("b", None))
+    ]
+    first, second = scores(samples, ["a", "b"], {})
+    assert first.tokens is not None
+    assert "tokens" not in second.changes
+    assert second.changes["cut"]["a"].value == 0
 
 
 def test_nothing_solved_has_wilsons_interval_and_no_length_where_none_was_told():

@@ -683,6 +683,9 @@ class EvalSettings(ModelSettings):
         [], description="adapters to measure, folders or Hub ids as A,B; of MoE-Bias or another PEFT method"
     )
     base: bool = Field(True, description="measure the model without an adapter too")
+    strength: Annotated[list[float], NoDecode] = Field(
+        [], description="measure each adapter at these strengths, such as 0.25,0.5,1; none: at the adapter's own"
+    )
     samples: int | None = Field(None, ge=1, description="samples of each problem; none: as usual for the benchmark")
     temperature: float | None = Field(None, ge=0, description="0 is greedy; none: as usual for the benchmark")
     top_p: float = Field(1.0, gt=0, le=1, description="sample from the fewest tokens that hold this probability")
@@ -702,9 +705,15 @@ class EvalSettings(ModelSettings):
     endpoint_timeout: float = Field(600.0, gt=0, description="seconds that one request may take")
     endpoint_retries: int = Field(5, ge=0, description="times that a failed request is sent again, ever later")
 
-    @field_validator("adapter", "endpoint_model")
+    @field_validator("strength", mode="before")
     @classmethod
-    def _each_once(cls, names: list[str]) -> list[str]:
+    def _one_or_several(cls, value: object) -> object:
+        """A key of the settings file is one number to other commands."""
+        return [value] if isinstance(value, int | float) else _split_at_commas(value)
+
+    @field_validator("adapter", "endpoint_model", "strength")
+    @classmethod
+    def _each_once(cls, names: list[Any]) -> list[Any]:
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"{name!r} stands there twice")
@@ -731,6 +740,8 @@ class EvalSettings(ModelSettings):
                 "--adapter {adapter} does not apply to --endpoint; name the server's model of it in --endpoint-model",
                 {"adapter": ",".join(self.adapter)},
             )
+        if self.strength and not self.adapter:
+            raise PydanticCustomError("engine", "--strength needs an adapter; name one with --adapter")
         if not (self.endpoint or self.base or self.adapter):
             raise PydanticCustomError("engine", "--no-base without --adapter leaves nothing to measure; give --adapter")
         return self

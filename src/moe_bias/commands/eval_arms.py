@@ -1,17 +1,18 @@
 """The arms of `eval`: the model, and each adapter on it; which adapter that was, and answers under it.
 
-MoE-Bias adapters leave the backbone alone, so the model and all of them answer in one batch. An
-adapter of another PEFT method changes the backbone: it is put on the model, answers alone, and is
+MoE-Bias adapters leave the backbone alone, so the model and all of them, at whatever strengths, answer in one
+batch. An adapter of another PEFT method changes the backbone: it is put on the model, answers alone, and is
 taken off again.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from moe_bias.backbone import Head, output_embedding
 from moe_bias.commands.policy import policy_of, saved_layer
 from moe_bias.commands.saved import MOE_BIAS, WEIGHTS_FILE, adapter_of_any_method, read_saved
 from moe_bias.config import UserError
+from moe_bias.layer import MoEBiasLayer
 from moe_bias.records import write_json
 from moe_bias.rollout.policy import Policy, base_policy
 
@@ -36,7 +38,7 @@ FILE = "arms.json"
 class EvalArm:
     """An arm by its name in samples and records: the adapter as it was given, its method, parameters and digest.
 
-    Of the model itself, and of a server's models, only the name is known.
+    Of the model itself, and of a server's models, only the name is known. `strength` None is the adapter's own.
     """
 
     name: str
@@ -44,6 +46,7 @@ class EvalArm:
     method: str | None = None
     parameters: int | None = None
     digest: str | None = None
+    strength: float | None = None
 
     @property
     def is_layer(self) -> bool:
@@ -51,14 +54,17 @@ class EvalArm:
         return self.method in (None, MOE_BIAS)
 
 
-def arms_of(adapters: Sequence[str], with_base: bool) -> list[EvalArm]:
+def arms_of(adapters: Sequence[str], with_base: bool, strengths: Sequence[float] = ()) -> list[EvalArm]:
     """The model first, if asked for, then the adapters, called after their folders where these differ.
 
-    Raises UserError where an adapter is missing, damaged, or puts tokens of its own before the prompt.
+    With strengths each adapter is an arm at each of them, such as `my-adapter x0.5`. Raises UserError where an
+    adapter is missing, damaged, puts tokens of its own before the prompt, or has no strength to be set.
     """
     short = [Path(adapter).name for adapter in adapters]
     names = short if len({BASE, *short}) > len(short) else adapters
     found = [_arm(name, adapter) for name, adapter in zip(names, adapters, strict=True)]
+    if strengths:
+        found = [at for arm in found for at in _at_strengths(arm, strengths)]
     return [EvalArm(BASE), *found] if with_base else found
 
 
@@ -79,8 +85,10 @@ def refuse_changed_arms(folder: Path, arms: Sequence[EvalArm]) -> None:
 
 def layer_policies(arms: Sequence[EvalArm], head: Head) -> list[Policy]:
     """The policy of each arm on the frozen model. Raises UserError on an adapter that does not fit it."""
+    layers = {name: saved_layer(name, head).layer for name in dict.fromkeys(arm.adapter for arm in arms) if name}
     return [
-        base_policy if arm.adapter is None else policy_of(saved_layer(arm.adapter, head).layer, head) for arm in arms
+        base_policy if arm.adapter is None else policy_of(_with_strength(layers[arm.adapter], arm.strength), head)
+        for arm in arms
     ]
 
 
@@ -101,6 +109,23 @@ def adapted(model: Any, head: Head, arm: EvalArm) -> Iterator[tuple[nn.Module, H
         yield inner, Head(output_embedding(inner), head.transform)
     finally:
         wrapped.unload()
+
+
+def _with_strength(layer: MoEBiasLayer, strength: float | None) -> MoEBiasLayer:
+    """The layer at a strength of its own; it shares its parameters and what is derived from them."""
+    other = copy.copy(layer)
+    other.strength = layer.strength if strength is None else strength
+    return other
+
+
+def _at_strengths(arm: EvalArm, strengths: Sequence[float]) -> list[EvalArm]:
+    if not arm.is_layer:
+        listed = ",".join(f"{strength:g}" for strength in strengths)
+        raise UserError(
+            f"--strength {listed} does not apply to adapter {arm.adapter!r} of type {arm.method}: only {MOE_BIAS} "
+            "adapters have one; measure it by a command of its own without --strength, into the same --output"
+        )
+    return [replace(arm, name=f"{arm.name} x{strength:g}", strength=strength) for strength in strengths]
 
 
 def _arm(name: str, adapter: str) -> EvalArm:

@@ -7,14 +7,17 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from moe_bias.evaluation.scores import Score
+from moe_bias.evaluation.scores import CUT, DISTINCT, LOOPING, TOKENS, Score
 from moe_bias.evaluation.statistics import Estimate
 from moe_bias.tasks.benchmarks import ProblemSet, Protocol
 
 
 def print_scores(console: Console, found: Sequence[Score], protocol: Protocol, problems: ProblemSet) -> None:
-    """Prints what each arm scores, by level and subject where the problems have them, and changes between arms."""
+    """Prints what each arm scores, how its answers are written, accuracy by level and subject where the problems
+    have them, and changes between arms.
+    """
     console.print(_scores(found, protocol, problems))
+    console.print(_writing(found))
     for column in found[0].groups:
         console.print(_by_group(found, column))
     if len(found) > 2:
@@ -28,7 +31,7 @@ def _scores(found: Sequence[Score], protocol: Protocol, problems: ProblemSet) ->
     headings = [f"avg@{n}", f"to {first.name}"] if len(found) > 1 else [f"avg@{n}"]
     if first.majority is not None:
         headings += [f"pass@{n}", f"maj@{n}"]
-    for heading in (*headings, "tokens", "cut", "unread"):
+    for heading in (*headings, "unread"):
         table.add_column(heading, justify="right")
     for score in found:
         cells = [percent(score.accuracy)]
@@ -36,9 +39,8 @@ def _scores(found: Sequence[Score], protocol: Protocol, problems: ProblemSet) ->
             cells.append(percent(score.change[first.name], "+.1f") if score.change else "-")
         if score.majority is not None:
             cells += [percent(score.pass_at[str(n)]), percent(score.majority)]
-        length = "-" if score.tokens is None else f"{score.tokens.value:,.0f}"
         unread = score.failures["unparseable"] + score.failures["timed out"]
-        table.add_row(score.name, *cells, length, f"{score.cut:.0%}", f"{unread:.0%}")
+        table.add_row(score.name, *cells, f"{unread:.0%}")
     return table
 
 
@@ -51,8 +53,35 @@ def _title(protocol: Protocol, problems: ProblemSet) -> str:
     return (
         f"{problems.name}: {len(problems.problems)} problems\n"
         f"{drawn}, at most {protocol.max_new_tokens:,} tokens\n"
-        "% [95% interval over problems], change paired by problem; cut by the limit, unread by the grader"
+        "% [95% interval over problems], change paired by problem; unread by the grader"
     )
+
+
+def _writing(found: Sequence[Score]) -> Table:
+    first = found[0].name
+    title = (
+        "How the answers are written: tokens of one, % that the limit cut, % that end in a loop, and distinct-4,\n"
+        "the % of runs of four words that are different ones"
+    )
+    against = f"; second lines: change to {first}" if len(found) > 1 else ""
+    table = Table(title=title + against, title_justify="left")
+    table.add_column("arm", overflow="fold")
+    for heading in ("tokens", "cut", "loops", "distinct-4"):
+        table.add_column(heading, justify="right")
+    for score in found:
+        length = "-" if score.tokens is None else f"{score.tokens.value:,.0f}"
+        cells = [length, f"{100 * score.cut:.1f}", on_line(score.looping), on_line(score.distinct)]
+        table.add_row(score.name, *cells)
+        if score.change:
+            table.add_row("", *(_written_change(score, name, first) for name in (TOKENS, CUT, LOOPING, DISTINCT)))
+    return table
+
+
+def _written_change(score: Score, quantity: str, other: str) -> str:
+    change = score.changes.get(quantity, {}).get(other)
+    if change is None:
+        return "-"
+    return on_line(change, "+,.0f", 1) if quantity == TOKENS else on_line(change, "+.1f")
 
 
 def _by_group(found: Sequence[Score], column: str) -> Table:
@@ -79,5 +108,10 @@ def _changes(found: Sequence[Score]) -> Table:
 
 def percent(estimate: Estimate, form: str = ".1f") -> str:
     """In percent with its interval below."""
-    value, low, high = (format(100 * part, form) for part in (estimate.value, estimate.low, estimate.high))
-    return f"{value}\n[{low}, {high}]"
+    return on_line(estimate, form).replace(" ", "\n", 1)
+
+
+def on_line(estimate: Estimate, form: str = ".1f", scale: float = 100) -> str:
+    """Times `scale`, in percent if nothing is said, with its interval beside it."""
+    value, low, high = (format(scale * part, form) for part in (estimate.value, estimate.low, estimate.high))
+    return f"{value} [{low}, {high}]"

@@ -64,7 +64,7 @@ def run(settings: EvalSettings) -> None:
 def _arms(settings: EvalSettings) -> list[EvalArm]:
     if settings.endpoint:
         return [EvalArm(name) for name in settings.endpoint_model]
-    return arms_of(settings.adapter, settings.base)
+    return arms_of(settings.adapter, settings.base, settings.strength)
 
 
 def _answer(settings: EvalSettings, protocol: Protocol, arms: Sequence[EvalArm], ledger: Ledger) -> None:

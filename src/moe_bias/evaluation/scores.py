@@ -1,4 +1,4 @@
-"""What a run's samples say of each arm: accuracy, pass@k, majority vote, lengths, and paired changes.
+"""What a run's samples say of each arm: accuracy, pass@k, majority vote, lengths, loops, and paired changes.
 
 With n samples of a problem, c of them correct:
 
@@ -6,26 +6,30 @@ With n samples of a problem, c of them correct:
     pass@k   1 - C(n - c, k) / C(n, k), unbiased for the chance that one of k is correct (arXiv 2107.03374)
     maj@n    whether the answer given most often is correct; of tied answers the share that is
 
-Each is averaged over problems, with a bootstrap interval over problems; a change is the difference of
-two arms' avg@n on the same problems, resampled in pairs. Answers are the same where their text is,
-spaces left out; a sample in which no answer could be read votes for none.
+Each is averaged over problems, with a bootstrap interval over problems, as are the measures of how the answers
+are written, which `repetition` defines; a change is the difference of two arms on the same problems, resampled
+in pairs. Answers are the same where their text is, spaces left out; a sample in which no answer could be read
+votes for none.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import comb
 
 import numpy as np
 
+from moe_bias.evaluation.repetition import repetition_of
 from moe_bias.evaluation.samples import Sample
 from moe_bias.evaluation.statistics import Estimate, Floats, mean, share
 from moe_bias.tasks.verdict import Outcome
 
 GROUPS = ("level", "subject")
 """The columns that accuracy is given apart by, where the problems have them."""
+TOKENS, CUT, LOOPING, DISTINCT = "tokens", "cut", "looping", "distinct"
 _FAILURES: tuple[Outcome, ...] = ("unparseable", "timed out", "bad gold")
 
 
@@ -42,8 +46,9 @@ class Score:
     """An arm on all problems; `pass_at` has k as text, as JSON will.
 
     `tokens` is the mean length of a sample and None where a server did not tell. `cut`, and the outcomes
-    in `failures`, are shares of the samples. `groups` has, by column and value, those of two problems or
-    more. `change` is that to each other arm before it.
+    in `failures`, are shares of the samples. `looping` is the share of the samples that end in a loop, `distinct`
+    their mean distinct-4. `groups` has, by column and value, those of two problems or more. `change` is that of
+    the accuracy to each other arm before it; `changes` has the same of the other quantities, by their names.
     """
 
     name: str
@@ -53,25 +58,56 @@ class Score:
     tokens: Estimate | None
     sampled_tokens: int | None
     cut: float
+    looping: Estimate
+    distinct: Estimate
     failures: dict[str, float]
     groups: dict[str, dict[str, GroupScore]]
     change: dict[str, Estimate]
+    changes: dict[str, dict[str, Estimate]]
+
+
+@dataclass
+class _Seen:
+    """What is kept of an arm's samples, by problem: themselves without their texts, and what was read in these."""
+
+    samples: dict[str, list[Sample]] = field(default_factory=dict)
+    looping: dict[str, list[bool]] = field(default_factory=dict)
+    distinct: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, sample: Sample) -> None:
+        """Reads the sample's text and lets go of it."""
+        found = repetition_of(sample.text)
+        self.samples.setdefault(sample.problem, []).append(replace(sample, text=""))
+        self.looping.setdefault(sample.problem, []).append(found.loops)
+        self.distinct.setdefault(sample.problem, []).append(found.distinct)
+
+    @cached_property
+    def accuracy(self) -> dict[str, float]:
+        """avg@n by problem."""
+        return _means({name: [sample.is_correct for sample in group] for name, group in self.samples.items()})
+
+    @cached_property
+    def writing(self) -> dict[str, dict[str, float]]:
+        """How the answers are written, by quantity and problem; without lengths where not all are known."""
+        cut = {name: [not sample.finished for sample in group] for name, group in self.samples.items()}
+        found = {CUT: _means(cut), LOOPING: _means(self.looping), DISTINCT: _means(self.distinct)}
+        lengths = {name: [sample.tokens for sample in group] for name, group in self.samples.items()}
+        known = {name: [tokens for tokens in row if tokens is not None] for name, row in lengths.items()}
+        return {TOKENS: _means(known), **found} if known == lengths else found
 
 
 def scores(
     samples: Iterable[Sample], arms: Sequence[str], groups: Mapping[str, Mapping[str, Sequence[str]]]
 ) -> list[Score]:
     """A score of each arm, in order. `groups` has the problems' ids by column and value."""
-    found: dict[str, dict[str, list[Sample]]] = {arm: {} for arm in arms}
+    seen = {arm: _Seen() for arm in arms}
     for sample in samples:
-        if sample.arm in found:
-            found[sample.arm].setdefault(sample.problem, []).append(replace(sample, text=""))
-    accuracies = {arm: _accuracies(problems) for arm, problems in found.items()}
-    made: list[Score] = []
-    for arm in arms:
-        before = {score.name: _change(accuracies[arm], accuracies[score.name]) for score in made}
-        made.append(_score(arm, found[arm], accuracies[arm], groups, before))
-    return made
+        if sample.arm in seen:
+            seen[sample.arm].add(sample)
+    return [
+        _score(arm, seen[arm], {other: seen[other] for other in arms[:number]}, groups)
+        for number, arm in enumerate(arms)
+    ]
 
 
 def pass_at(correct: int, samples: int, k: int) -> float:
@@ -92,9 +128,17 @@ def _text(sample: Sample) -> str:
     return "".join((sample.answer or "").split())
 
 
-def _accuracies(problems: Mapping[str, Sequence[Sample]]) -> dict[str, float]:
-    """avg@n by problem."""
-    return {name: float(np.mean([sample.is_correct for sample in group])) for name, group in problems.items()}
+def _means(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """The mean over the samples of each problem."""
+    return {name: float(np.mean(row)) for name, row in values.items()}
+
+
+def _changes(quantity: str, seen: _Seen, before: Mapping[str, _Seen]) -> dict[str, Estimate]:
+    return {
+        name: _change(seen.writing[quantity], other.writing[quantity])
+        for name, other in before.items()
+        if quantity in other.writing
+    }
 
 
 def _change(of: Mapping[str, float], against: Mapping[str, float]) -> Estimate:
@@ -102,29 +146,31 @@ def _change(of: Mapping[str, float], against: Mapping[str, float]) -> Estimate:
 
 
 def _score(
-    arm: str,
-    problems: Mapping[str, Sequence[Sample]],
-    accuracies: Mapping[str, float],
-    groups: Mapping[str, Mapping[str, Sequence[str]]],
-    change: dict[str, Estimate],
+    arm: str, seen: _Seen, before: Mapping[str, _Seen], groups: Mapping[str, Mapping[str, Sequence[str]]]
 ) -> Score:
+    problems, writing = seen.samples, seen.writing
     every = [sample for group in problems.values() for sample in group]
     size = len(every) // len(problems)
-    lengths = [[sample.tokens for sample in group] for group in problems.values()]
-    known = [[tokens for tokens in row if tokens is not None] for row in lengths]
-    is_known = sum(map(len, known)) == len(every)
+    known = [sample.tokens for sample in every if sample.tokens is not None]
     return Score(
         name=arm,
-        accuracy=share(np.array(list(accuracies.values()))),
+        accuracy=share(_values(seen.accuracy)),
         pass_at={str(k): share(_passed(problems, size, k)) for k in _choices_of_k(size)},
         majority=share(np.array([majority(group) for group in problems.values()])) if size > 1 else None,
-        tokens=mean(np.array([np.mean(row) for row in known])) if is_known else None,
-        sampled_tokens=sum(map(sum, known)) if is_known else None,
+        tokens=mean(_values(writing[TOKENS])) if TOKENS in writing else None,
+        sampled_tokens=sum(known) if TOKENS in writing else None,
         cut=float(np.mean([not sample.finished for sample in every])),
+        looping=share(_values(writing[LOOPING])),
+        distinct=mean(_values(writing[DISTINCT])),
         failures={name: float(np.mean([sample.outcome == name for sample in every])) for name in _FAILURES},
-        groups={column: _by_value(accuracies, values) for column, values in groups.items()},
-        change=change,
+        groups={column: _by_value(seen.accuracy, values) for column, values in groups.items()},
+        change={name: _change(seen.accuracy, other.accuracy) for name, other in before.items()},
+        changes={quantity: _changes(quantity, seen, before) for quantity in writing},
     )
+
+
+def _values(means: Mapping[str, float]) -> Floats:
+    return np.array(list(means.values()))
 
 
 def _passed(problems: Mapping[str, Sequence[Sample]], size: int, k: int) -> Floats:

@@ -1,15 +1,21 @@
-"""What a report says of an evaluation: each arm's accuracy, by level and subject too, and how it was asked."""
+"""What a report says of an evaluation: each arm's accuracy, by level and subject too, how its answers are written,
+and how it was asked.
+
+Records of before loops were measured are without them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from moe_bias.evaluation.scores import CUT, DISTINCT, LOOPING, TOKENS
 from moe_bias.evaluation.statistics import Estimate
 from moe_bias.report import figures
 from moe_bias.report.content import (
     Block,
     Note,
+    Part,
     Plot,
     Table,
     Topic,
@@ -30,7 +36,10 @@ def evaluation(record: Record) -> Iterator[Block]:
     drawn = figures.intervals(accuracy, "% of samples right, mean over problems", "{:.1f}", scale=100)
     title = f"Accuracy on {problems['name']}, with 95% intervals over problems"
     plot = Plot(slug(record.name, "accuracy"), title, drawn)
-    yield Block(Topic.RESULT, record.name, [Note(_lead(record), lead=True), plot, _scores(record)])
+    parts: list[Part] = [Note(_lead(record), lead=True), plot, _scores(record)]
+    if len(arms) > 1 and all("changes" in arm for arm in arms):
+        parts.append(_written_changes(record))
+    yield Block(Topic.RESULT, record.name, parts)
     groups = [part for column in arms[0]["groups"] for part in _group(record, column)]
     if groups:
         yield Block(Topic.ACCURACY, record.name, groups)
@@ -56,7 +65,7 @@ def _scores(record: Record) -> Table:
     others = list(dict.fromkeys(other for arm in arms for other in arm["change"]))
     failures = list(arms[0]["failures"])
     headings = ["arm", "right, %", *(f"to {other}, points" for other in others), *(f"pass@{k}, %" for k in passes)]
-    headings += ["majority, %", "tokens", "cut, %", *(f"{name}, %" for name in failures)]
+    headings += ["majority, %", "tokens", "cut, %", "loops, %", "distinct-4, %", *(f"{name}, %" for name in failures)]
     rows = [
         [
             arm["name"],
@@ -66,6 +75,8 @@ def _scores(record: Record) -> Table:
             _optional(arm["majority"], percent),
             _optional(arm["tokens"], lambda tokens: with_interval(tokens, "{:,.0f}")),
             f"{100 * arm['cut']:.1f}",
+            _optional(arm.get(LOOPING), percent),
+            _optional(arm.get(DISTINCT), percent),
             *(f"{100 * arm['failures'][name]:.1f}" for name in failures),
         ]
         for arm in arms
@@ -75,6 +86,26 @@ def _scores(record: Record) -> Table:
     )
     caption = f"Samples right, mean over problems [95% interval over problems]; changes are paired. Asked with {asked}"
     return without_empty_columns(Table(slug(record.name, "scores"), caption, headings, rows))
+
+
+def _written_changes(record: Record) -> Table:
+    """Of each arm to each before it, what changed in how the answers are written."""
+    forms = {TOKENS: lambda change: with_interval(change, "{:+,.0f}"), CUT: points, LOOPING: points, DISTINCT: points}
+    rows = [
+        [
+            arm["name"],
+            other,
+            *(_optional(arm["changes"].get(name, {}).get(other), form) for name, form in forms.items()),
+        ]
+        for arm in record.content["arms"]
+        for other in arm["change"]
+    ]
+    headings = ["arm", "to", "tokens", "cut, points", "loops, points", "distinct-4, points"]
+    caption = (
+        "Change of how the answers are written, paired by problem [95% interval over problems]: an answer loops that "
+        "ends in a block repeated 4 times or more; distinct-4 is the share of runs of four words that are different"
+    )
+    return without_empty_columns(Table(slug(record.name, "writing"), caption, headings, rows, words=2))
 
 
 def _group(record: Record, column: str) -> Iterator[Plot | Table]:
