@@ -39,6 +39,8 @@ from moe_bias.config import LayerConfig, Normalisation, Reach, UserError
 LOWEST_LOG_PROB = -1e4
 """Log-probabilities are raised to this before `p log p`: exp(-1e4) is 0 in float32 and in float64,
 so no value changes, and 0 * -inf cannot arise."""
+_PIECE = 2**26
+"""Numbers of an output embedding that a frozen layer's table is made from at once: 256 MiB of float32."""
 
 
 @dataclass(frozen=True)
@@ -275,14 +277,30 @@ class MoEBiasLayer(nn.Module):
         parts = (self.directions, self.writes, self.experts)
         state = [_state_of(part) for part in parts if part is not None]
         trained = [part for part in parts if part is not None and part.requires_grad]
-        return self._kept.table_of(
-            (self.reach, self._embedding_state(), *state), trained, lambda: self._made_table(self._rows())
-        )
+        make = (lambda: self._made_table(self._rows())) if trained else self._table_in_pieces
+        return self._kept.table_of((self.reach, self._embedding_state(), *state), trained, make)
+
+    @property
+    def derived(self) -> list[Tensor]:
+        """What the layer holds beside its parameters and buffers: its table, and rows of the embedding, once made."""
+        return [tensor for tensor in (self._kept.table, self._kept.rows) if tensor is not None]
+
+    def _table_in_pieces(self) -> Tensor:
+        """The table from some rows at a time: none are kept, and a whole vocabulary's are never there at once."""
+        self._kept.rows = None
+        pieces = self.support_or_all().split(max(_PIECE // self.hidden_size, 1))
+        return self._with_entries(torch.cat([self._through(self._read_rows(token_M)) for token_M in pieces], dim=-1))
 
     def _made_table(self, rows_MD: Tensor) -> Tensor:
+        return self._with_entries(self._through(rows_MD))
+
+    def _through(self, rows_MD: Tensor) -> Tensor:
+        """What the vectors (C, D) of the experts add to the logits of some tokens: (C, M)."""
         assert self.directions is not None
         vectors_CD = self.directions if self.writes is None else torch.cat([self.directions, self.writes.flatten(0, 1)])
-        table_CM = vectors_CD.to(rows_MD.dtype) @ rows_MD.T
+        return vectors_CD.to(rows_MD.dtype) @ rows_MD.T
+
+    def _with_entries(self, table_CM: Tensor) -> Tensor:
         if self.experts is None:
             return table_CM
         experts = self.config.num_experts
@@ -296,12 +314,15 @@ class MoEBiasLayer(nn.Module):
         state = (self.reach, self.device, self.router.weight.dtype, self._embedding_state())
         if self._kept.rows is not None and self._kept.rows_state == state:
             return self._kept.rows
-        assert self.embedding is not None
-        rows_MD = self.embedding(self.support).to(self.device)
-        rows_MD = rows_MD.to(torch.promote_types(rows_MD.dtype, self.router.weight.dtype))
+        rows_MD = self._read_rows(self.support)
         if self.support is not None:
             self._kept.rows, self._kept.rows_state = rows_MD, state
         return rows_MD
+
+    def _read_rows(self, token_M: Tensor | None) -> Tensor:
+        assert self.embedding is not None
+        rows_MD = self.embedding(token_M).to(self.device)
+        return rows_MD.to(torch.promote_types(rows_MD.dtype, self.router.weight.dtype))
 
     def _embedding_state(self) -> tuple[object, ...]:
         if self.embedding is None:

@@ -37,5 +37,5 @@ class AdapterPool:
 
 
 def layer_bytes(layer: MoEBiasLayer) -> int:
-    """Bytes of a layer's parameters and buffers, its support among them."""
-    return sum(tensor.nbytes for tensor in (*layer.parameters(), *layer.buffers()))
+    """Bytes of all that a layer holds: parameters, buffers, its support among them, and a table that was made."""
+    return sum(tensor.nbytes for tensor in (*layer.parameters(), *layer.buffers(), *layer.derived))
