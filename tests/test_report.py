@@ -62,13 +62,16 @@ def analysis() -> dict:
     fork = {**moment, "base_continuation": " a wrong way", "adapted_continuation": None}
     expert = {"high": 0.75, "low": 0.25, "from_high": 0.5, "contexts": [moment]}
     expert |= {"raised": [{"id": 1, "text": SCRIPT, "bias": 3.25}], "lowered": [{"id": 2, "text": " to", "bias": -8.5}]}
+    moved = {"raised": [{"id": 9, "text": SCRIPT, "bias": 4.5, "acts": False}], "lowered": expert["lowered"]}
+    leaning = {"toward": [{"id": 3, "text": " read <b>", "deviations": 5.25}], "away": []}
+    linear = {**expert, "expert": 1, "norm": 2.0, "readings": [{"size": 1.25, **moved, **leaning}]}
     adapter = {
         **{"name": "mine", "num_experts": 2, "parameters": 10, "strata": {n: stratum for n in ("all", "high", "low")}},
         **{"histograms": {"base": [1, 5, 0], "adapted": [2, 4, 0]}, "overlap": ESTIMATE},
         "checkpoints": [{"step": step, "overlap": ESTIMATE, "kl": ESTIMATE} for step in (10, 20)],
         "mutual_information": {"stratum": {"nats": 0.02, "at_most": 0.5}},
         "expert_share_by_class": {"digit": [0.5, 0.5]},
-        **{"experts": [{**expert, "expert": 0}, {**expert, "expert": 1}], "forks": [fork], "answers": None},
+        **{"experts": [{**expert, "expert": 0}, linear], "forks": [fork], "answers": None},
     }
     text = {"kind": "store", "name": "gsm8k", "tokens": 160, "rho": 0.2, "threshold": 1.75}
     edges = [0.0, 0.1, 1.0, 10.0]
@@ -187,6 +190,15 @@ def test_text_of_a_model_is_text_everywhere(made):
     assert SCRIPT not in page
     assert SCRIPT in "".join(Reader(page).texts)
     assert SCRIPT not in (made / "report.md").read_text()
+
+
+def test_cards_say_what_linear_experts_read(made):
+    page, plain = Reader((made / "report.html").read_text()).texts, (made / "report.md").read_text()
+    assert "reads, size 1.25" in page
+    assert f"({SCRIPT!r})" in page
+    assert "' read <b>'" in page
+    assert "Tokens in brackets are off the support" in "".join(page)
+    assert "size 1.25: leaning to ' read \\<b\\>', away from -, raises (" in plain
 
 
 def test_the_same_records_give_the_same_files(runs, tmp_path):

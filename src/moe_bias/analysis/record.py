@@ -9,7 +9,8 @@ gives none. Entropies, KL and changes of log-probability are in nats. Tokens sta
                     rho, threshold: the base entropy that a token of the high stratum has at least
     entropy_edges   of the histograms' bins; what lies outside is in the first or last bin
     adapters        a list, each:
-      name, parameters, num_experts, top_k, support (M), strength, gate ({"alpha", "beta"} or null)
+      name, parameters, num_experts, top_k, support (M), strength, gate ({"alpha", "beta"} or null), kind (what an
+                    expert is), rank (r; 0 where experts are not linear), free_entries, reach
       strata        all, high, low: tokens, means ({quantity: estimate}), bias_max, expert_share (E numbers that sum
                     to 1), expert_entropy. The quantities, means over tokens: base_entropy, adapted_entropy, kl,
                     weight (w), bias_mean (|b| over the support), flipped (share of tokens), mended and spoiled
@@ -21,8 +22,12 @@ gives none. Entropies, KL and changes of log-probability are in nats. Tokens sta
       mutual_information   stratum, class, place: {"nats", "at_most"}, of the expert of a routed slot
       expert_share_by_class, expert_share_by_place   by value E numbers that sum to 1; places are '0', '1', '2-3', ...
       experts       E cards: high, low (share of the stratum's routed slots), from_high (share of the expert's slots
-                    that are in the high stratum), raised and lowered ([{"id", "text", "bias"}]), contexts: moments
-                    by the share of the expert's bias in the token's, w g_e, largest first
+                    that are in the high stratum), raised and lowered ([{"id", "text", "bias", "acts"}], acts: false
+                    off a support that the adapter does not reach beyond), norm (of the bias where it acts), readings
+                    (size; toward and away: [{"id", "text", "deviations"}]; raised and lowered:
+                    `moe_bias.analysis.experts`), contexts: moments by the share of the expert's bias in the token's,
+                    w g_e, largest first. Records of before there were linear experts lack acts, norm and readings,
+                    and the adapter's kind, rank, free_entries and reach: their experts are free
       forks         moments of largest KL among those whose choice flipped; base_continuation and
                     adapted_continuation are greedy from there, null where the prompts are not known
       answers       null, or for a task: accuracy and change by arm (base; adapted; adapted on tokens of one stratum
@@ -36,12 +41,12 @@ example (row), position, base_entropy, adapted_entropy, kl, weight, experts, gat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from math import isfinite
 from typing import Any
 
-from moe_bias.analysis.experts import TokenBias, strongest_tokens
+from moe_bias.analysis.experts import Decode, expert_views
 from moe_bias.analysis.moments import Moment
 from moe_bias.analysis.summary import (
     ALL,
@@ -59,8 +64,6 @@ from moe_bias.layer import MoEBiasLayer
 
 FORMAT = "moe-bias analysis 1"
 FILE = "analysis.json"
-Decode = Callable[[Sequence[int]], str]
-"""From token ids to text."""
 
 
 def adapter_record(
@@ -89,7 +92,7 @@ def adapter_record(
 
 
 def layer_facts(layer: MoEBiasLayer) -> dict[str, Any]:
-    """Its sizes, strength and gate."""
+    """Its sizes, strength and gate, and what its experts are."""
     gate, config = layer.entropy_gate, layer.config
     return {
         "parameters": config.num_parameters(layer.hidden_size, layer.vocab_size),
@@ -98,6 +101,10 @@ def layer_facts(layer: MoEBiasLayer) -> dict[str, Any]:
         "support": config.support_size(layer.vocab_size),
         "strength": layer.strength,
         "gate": None if gate is None else {"alpha": gate.weight.item(), "beta": gate.bias.item()},
+        "kind": config.experts,
+        "rank": config.rank,
+        "free_entries": config.free_entries,
+        "reach": layer.reach,
     }
 
 
@@ -108,22 +115,20 @@ def checkpoint_record(step: int, found: Survey, shared: Overlap) -> dict[str, An
 
 
 def expert_cards(layer: MoEBiasLayer, found: Survey, top: int, decode: Decode) -> list[dict[str, Any]]:
-    """What each expert says, where it acts most, and its share of both strata."""
+    """What each expert says and reads, where it acts most, and its share of both strata."""
     slots_SE = found.tally.by_stratum.double()
     share_SE = slots_SE / slots_SE.sum(1, keepdim=True).clamp(min=1)
     from_high_E = slots_SE[0] / slots_SE.sum(0).clamp(min=1)
-    tokens = strongest_tokens(layer.table().detach()[: layer.config.num_experts], layer.config.support, top)
     return [
         {
             "expert": number,
             "high": float(share_SE[0, number]),
             "low": float(share_SE[1, number]),
             "from_high": float(from_high_E[number]),
-            "raised": [_biased(token, decode) for token in side.raised],
-            "lowered": [_biased(token, decode) for token in side.lowered],
+            **asdict(view),
             "contexts": [moment_record(moment, decode) for moment in found.contexts[number].moments],
         }
-        for number, side in enumerate(tokens)
+        for number, view in enumerate(expert_views(layer, top, decode))
     ]
 
 
@@ -154,7 +159,3 @@ def place_names() -> list[str]:
 def _stratum(summary: StratumSummary) -> dict[str, Any]:
     means = {name: estimate_record(estimate) for name, estimate in summary.means.items()}
     return asdict(summary) | {"means": means}
-
-
-def _biased(token: TokenBias, decode: Decode) -> dict[str, Any]:
-    return token_record(token.token, decode) | {"bias": token.bias}

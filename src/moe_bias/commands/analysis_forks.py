@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from moe_bias.analysis import Decode
 from moe_bias.analysis.answers import (
     ADAPTED,
     BASE,
@@ -20,7 +21,7 @@ from moe_bias.analysis.answers import (
 )
 from moe_bias.analysis.moments import Moment, moment_at
 from moe_bias.analysis.readings import read_tokens
-from moe_bias.analysis.record import Decode, estimate_record, moment_record, token_record
+from moe_bias.analysis.record import estimate_record, moment_record, token_record
 from moe_bias.analysis.survey import Marks
 from moe_bias.commands.analysis_text import Matter, greedy_answered
 from moe_bias.commands.policy import Ground, policy_of

@@ -9,7 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from moe_bias.analysis import ExpertView, any_off_support, strongest, view_of_record
 from moe_bias.analysis.quantities import QUANTITIES
+from moe_bias.commands.expert_table import OFF_SUPPORT, moved, readings_table
 
 SHOWN_FORKS = 6
 SHOWN_TOKENS = 4
@@ -27,7 +29,7 @@ def print_analysis(console: Console, record: Mapping[str, Any]) -> None:
     for adapter in record["adapters"]:
         console.print(_strata(adapter))
         console.print(Text(_sentences(adapter)))
-        console.print(_experts(adapter["experts"]))
+        _print_experts(console, adapter["experts"])
         if adapter["answers"] is not None:
             console.print(_answers(adapter["answers"]))
         forks = adapter["forks"] if adapter["answers"] is None else _turned(adapter["answers"]["forks"])
@@ -74,18 +76,28 @@ def _sentences(adapter: Mapping[str, Any]) -> str:
     )
 
 
-def _experts(cards: Sequence[Mapping[str, Any]]) -> Table:
+def _print_experts(console: Console, cards: Sequence[Mapping[str, Any]]) -> None:
+    views = [view_of_record(card) for card in cards]
+    console.print(_experts(cards, views))
+    readings = readings_table([(card["expert"], view) for card, view in zip(cards, views, strict=True)], SHOWN_TOKENS)
+    if readings is not None:
+        console.print(readings)
+    if any_off_support(views):
+        console.print(Text(f"Tokens {OFF_SUPPORT}."))
+
+
+def _experts(cards: Sequence[Mapping[str, Any]], views: Sequence[ExpertView]) -> Table:
     table = _table(
         "Experts: share of the routed slots of each stratum; tokens they move most, in nats before the gate",
         ["expert", "high", "low", "raises", "lowers", "acts most before"],
     )
-    for card in cards:
+    for card, view in zip(cards, views, strict=True):
         contexts = card["contexts"][:1]
         table.add_row(
             str(card["expert"]),
             f"{card['high']:.1%}",
             f"{card['low']:.1%}",
-            *(Text(_tokens(card[side][:SHOWN_TOKENS])) for side in ("raised", "lowered")),
+            *(moved(strongest(side, SHOWN_TOKENS), "{:+.1f}") for side in (view.raised, view.lowered)),
             Text("".join(f"{_tail(moment)} -> {moment['token']['text']!r}" for moment in contexts)),
         )
     return table
@@ -125,7 +137,3 @@ def _side(fork: Mapping[str, Any], side: str) -> str:
 
 def _tail(moment: Mapping[str, Any]) -> str:
     return f"...{moment['before'][-SHOWN_CONTEXT:]}" if moment["before"] else "(start)"
-
-
-def _tokens(tokens: Sequence[Mapping[str, Any]]) -> str:
-    return "  ".join(f"{token['text']!r} {token['bias']:+.1f}" for token in tokens)

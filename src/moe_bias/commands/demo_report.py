@@ -11,8 +11,9 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from moe_bias.analysis import TokenBias, strongest_tokens
+from moe_bias.analysis import any_off_support, expert_views
 from moe_bias.backbone import Head
+from moe_bias.commands.expert_table import OFF_SUPPORT, moved, readings_table
 from moe_bias.config import DemoSettings
 from moe_bias.evaluation.comparison import Arm
 from moe_bias.evaluation.statistics import Estimate
@@ -22,6 +23,8 @@ WIDTH_OF_A_FILE = 108
 """Columns where standard output is no terminal, which would give 80."""
 SHOWN_ANSWERS = 3
 SHOWN_TOKENS = 4
+SHOWN_READINGS = 1
+"""Of each linear expert, its strongest."""
 SHOWN_CHARACTERS = 150
 
 
@@ -87,7 +90,7 @@ def print_report(
     """Prints the comparison, answers side by side, what the experts do, and how to use the adapter."""
     console.print(_arms_table(report.arms, settings))
     console.print(_answers_table(report))
-    console.print(_experts_table(report, layer, tokenizer))
+    _print_experts(console, report, layer, tokenizer)
     support = layer.support_or_all()
     console.print(
         f"The support of {len(support):,} tokens holds {report.fork_coverage:.1%} of the base's probability\n"
@@ -158,19 +161,23 @@ def _answer(text: str, right: bool) -> Text:
     return Text.assemble(("right: " if right else "wrong: ", "green" if right else "red"), shown)
 
 
-def _experts_table(report: DemoReport, layer: MoEBiasLayer, tokenizer: PreTrainedTokenizerBase) -> Table:
+def _print_experts(
+    console: Console, report: DemoReport, layer: MoEBiasLayer, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Of the experts that held-out tokens are routed to."""
     table = Table(title="What each used expert does (bias in nats before the gate)", title_justify="left")
     table.add_column("expert", justify="right")
     table.add_column("use", justify="right")
     table.add_column("raises most")
     table.add_column("lowers most")
-    experts = strongest_tokens(layer.table().detach()[: layer.config.num_experts], layer.config.support, SHOWN_TOKENS)
-    for number, (share, tokens) in enumerate(zip(report.expert_share, experts, strict=True)):
-        if share > 0:
-            raised, lowered = (_tokens(side, tokenizer) for side in (tokens.raised, tokens.lowered))
-            table.add_row(str(number), f"{share:.1%}", raised, lowered)
-    return table
-
-
-def _tokens(moves: Sequence[TokenBias], tokenizer: PreTrainedTokenizerBase) -> Text:
-    return Text("  ".join(f"{tokenizer.decode([move.token])!r} {move.bias:+.1f}" for move in moves))
+    views = expert_views(layer, SHOWN_TOKENS, tokenizer.decode, SHOWN_READINGS)
+    used = {number: view for number, view in enumerate(views) if report.expert_share[number] > 0}
+    for number, view in used.items():
+        raised, lowered = (moved(side, "{:+.1f}") for side in (view.raised, view.lowered))
+        table.add_row(str(number), f"{report.expert_share[number]:.1%}", raised, lowered)
+    console.print(table)
+    readings = readings_table(list(used.items()), SHOWN_TOKENS)
+    if readings is not None:
+        console.print(readings)
+    if any_off_support(used.values()):
+        console.print(Text(f"Tokens {OFF_SUPPORT}."))

@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from moe_bias.analysis import ExpertView, Reading, any_off_support, strongest, view_of_record
 from moe_bias.analysis.answers import BASE
 from moe_bias.analysis.quantities import QUANTITIES, Quantity
 from moe_bias.report import figures
@@ -28,8 +30,9 @@ from moe_bias.report.content import (
 from moe_bias.report.record import Record
 
 FORKS, CONTEXT = 12, 70
-TOKENS, CONTEXTS = 6, 3
-"""Shown of a record: forks, letters before a token, and on a card tokens of each side and contexts."""
+TOKENS, READ_TOKENS, CONTEXTS = 6, 4, 3
+"""Shown of a record: forks, letters before a token, and on a card tokens of each side, those of what it reads, and
+contexts."""
 _FORK = ("context, with the text's token", "base goes on", "adapted goes on")
 
 
@@ -129,18 +132,37 @@ def _routing(one: _Adapter) -> Iterator[Part]:
 
 
 def _cards(one: _Adapter) -> Cards:
+    cards = [_card(expert) for expert in one.found["experts"]]
     caption = (
         "What each expert raises and lowers most, its bias in nats before the gate; its share of the routed slots of "
         "high- and of low-entropy tokens; tokens at which it has the largest part of the bias, marked in their context."
     )
-    return Cards(one.file("experts"), caption, [_card(expert) for expert in one.found["experts"]])
+    if any(card.view.readings for card in cards):
+        caption += (
+            " Linear experts add to that what they read: hidden states that lean to some tokens raise and lower "
+            "others, those that lean away from them do the opposite (- where no token stands out by more than chance); "
+            "nats are per unit read."
+        )
+    if any_off_support(card.view for card in cards):
+        caption += " Tokens in brackets are off the support, where the adapter has no bias."
+    return Cards(one.file("experts"), caption, cards)
 
 
 def _card(expert: Mapping[str, Any]) -> Card:
     facts = [("of high-entropy slots", f"{expert['high']:.1%}"), ("of low-entropy slots", f"{expert['low']:.1%}")]
-    sides = (expert[side][:TOKENS] for side in ("raised", "lowered"))
-    raised, lowered = ([(repr(token["text"]), token["bias"]) for token in side] for side in sides)
-    return Card(expert["expert"], facts, raised, lowered, [_in_context(m) for m in expert["contexts"][:CONTEXTS]])
+    contexts = [_in_context(moment) for moment in expert["contexts"][:CONTEXTS]]
+    return Card(expert["expert"], facts, _shortened(view_of_record(expert)), contexts)
+
+
+def _shortened(view: ExpertView) -> ExpertView:
+    raised, lowered = (strongest(side, TOKENS) for side in (view.raised, view.lowered))
+    return replace(view, raised=raised, lowered=lowered, readings=[_shortened_reading(one) for one in view.readings])
+
+
+def _shortened_reading(reading: Reading) -> Reading:
+    raised, lowered = (strongest(side, READ_TOKENS) for side in (reading.raised, reading.lowered))
+    toward, away = reading.toward[:READ_TOKENS], reading.away[:READ_TOKENS]
+    return replace(reading, raised=raised, lowered=lowered, toward=toward, away=away)
 
 
 def _forks(one: _Adapter) -> Iterator[Part]:

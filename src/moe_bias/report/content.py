@@ -10,6 +10,7 @@ from math import isnan, nan
 
 from matplotlib.figure import Figure
 
+from moe_bias.analysis import ExpertView
 from moe_bias.evaluation.statistics import Estimate
 from moe_bias.report.inspector import Inspection
 
@@ -61,14 +62,13 @@ class Plot:
 
 @dataclass(frozen=True)
 class Card:
-    """An expert: facts as words and value, the tokens that it raises and lowers most with their bias in nats,
-    and where it acts most: texts and the token after each.
+    """An expert: facts as words and value, what it says and reads, and where it acts most: texts and the token after
+    each.
     """
 
     expert: int
     facts: Sequence[tuple[str, str]]
-    raised: Sequence[tuple[str, float]]
-    lowered: Sequence[tuple[str, float]]
+    view: ExpertView
     contexts: Sequence[tuple[str, str]] = ()
 
 

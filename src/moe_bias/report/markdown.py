@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from moe_bias.analysis import Reading, TokenBias, marked, spelled
 from moe_bias.report.content import Cards, Note, Part, Plot, Report, Table
 from moe_bias.report.inspector import InspectedToken, Inspection
 
@@ -52,17 +53,29 @@ def _row(cells: Sequence[str], escape: bool = True) -> str:
 
 def _cards(part: Cards) -> Iterator[str]:
     names = [name for name, _ in part.cards[0].facts] if part.cards else []
+    reads = any(card.view.readings for card in part.cards)
     rows = [
         [
             str(card.expert),
             *(value for _, value in card.facts),
-            *(", ".join(f"{text} {bias:+.1f}" for text, bias in side) for side in (card.raised, card.lowered)),
+            *(_moved(side) for side in (card.view.raised, card.view.lowered)),
+            *([" / ".join(map(_reading, card.view.readings))] if reads else []),
             " / ".join(f"{before}⟦{token}⟧" for before, token in card.contexts),
         ]
         for card in part.cards
     ]
     yield from (_escaped(part.caption), "")
-    yield from _table(["expert", *names, "raises", "lowers", "fires most in"], rows, 1)
+    yield from _table(["expert", *names, "raises", "lowers", *(["reads"] if reads else []), "fires most in"], rows, 1)
+
+
+def _moved(tokens: Sequence[TokenBias]) -> str:
+    return ", ".join(f"{marked(token)} {token.bias:+.1f}" for token in tokens)
+
+
+def _reading(reading: Reading) -> str:
+    toward, away = (", ".join(map(spelled, side)) or "-" for side in (reading.toward, reading.away))
+    moves = f"raises {_moved(reading.raised)}, lowers {_moved(reading.lowered)}"
+    return f"size {reading.size:.3g}: leaning to {toward}, away from {away}, {moves}"
 
 
 def _inspection(part: Inspection) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from moe_bias.analysis import Reading, marked, spelled
 from moe_bias.report.content import Block, Card, Cards, Part, Plot, Report, Table, slug
 from moe_bias.report.figures import page_svg
 from moe_bias.report.inspector import Inspection, component
@@ -40,9 +41,23 @@ def _part(part: Part, number: int, block: Block) -> dict[str, Any]:
 
 def _card(card: Card) -> dict[str, Any]:
     """With the length of each token's bar as a share of the card's longest."""
-    longest = max((abs(bias) for _, bias in (*card.raised, *card.lowered)), default=1.0)
+    view = card.view
+    longest = max((abs(token.bias) for token in (*view.raised, *view.lowered)), default=1.0)
     sides = {
-        name: [(text, bias, abs(bias) / longest) for text, bias in side]
-        for name, side in (("raises", card.raised), ("lowers", card.lowered))
+        name: [(marked(token), token.bias, abs(token.bias) / longest) for token in side]
+        for name, side in (("raises", view.raised), ("lowers", view.lowered))
     }
-    return {"card": card, "sides": sides}
+    return {"card": card, "sides": sides, "readings": [_reading(reading) for reading in view.readings]}
+
+
+def _reading(reading: Reading) -> dict[str, Any]:
+    """The tokens of each side, under what it does."""
+    return {
+        "size": reading.size,
+        "sides": {
+            "raises": [marked(token) for token in reading.raised],
+            "lowers": [marked(token) for token in reading.lowered],
+            "leaning to": [spelled(token) for token in reading.toward],
+            "away from": [spelled(token) for token in reading.away],
+        },
+    }
