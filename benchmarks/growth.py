@@ -2,8 +2,8 @@
 
 One epoch of each cell, after two batches to warm up. `support` computes base logits anew, `kept` keeps
 them where T x M float32 fit into the budget (elsewhere the cell is recorded as not kept), `full` is M = V.
-The corpus repeats the hidden states of its first 4,096 tokens; memory and time are those of a corpus
-without repeats.
+The layer is the one that the package makes where nothing is chosen. The corpus repeats the hidden states of
+its first 4,096 tokens; memory and time are those of a corpus without repeats.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import time
 from typing import Any
 
 from corpus import Corpus, corpus_of, model_of
+from moe_bias.config import LayerConfig
 from side_by_side import wait, write_record
-from update_arms import full, kept, reduced
+from update_arms import DEFAULT, full, kept, reduced
 
 TOKENS = (4096, 16384, 65536, 262144)
 SUPPORTS = (1024, 4096, 16384, 65536)
@@ -35,9 +36,17 @@ def measure_growth(options: argparse.Namespace) -> None:
     ]
     sizes = {"hidden": corpus.head.hidden_size, "vocabulary": corpus.head.vocab_size}
     note = f"the corpus repeats the hidden states of {len(corpus.hidden.token):,} tokens"
+    layer = LayerConfig(**DEFAULT).model_dump()
     write_record(
         "growth",
-        {"options": vars(options), "sizes": sizes, "budget_bytes": budget, "hidden_states": note, "cells": cells},
+        {
+            "options": vars(options),
+            "sizes": sizes,
+            "budget_bytes": budget,
+            "hidden_states": note,
+            "layer": layer,
+            "cells": cells,
+        },
     )
 
 
@@ -67,7 +76,7 @@ def cells_of(corpus: Corpus, tokens: int, support: int, budget: int) -> list[dic
 def seconds(corpus: Corpus, tokens: int, support: int, keep: bool) -> float:
     """One epoch."""
     whole = support == corpus.head.vocab_size
-    arm = (kept if keep else full if whole else reduced)(corpus, tokens, support)
+    arm = (kept if keep else full if whole else reduced)(corpus, tokens, support, DEFAULT)
     arm.beginning()()
     wait()
     started = time.perf_counter()

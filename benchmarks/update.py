@@ -10,6 +10,11 @@ in batches of 512:
     support           ours, M columns, whose base logits every step computes anew
     kept              ours, M columns, base logits kept
     kept-top20        the same on the fifth of the tokens of highest entropy; all tokens count
+    default-...       the same four with the layer that the package makes where nothing is chosen; those above
+                      are of 16 free experts, of which 2 act
+    lora-head         LoRA r = 8 on the output embedding alone, whole vocabulary, through autograd
+    lora-head-support the same on M columns, with our reduced softmax, base logits anew
+    lora-head-kept    the same, base logits kept
     matmul-full       limit of `full`: the bare product with the whole output embedding, 2 D V a token
     matmul            limit of `support`: the bare product with M columns, 2 D M a token
     pass              limit of `kept`: T x M float32 read once; a fifth of it limits `kept-top20`
@@ -35,12 +40,14 @@ from corpus import Corpus, add_model_options, corpus_of, model_of, random_ids
 from growth import TOKENS, measure_growth
 from lora_arm import LoRAArm, fastest
 from memory import Peak, peak_in_own_process, print_peak
-from moe_bias.config import UserError
+from moe_bias.config import LayerConfig, UserError
 from side_by_side import Ratio, ratio, take_turns, wait, write_record
-from update_arms import BATCH, LAYER_ARMS
+from update_arms import BATCH, LAYER_ARMS, LAYERS, Arm
 
-TARGETS = {"full": 8, "support": 80, "kept": 250, "kept-top20": 1000}
-LIMITS = {"full": ("matmul-full", 1.0), "support": ("matmul", 1.0), "kept": ("pass", 1.0), "kept-top20": ("pass", 0.2)}
+OURS = {"full": 8, "support": 80, "kept": 250, "kept-top20": 1000}
+TARGETS = {**OURS, **{f"default-{name}": target for name, target in OURS.items()}}
+_LIMITS = {"full": ("matmul-full", 1.0), "support": ("matmul", 1.0), "kept": ("pass", 1.0), "kept-top20": ("pass", 0.2)}
+LIMITS = {**_LIMITS, **{f"default-{name}": limit for name, limit in _LIMITS.items()}}
 """The arm that binds each arm, and the share of that arm's work that does."""
 LIMIT_TARGET = 1.5
 MEMORY_TOKENS = BATCH
@@ -80,9 +87,7 @@ def measure(options: argparse.Namespace) -> None:
     model = model_of(options)
     corpus = corpus_of(model, options.tokens)
     check_support(corpus, options.support)
-    arms: dict[str, Callable[[], int]] = {
-        name: build(corpus, options.tokens, options.support) for name, build in LAYER_ARMS.items()
-    }
+    arms: dict[str, Arm] = {name: build(corpus, options.tokens, options.support) for name, build in LAYER_ARMS.items()}
     lora = LoRAArm(model)
     form, tried = fastest(lora)
     rates = take_turns({"lora": lora.epoch(form, options.lora_tokens), **arms}, options.rounds)
@@ -98,12 +103,22 @@ def measure(options: argparse.Namespace) -> None:
             "parameters": sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad),
             "lora": {"form": str(form), "tokens_per_second_of_forms": tried},
             "rates": rates,
+            "layers": {name: LayerConfig(**choices).model_dump() for name, choices in LAYERS.items()},
+            "trained": {name: trained_by(arm) for name, arm in arms.items() if arm.layer is not None},
             "ratio_to_lora": {name: vars(value) for name, value in over_lora.items()},
+            "ratio_to_lora_head": {name: vars(ratio(rates, name, "lora-head")) for name in LAYER_ARMS},
+            "ratio_to_free": {name: vars(ratio(rates, f"default-{name}", name)) for name in OURS},
             "time_over_limit": {name: vars(value) for name, value in of_limit.items()},
             "targets": {"ratio_to_lora": TARGETS, "time_over_limit": LIMIT_TARGET},
             "peak_mib": {name: vars(peak) for name, peak in peaks.items()},
         },
     )
+
+
+def trained_by(arm: Arm) -> int:
+    """Numbers that the arm's steps change."""
+    assert arm.layer is not None
+    return sum(parameter.numel() for parameter in arm.layer.parameters())
 
 
 def check_support(corpus: Corpus, support: int) -> None:

@@ -1,14 +1,18 @@
-"""The arms of `update` that train the layer on hidden states, and the limits that bind them.
+"""The arms of `update` that train on hidden states, and the limits that bind them.
 
 An epoch is every token once, in random batches of 512: features gathered, forward, backward, AdamW.
 
-Shapes: T tokens, M support, V vocabulary.
+Beside the layer, LoRA on the output embedding alone, s B A h added to the logits, the layer's nearest rival: the
+hidden states that it reads never change either. Its forms on a support borrow the layer's reduced softmax.
+
+Shapes: T tokens, D hidden, R rank, M support, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +25,7 @@ from moe_bias.config import LayerConfig
 from moe_bias.features.extract import Features
 from moe_bias.features.source import Subset
 from moe_bias.layer import MoEBiasLayer, load_balance_loss
-from moe_bias.support import FORK_SHARE, fork_threshold
+from moe_bias.support import FORK_SHARE, fork_threshold, log_prob_from_adapted
 from moe_bias.training.base_logits import BaseLogits
 from moe_bias.training.objective import supervised_gradients
 from side_by_side import wait
@@ -30,6 +34,14 @@ BATCH = 512
 RATE = 1e-3
 EVERYTHING = 2**62
 """A budget of bytes that any logits fit into."""
+RANK, FACTOR = 8, 2.0
+"""Of LoRA on the output embedding: R, and alpha / R."""
+
+Choices = Mapping[str, Any]
+FREE: Choices = {"experts": "free", "num_experts": 16, "top_k": 2}
+DEFAULT: Choices = {}
+LAYERS = {"free": FREE, "default": DEFAULT}
+"""What the layers that are measured choose, beside their support; 'default' is the package's own choice."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +51,7 @@ class Arm:
     step: Callable[[Any], object]
     batches: Sequence[Tensor | slice]
     tokens: int
-    layer: MoEBiasLayer | None = None
+    layer: nn.Module | None = None
 
     def __call__(self) -> int:
         """An epoch; returns the corpus tokens."""
@@ -53,40 +65,73 @@ class Arm:
         return replace(self, batches=self.batches[:2])
 
 
-def head_autograd(corpus: Corpus, tokens: int, support: int) -> Arm:
+def head_autograd(corpus: Corpus, tokens: int, support: int, choices: Choices = FREE) -> Arm:
     """The plain reference: the whole vocabulary's log-softmax in float32, through autograd."""
     del support
-    return _autograd(corpus.head, corpus.features(corpus.head.vocab_size, tokens), _full_log_prob)
+    return _autograd(corpus.head, corpus.features(corpus.head.vocab_size, tokens), choices, _full_log_prob)
 
 
-def support_autograd(corpus: Corpus, tokens: int, support: int) -> Arm:
+def support_autograd(corpus: Corpus, tokens: int, support: int, choices: Choices = FREE) -> Arm:
     """The reduced log-softmax of the support's columns as it stands in `support`, in float32, through autograd."""
-    return _autograd(corpus.head, corpus.features(support, tokens), _reduced_log_prob)
+    return _autograd(corpus.head, corpus.features(support, tokens), choices, _reduced_log_prob)
 
 
-def full(corpus: Corpus, tokens: int, support: int) -> Arm:
+def full(corpus: Corpus, tokens: int, support: int, choices: Choices = FREE) -> Arm:
     """Ours with the whole vocabulary."""
     del support
-    return _ours(corpus.head, corpus.features(corpus.head.vocab_size, tokens), 0)
+    return _ours(corpus.head, corpus.features(corpus.head.vocab_size, tokens), choices, 0)
 
 
-def reduced(corpus: Corpus, tokens: int, support: int) -> Arm:
+def reduced(corpus: Corpus, tokens: int, support: int, choices: Choices = FREE) -> Arm:
     """Ours with a support, whose base logits every step computes anew."""
-    return _ours(corpus.head, corpus.features(support, tokens), 0)
+    return _ours(corpus.head, corpus.features(support, tokens), choices, 0)
 
 
-def kept(corpus: Corpus, tokens: int, support: int) -> Arm:
+def kept(corpus: Corpus, tokens: int, support: int, choices: Choices = FREE) -> Arm:
     """Ours with a support, its base logits kept."""
-    return _ours(corpus.head, corpus.features(support, tokens), EVERYTHING)
+    return _ours(corpus.head, corpus.features(support, tokens), choices, EVERYTHING)
 
 
-def kept_forks(corpus: Corpus, tokens: int, support: int) -> Arm:
+def kept_forks(corpus: Corpus, tokens: int, support: int, choices: Choices = FREE) -> Arm:
     """`kept` on the tokens of highest base entropy alone; an epoch of them is one of the corpus."""
     features = corpus.features(support, tokens)
     is_fork_T = features.entropy >= fork_threshold(features.entropy, FORK_SHARE)
     chosen = Subset(features, is_fork_T.nonzero().squeeze(-1))
     forks = chosen.at(torch.arange(len(chosen), device=is_fork_T.device))
-    return replace(_ours(corpus.head, forks, EVERYTHING), tokens=tokens)
+    return replace(_ours(corpus.head, forks, choices, EVERYTHING), tokens=tokens)
+
+
+def lora_head(corpus: Corpus, tokens: int, support: int) -> Arm:
+    """LoRA on the output embedding, whole vocabulary, as it stands in PEFT: through autograd, all logits at once."""
+    del support
+    head, features = corpus.head, corpus.features(corpus.head.vocab_size, tokens)
+    lora = _HeadLoRA(head.hidden_size, head.vocab_size).to(head.device)
+
+    def loss_of(index: Tensor) -> Tensor:
+        batch = features.at(index)
+        with torch.no_grad():
+            raw_TV = head.module(batch.hidden.to(head.dtype))
+        return F.cross_entropy(head.transform.apply(raw_TV + lora(batch.hidden)), batch.token)
+
+    return _by_autograd(lora, loss_of, features)
+
+
+def lora_head_support(corpus: Corpus, tokens: int, support: int, budget: int = 0) -> Arm:
+    """LoRA on the output embedding's rows of the support, with the reduced softmax and logits that the layer trains by.
+
+    Base logits are kept where they fit into `budget` bytes.
+    """
+    head, features = corpus.head, corpus.features(support, tokens)
+    lora = _HeadLoRA(head.hidden_size, len(features.support)).to(head.device)
+    logits = BaseLogits(features, head, budget)
+
+    def loss_of(index: Tensor) -> Tensor:
+        batch = features.at(index)
+        logits_TM = logits.of(index, batch)(slice(None))
+        move_TM = head.transform.reachable(logits_TM, head.transform.scale * lora(batch.hidden))
+        return -log_prob_from_adapted(batch.logit, batch.column, logits_TM + move_TM, batch.rest).mean()
+
+    return _by_autograd(lora, loss_of, features)
 
 
 def matmul_full(corpus: Corpus, tokens: int, support: int) -> Arm:
@@ -107,11 +152,11 @@ def one_pass(corpus: Corpus, tokens: int, support: int) -> Arm:
     return Arm(lambda rows: wide_TM[rows].sum(), _in_order(tokens), tokens)
 
 
-def fresh_layer(head: Head, features: Features) -> MoEBiasLayer:
-    """Always the same one for the same features."""
+def fresh_layer(head: Head, features: Features, choices: Choices) -> MoEBiasLayer:
+    """Always the same one for the same features and choices."""
     torch.manual_seed(0)
     support = None if len(features.support) == head.vocab_size else tuple(features.support.tolist())
-    layer = MoEBiasLayer(LayerConfig(support=support), head.hidden_size, head.vocab_size).to(head.device)
+    layer = head.layer(LayerConfig(support=support, **choices)).to(head.device)
     layer.calibrate(features.hidden)
     return layer
 
@@ -126,8 +171,8 @@ def _in_order(tokens: int) -> Sequence[slice]:
     return [slice(start, start + BATCH) for start in range(0, tokens, BATCH)]
 
 
-def _ours(head: Head, features: Features, budget: int) -> Arm:
-    layer, logits = fresh_layer(head, features), BaseLogits(features, head, budget)
+def _ours(head: Head, features: Features, choices: Choices, budget: int) -> Arm:
+    layer, logits = fresh_layer(head, features, choices), BaseLogits(features, head, budget)
     optimizer = _optimizer(layer)
 
     def step(index: Tensor) -> None:
@@ -139,21 +184,46 @@ def _ours(head: Head, features: Features, budget: int) -> Arm:
     return Arm(step, batches_of(features), len(features), layer)
 
 
-def _autograd(head: Head, features: Features, log_prob_of: Callable[[Features, Tensor, Tensor], Tensor]) -> Arm:
-    layer, logits_of = fresh_layer(head, features), head.columns(features.support)
-    optimizer = _optimizer(layer)
+def _autograd(
+    head: Head, features: Features, choices: Choices, log_prob_of: Callable[[Features, Tensor, Tensor], Tensor]
+) -> Arm:
+    layer, logits_of = fresh_layer(head, features, choices), head.columns(features.support)
 
-    def step(index: Tensor) -> None:
+    def loss_of(index: Tensor) -> Tensor:
         batch = features.at(index)
         mixture = layer.mix(batch.hidden, batch.entropy)
         logits_TM = logits_of(batch.hidden)
-        move_TM = head.transform.reachable(logits_TM, mixture.shares @ layer.experts)
+        move_TM = head.transform.reachable(logits_TM, layer.bias_of(mixture))
         nll = -log_prob_of(batch, logits_TM, move_TM).mean()
+        return nll + layer.config.load_balance_weight * load_balance_loss(mixture.routing)
+
+    return _by_autograd(layer, loss_of, features)
+
+
+def _by_autograd(module: nn.Module, loss_of: Callable[[Tensor], Tensor], features: Features) -> Arm:
+    """Steps along the gradient that autograd takes of a batch's loss."""
+    optimizer = _optimizer(module)
+
+    def step(index: Tensor) -> None:
         optimizer.zero_grad()
-        (nll + layer.config.load_balance_weight * load_balance_loss(mixture.routing)).backward()
+        loss_of(index).backward()
         optimizer.step()
 
-    return Arm(step, batches_of(features), len(features), layer)
+    return Arm(step, batches_of(features), len(features), module)
+
+
+class _HeadLoRA(nn.Module):
+    """`s B A h` for some rows of the output embedding; B starts at zero, A as PEFT starts it."""
+
+    def __init__(self, hidden_size: int, rows: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a_RD = nn.Parameter(torch.empty(RANK, hidden_size))
+        self.b_MR = nn.Parameter(torch.zeros(rows, RANK))
+        nn.init.kaiming_uniform_(self.a_RD, a=5**0.5)
+
+    def forward(self, hidden_TD: Tensor) -> Tensor:
+        return F.linear(F.linear(hidden_TD, self.a_RD), FACTOR * self.b_MR)
 
 
 def _full_log_prob(batch: Features, logits_TV: Tensor, move_TV: Tensor) -> Tensor:
@@ -178,7 +248,15 @@ LAYER_ARMS: dict[str, Callable[[Corpus, int, int], Arm]] = {
     "support": reduced,
     "kept": kept,
     "kept-top20": kept_forks,
+    "default-full": partial(full, choices=DEFAULT),
+    "default-support": partial(reduced, choices=DEFAULT),
+    "default-kept": partial(kept, choices=DEFAULT),
+    "default-kept-top20": partial(kept_forks, choices=DEFAULT),
+    "lora-head": lora_head,
+    "lora-head-support": lora_head_support,
+    "lora-head-kept": partial(lora_head_support, budget=EVERYTHING),
     "matmul-full": matmul_full,
     "matmul": matmul,
     "pass": one_pass,
 }
+"""Those without a name of their layer before them are of free experts, as all were before there were others."""
