@@ -9,12 +9,13 @@ from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
-KINDS = {
-    "free": "a bias of its own for each of these tokens",
-    "directions": "a direction in the space of the output embedding",
-    "linear": "a direction in the space of the output embedding, which depends on the hidden state with rank {rank}",
+from moe_bias.config import LayerConfig
+
+_COVERED = {
+    "support": "probability mass at forks covered, held out",
+    "vocabulary": "probability mass at forks that the support it was trained on holds, held out",
 }
-"""What an expert is, by the name of its kind."""
+"""What `fork_coverage` is, by where the experts act."""
 _PLACEHOLDER = "[More Information Needed]"
 
 
@@ -56,7 +57,7 @@ def _text(name: str, config: Mapping[str, Any]) -> str:
 
 A MoE-Bias adapter for `{base}`: the model's weights stay as they are, and a small layer at the output
 embedding adds routed logit biases to its logits. With the adapter disabled the model is itself again, bit for bit.
-
+{_made_through(config)}
 | | |
 |---|---|
 {facts}
@@ -70,16 +71,48 @@ model = AutoPeftModelForCausalLM.from_pretrained("{name}")
 """
 
 
+def _made_through(config: Mapping[str, Any]) -> str:
+    """What a user has to know of experts that are others on another output embedding."""
+    if config["experts"] == "free":
+        return ""
+    return """Its experts are made through the model's own output embedding, which the adapter does not hold: on a
+quantised copy of the model they differ as that embedding does.
+"""
+
+
 def _facts(config: Mapping[str, Any]) -> list[tuple[str, str]]:
-    support = config["support"]
-    everywhere = support is None or config["reach"] == "vocabulary"
     facts = [
         ("experts", f"{config['num_experts']}, {config['top_k']} per token"),
-        ("an expert is", KINDS[config["experts"]].format(rank=config["expert_rank"])),
-        ("tokens with a bias", "the whole vocabulary" if everywhere else f"{len(support):,}"),
+        ("an expert is", _expert(config)),
+        ("tokens with a bias", _reached(config)),
         ("entropy gate", "on" if config["entropy_gate"] else "off"),
         ("strength", f"{config['strength']:g}"),
     ]
+    if config["hidden_size"] is not None and config["vocab_size"] is not None:
+        facts.append(("trainable parameters", f"{_parameters(config):,}"))
     if config["fork_coverage"] is not None:
-        facts.append(("probability mass at forks covered, held out", f"{config['fork_coverage']:.1%}"))
+        facts.append((_COVERED[config["reach"]], f"{config['fork_coverage']:.1%}"))
     return facts
+
+
+def _expert(config: Mapping[str, Any]) -> str:
+    kind, entries = config["experts"], "a bias of its own for each token of the support"
+    if kind == "free":
+        return entries
+    depends = f", which depends on the hidden state with rank {config['expert_rank']}" if kind == "linear" else ""
+    besides = f", and {entries}" if config["free_entries"] else ""
+    return f"a direction in the space of the output embedding{depends}{besides}"
+
+
+def _reached(config: Mapping[str, Any]) -> str:
+    support = config["support"]
+    if support is None:
+        return "the whole vocabulary"
+    if config["reach"] == "vocabulary":
+        return f"the whole vocabulary; trained on a support of {len(support):,}"
+    return f"{len(support):,}"
+
+
+def _parameters(config: Mapping[str, Any]) -> int:
+    layer = LayerConfig(**{name: config[name] for name in LayerConfig.model_fields})
+    return layer.num_parameters(config["hidden_size"], config["vocab_size"])
