@@ -28,9 +28,9 @@ from moe_bias.features.fingerprint import ModelFacts
 from moe_bias.features.manifest import Manifest, Recipe, ids_hash
 from moe_bias.features.store import FeatureStore
 from moe_bias.features.writer import StoreFolder
-from moe_bias.layer import MoEBiasLayer
 from moe_bias.progress import meter
 from moe_bias.support import split_vocabulary
+from random_layer import random_layer
 from side_by_side import write_record
 
 TOKENS = (500_000, 2_500_000, 10_000_000)
@@ -61,8 +61,7 @@ def main() -> None:
 def analyse(folder: Path) -> None:
     """What the command does for one adapter."""
     head, text = random_head(), Text(FeatureStore.open(folder))
-    layer = MoEBiasLayer(LayerConfig(support=tuple(range(SUPPORT))), HIDDEN, VOCABULARY)
-    nn.init.normal_(layer.experts)
+    layer = random_layer(head, LayerConfig(support=tuple(range(SUPPORT))), 1.0)
     marks = mark(text, torch.zeros(VOCABULARY, dtype=torch.int64))
     found = survey(layer, head, text, marks, 20, 5, "analysis")
     by_stratum(found.tally)

@@ -3,7 +3,8 @@
 Arms: the bare model; MoE-Bias on a support of 4,096 and on the whole vocabulary; LoRA r = 8 on all
 linear layers, unmerged (PEFT). Targets: at most 2% slower than the bare model with the support, at
 most 5% with the whole vocabulary. The limit is the bare model: the layer can only add work. What it
-adds per token is E x (M + D) multiply-adds and a pass over V for the entropy.
+adds per token is E x (D + M) multiply-adds for free experts, E (1 + R) x (D + M) for linear ones, and a
+pass over V for the entropy. The layer is the one that the package makes where nothing is chosen.
 
     uv run python benchmarks/decode.py [--rounds 15] [--new-tokens 32] [--batches 1 16]
 """
@@ -20,7 +21,7 @@ from peft import LoraConfig, get_peft_model
 from memory import peak_in_own_process, print_peak
 from moe_bias import MoEBiasConfig
 from moe_bias.backbone import load_model
-from moe_bias.config import ModelSettings
+from moe_bias.config import LayerConfig, ModelSettings
 from side_by_side import ratio, take_turns, write_record
 
 SUPPORT = 4096
@@ -47,7 +48,8 @@ def main() -> None:
         return
     models = {name: adapted_model(name, options.model) for name in CONFIGS}
     results = [measure(models, batch, options) for batch in options.batches]
-    write_record("decode", {"options": vars(options), "results": results})
+    layer = LayerConfig().model_dump()
+    write_record("decode", {"options": vars(options), "layer": layer, "results": results})
 
 
 def adapted_model(name: str, model_name: str) -> Any:

@@ -37,6 +37,7 @@ from moe_bias.training.lora import lora_on
 from moe_bias.training.optimisation import Optimisation
 from moe_bias.training.policy_objective import Sampled, select_high_entropy
 from moe_bias.training.rl import Update
+from random_layer import random_layer
 from side_by_side import ratio, write_record
 
 SUPPORT = 4096
@@ -141,13 +142,12 @@ class Bench:
 
     def _layer(self) -> MoEBiasLayer:
         """A layer of the usual size, with biases that are not 0."""
-        still = MoEBiasLayer(LayerConfig(support=(0,)), self.head.hidden_size, self.head.vocab_size)
+        still = self.head.layer(LayerConfig(support=(0,)))
         hidden_TD = self._sample(still.to(self.head.device), 0).features.hidden
         support = tuple(choose_support(measure_fork_mass(self.head, hidden_TD).mass, SUPPORT))
-        layer = MoEBiasLayer(LayerConfig(support=support), self.head.hidden_size, self.head.vocab_size)
+        layer = random_layer(self.head, LayerConfig(support=support), 1.0)
         layer.calibrate(hidden_TD)
-        torch.nn.init.normal_(layer.experts, generator=torch.Generator().manual_seed(0))
-        return layer.to(self.head.device)
+        return layer
 
     def _chats(self) -> list[list[dict[str, str]]]:
         return [[{"role": "user", "content": question}] for question in self.questions]

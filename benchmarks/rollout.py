@@ -28,18 +28,20 @@ from transformers import PreTrainedModel
 
 from moe_bias.backbone import find_head, load_model, resolve_model
 from moe_bias.config import LayerConfig, ModelSettings
-from moe_bias.layer import MoEBiasLayer
 from moe_bias.rollout.engines import EngineChoices
 from moe_bias.rollout.sampler import Sampler, SamplingChoices
 from moe_bias.rollout.sampling import TransformersSampler
 from moe_bias.rollout.vllm import local_sampler
 from moe_bias.tasks.conversations import ask, encode_prompt, end_of_turn
 from moe_bias.tasks.procedural import ProceduralTask
+from random_layer import random_layer
 from side_by_side import ratio, take_turns, write_record
 
 SUPPORTS = {"M=4096": tuple(range(4096)), "M=V": None}
 TASK = "products"
 CACHE_BYTES = 2**30
+BIAS = 0.01
+"""The size of biases: so small that answers are as long as the model's."""
 
 
 def main() -> None:
@@ -108,7 +110,7 @@ def build_arms(
     seed = iter(range(10**9))
 
     def sampling(sampler: Sampler, support: tuple[int, ...] | None) -> Callable[[], int]:
-        layer = random_layer(head.hidden_size, head.vocab_size, support).to(head.device)
+        layer = random_layer(head, LayerConfig(support=support), BIAS)
         return lambda: len(sampler.sample(prompts, layer, choices, next(seed), "").log_prob)
 
     arms: dict[str, Callable[[], int]] = {"generate": lambda: generate(model, prompts, stops, ends, options)}
@@ -117,14 +119,6 @@ def build_arms(
         for name, sampler in samplers.items()
         for label, support in SUPPORTS.items()
     }
-
-
-def random_layer(hidden_size: int, vocab_size: int, support: tuple[int, ...] | None) -> MoEBiasLayer:
-    """Its biases are random, so that no shortcut applies, and so small that answers are as long as the model's."""
-    torch.manual_seed(0)
-    layer = MoEBiasLayer(LayerConfig(support=support), hidden_size, vocab_size)
-    torch.nn.init.normal_(layer.experts, std=0.01)
-    return layer
 
 
 @torch.inference_mode()

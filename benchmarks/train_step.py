@@ -27,7 +27,7 @@ from moe_bias.adapter import find_adapter_head
 from moe_bias.backbone import Head, find_head, load_model
 from moe_bias.config import LayerConfig, ModelSettings
 from moe_bias.features.extract import Features, run_backbone, with_scalars
-from moe_bias.layer import MoEBiasLayer, load_balance_loss
+from moe_bias.layer import load_balance_loss
 from moe_bias.tasks.conversations import Example
 from moe_bias.training.objective import supervised_gradients
 from side_by_side import ratio, take_turns, write_record
@@ -97,7 +97,7 @@ def through_model(model: Any, ids: torch.Tensor, auxiliary: Callable[[], torch.T
 
 def on_features(features: Features, head: Head, config: LayerConfig) -> Callable[[], int]:
     """A step on hidden states, the support's base logits computed anew."""
-    layer = MoEBiasLayer(config, head.hidden_size, head.vocab_size)
+    layer = head.layer(config)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-3)
     logits_of = head.columns(features.support)
 
