@@ -202,6 +202,8 @@ def update() -> str:
     """Rate of an update over LoRA's, over its limit's time, and peak memory."""
     record = _latest("update")
     headings = ["an update", "tokens/s", "over LoRA's rate", "target", "time over its limit's", "peak memory"]
+    if "layers" in record:
+        headings += ["over LoRA's on the output embedding", "trained parameters"]
     names = list(_UPDATE_ARMS)
     rows = [_update_row(record, name) for name in names if name in record["rates"] or name in record["peak_mib"]]
     return _table(headings, rows) + _where(record) + _update_note(record)
@@ -378,12 +380,19 @@ _STEP_ARMS = {
 
 _UPDATE_ARMS = {
     "lora": "LoRA",
+    "lora-head": "LoRA on the output embedding alone, hidden states stored",
+    "lora-head-support": "the same, support of {support:,}",
+    "lora-head-kept": "the same, base logits kept",
     "head-autograd": "whole vocabulary, plain autograd",
     "support-autograd": "support of {support:,}, plain autograd",
-    "full": "whole vocabulary, ours",
-    "support": "support of {support:,}, ours",
+    "full": "whole vocabulary, {free}",
+    "support": "support of {support:,}, {free}",
     "kept": "the same, base logits kept",
     "kept-top20": "the same, on the 20% of highest entropy",
+    "default-full": "whole vocabulary, {default}",
+    "default-support": "support of {support:,}, {default}",
+    "default-kept": "the same, base logits kept",
+    "default-kept-top20": "the same, on the 20% of highest entropy",
     "matmul-full": "(the bare product with the output embedding)",
     "matmul": "(the bare product with the support's columns)",
     "pass": "(one read of the kept logits)",
@@ -394,14 +403,19 @@ _UPDATE_ARMS = {
 def _update_row(record: dict[str, Any], name: str) -> list[str]:
     rates, over, limit = (record[key].get(name) for key in ("rates", "ratio_to_lora", "time_over_limit"))
     target, peak = record["targets"]["ratio_to_lora"].get(name), record["peak_mib"].get(name)
-    return [
-        _UPDATE_ARMS[name].format(support=record["options"]["support"]),
+    kinds = {kind: f"ours, {layer['experts']} experts" for kind, layer in record.get("layers", {}).items()}
+    row = [
+        _UPDATE_ARMS[name].format(support=record["options"]["support"], **{"free": "ours", **kinds}),
         f"{median(rates):,.0f}" if rates else "",
         _times(over) if over else "",
         f"{target}x" if target else "",
         _times(limit) if limit else "",
         f"{peak['whole']:,.0f} MiB" if peak else "",
     ]
+    if "layers" in record:
+        over_head, trained = record["ratio_to_lora_head"].get(name), record["trained"].get(name)
+        row += [_times(over_head) if over_head else "", f"{trained:,}" if trained else ""]
+    return row
 
 
 def _update_note(record: dict[str, Any]) -> str:
@@ -413,8 +427,22 @@ def _update_note(record: dict[str, Any]) -> str:
         f"On {model} (hidden size {sizes['hidden']:,}, vocabulary {sizes['vocabulary']:,}), "
         f"{options['tokens']:,} tokens, batches of {sizes['batch']}; "
         f"LoRA in its fastest form tried, {record['lora']['form']}.\n"
+        f"{_update_layers(record)}"
         f"Time over the limit's is to be at most {record['targets']['time_over_limit']:g}x. Peak memory is that of a "
         "process of its own, with all that the arm holds.\n"
+    )
+
+
+def _update_layers(record: dict[str, Any]) -> str:
+    """What the layers are, and what the default one's steps cost over those of free experts."""
+    if "layers" not in record:
+        return ""
+    free, default = (record["layers"][kind] for kind in ("free", "default"))
+    rank = f", rank {default['expert_rank']}" if default["experts"] == "linear" else ""
+    return (
+        f"Free experts: {free['num_experts']}, of which {free['top_k']} act; {default['experts']} experts, the "
+        f"default: {default['num_experts']}, of which {default['top_k']} act{rank}; with kept base logits their rate "
+        f"is {_times(record['ratio_to_free']['kept'])} that of free ones.\n"
     )
 
 
