@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from moe_bias.analysis import expert_views, view_of_record
 from moe_bias.analysis.answers import Answered, accuracy, first_difference, in_stratum, turns
 from moe_bias.backbone import find_head, load_model
 from moe_bias.cli import main
@@ -59,6 +60,20 @@ def test_a_text_is_read_and_said(adapter, capsys):
     assert cards[0]["raised"][0]["text"].startswith("w")
     assert entry["answers"] is None
     assert entry["checkpoints"] == []
+
+
+def test_cards_of_linear_experts_say_what_they_read(folder, capsys):
+    save_adapter(folder / "linear", "model", experts="linear", expert_rank=2)
+    assert main(words(adapters="linear")) == 0
+    said, (entry,) = printed(capsys), record_of()["adapters"]
+    assert (entry["kind"], entry["rank"], entry["free_entries"], entry["reach"]) == ("linear", 2, False, "support")
+    model, tokenizer = load_model(ModelSettings(model="model", device="cpu"))
+    layer = saved_layer("linear", find_head(model)[1]).layer
+    views = expert_views(layer, 8, tokenizer.decode)
+    assert [view_of_record(card) for card in entry["experts"]] == views
+    assert all(len(view.readings) == 2 for view in views)
+    assert "What linear experts read" in said
+    assert "Tokens in brackets: off the support" in said
 
 
 def test_the_record_holds_what_the_model_does(adapter):

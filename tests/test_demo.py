@@ -22,6 +22,8 @@ def test_demo_from_the_command_to_an_adapter_that_loads(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "10 held-out problems" in printed
     assert "Reinforcement learning made 1 steps" in printed
+    assert "What each used expert does" in printed
+    assert "What linear experts read" in printed
     record = json.loads((output / "record.json").read_text())
     assert [arm["name"] for arm in record["arms"]] == ["base", "static", "moe-bias", "moe-bias + RL"]
     assert record["arms"][2]["nll"]["value"] < record["arms"][0]["nll"]["value"]
@@ -30,7 +32,7 @@ def test_demo_from_the_command_to_an_adapter_that_loads(tmp_path, capsys):
     head = find_adapter_head(PeftModel.from_pretrained(model, str(output)))
     layer = head.moe_bias_layers["default"]
     assert layer.config.num_parameters(576, 49152) == record["arms"][3]["parameters"]
-    assert float(layer.experts.detach().abs().max()) > 0
+    assert float(layer.directions.detach().abs().max()) > 0
     assert tokenizer.eos_token_id in layer.support.tolist()
 
 
