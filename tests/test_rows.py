@@ -8,21 +8,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import HIDDEN, VOCABULARY, randomise
-from moe_bias.backbone import HeadTransform, adapted_logits
+from moe_bias.backbone import HeadTransform, OutputRows, adapted_logits
 from moe_bias.config import LayerConfig
 from moe_bias.layer import MoEBiasLayer, entropy_from_logits
 from moe_bias.serving.rows import Tenant, move_rows, rows_by_tenant
 
 CONFIGS = (
     LayerConfig(experts="free", num_experts=5, support=(0, 7, 96)),
-    LayerConfig(num_experts=1, top_k=1, entropy_gate=False),
+    LayerConfig(experts="linear", expert_rank=2, free_entries=True, num_experts=3, support=(0, 7, 96)),
+    LayerConfig(experts="directions", num_experts=1, top_k=1, support=(0, 7, 96), reach="vocabulary"),
+    LayerConfig(experts="free", num_experts=1, top_k=1, entropy_gate=False),
 )
+EMBEDDING = torch.nn.Linear(HIDDEN, VOCABULARY)
 
 
 def tenants(strengths=(1.0, 0.3)):
     made = []
     for number, config in enumerate(CONFIGS):
-        layer = MoEBiasLayer(config, HIDDEN, VOCABULARY).double().requires_grad_(False)
+        layer = MoEBiasLayer(config, HIDDEN, VOCABULARY, OutputRows(EMBEDDING)).double().requires_grad_(False)
         randomise(layer, seed=number)
         made += [Tenant(Path(str(number)), strength, layer) for strength in strengths]
     return made
@@ -35,7 +38,8 @@ def batch(rows, seed=0):
 
 
 @given(
-    whose=st.lists(st.one_of(st.none(), st.integers(0, 3)), min_size=1, max_size=9), cap=st.sampled_from([None, 5.0])
+    whose=st.lists(st.one_of(st.none(), st.integers(0, 2 * len(CONFIGS) - 1)), min_size=1, max_size=9),
+    cap=st.sampled_from([None, 5.0]),
 )
 def test_a_mixed_batch_is_each_row_by_itself(whose, cap):
     made, transform = tenants(), HeadTransform(cap=cap)
@@ -71,7 +75,7 @@ def test_masked_tokens_stay_masked_and_the_entropy_is_the_unmasked_one(cap):
 
 
 def test_the_same_version_at_the_same_strength_is_one_piece_of_work():
-    one, weaker, other, _ = tenants()
+    one, weaker, other, *_ = tenants()
     groups = rows_by_tenant({4: one, 0: other, 2: one, 3: weaker}, torch.device("cpu"))
     assert [(group.tenant, group.row_R.tolist()) for group in groups] == [(other, [0]), (one, [2, 4]), (weaker, [3])]
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from conftest import HIDDEN, VOCABULARY, randomise, tiny_model
+from moe_bias.adapter.embedding import embedding_sample
 from moe_bias.adapter.files import save_layer
+from moe_bias.backbone import find_head
 from moe_bias.config import LayerConfig, UserError
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.serving import versions
@@ -94,6 +96,49 @@ def test_an_adapter_of_another_model_is_refused(served, tmp_path):
         served.version("wide")
 
 
+def sample_of(model):
+    return embedding_sample(find_head(model)[1].rows, HIDDEN, VOCABULARY)
+
+
+def test_an_adapter_of_another_embedding_of_the_same_sizes_is_refused_where_the_engines_is_known(tmp_path):
+    write(tmp_path / "adapters" / "one", experts="linear")
+    other = tiny_model()
+    torch.nn.init.normal_(other.lm_head.weight)
+    for known, fits in ((None, True), (sample_of(tiny_model()), True), (sample_of(other), False)):
+        served = AdapterFolder(
+            tmp_path / "adapters", tmp_path / "versions", HIDDEN, VOCABULARY, lambda known=known: known
+        )
+        if fits:
+            assert served.version("one").is_dir()
+        else:
+            with pytest.raises(UserError, match="'one' cannot be served: this adapter was made on another output"):
+                served.version("one")
+
+
+def test_an_adapter_on_a_quantised_copy_is_served_with_a_warning(tmp_path):
+    write(tmp_path / "adapters" / "one", experts="linear")
+    sample = sample_of(tiny_model())
+    step = sample.abs().max() / 7
+    near = (sample / step).round() * step
+    served = AdapterFolder(tmp_path / "adapters", tmp_path / "versions", HIDDEN, VOCABULARY, lambda: near)
+    with pytest.warns(UserWarning, match="may be a quantised copy"):
+        assert served.version("one").is_dir()
+
+
+def test_a_version_read_for_a_model_has_the_models_rows(served, tmp_path):
+    head = find_head(tiny_model())[1]
+    made = write(tmp_path / "adapters" / "one", experts="linear", free_entries=True, support=(3, 9, 40))
+    made.embedding = head.rows
+    read = read_version(served.version("one"), HIDDEN, VOCABULARY, head.rows)
+    with torch.no_grad():
+        torch.testing.assert_close(read.table(), made.table())
+
+
+def damage_sample(folder):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "embedding_sample": "none"}))
+
+
 def damage_weights(folder):
     file = folder / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-7])
@@ -116,8 +161,14 @@ def remove_weights(folder):
     (folder / "adapter_model.safetensors").unlink()
 
 
-@pytest.mark.parametrize("damage", [damage_weights, damage_config, name_another_method, empty_config, remove_weights])
-def test_damage_is_refused_until_it_is_mended(served, tmp_path, damage):
+@pytest.mark.parametrize(
+    "damage", [damage_weights, damage_config, damage_sample, name_another_method, empty_config, remove_weights]
+)
+def test_damage_is_refused_until_it_is_mended(tmp_path, damage):
+    for seed, name in ((1, "one"), (2, "two")):
+        write(tmp_path / "adapters" / name, seed=seed)
+    sample = sample_of(tiny_model())
+    served = AdapterFolder(tmp_path / "adapters", tmp_path / "versions", HIDDEN, VOCABULARY, lambda: sample)
     good = served.version("one")
     backup = shutil.copytree(tmp_path / "adapters" / "one", tmp_path / "backup")
     damage(tmp_path / "adapters" / "one")

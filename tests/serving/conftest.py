@@ -32,6 +32,10 @@ ADAPTERS = {
     "routed": LayerConfig(experts="free", num_experts=4, top_k=2, support=tuple(range(1, 80, 2))),
     "static": LayerConfig(experts="free", num_experts=1, top_k=1, entropy_gate=False),
     "whole": LayerConfig(experts="free", num_experts=3, top_k=3, strength=0.5),
+    "linear": LayerConfig(experts="linear", expert_rank=2, num_experts=3, support=tuple(range(1, 80, 2))),
+    "far": LayerConfig(
+        experts="directions", free_entries=True, num_experts=3, support=tuple(range(2, 60)), reach="vocabulary"
+    ),
 }
 
 
@@ -72,9 +76,17 @@ def write_model(folder: Path) -> LlamaForCausalLM:
     return model
 
 
+@torch.no_grad()
+def read_at_scale(layer: MoEBiasLayer) -> None:
+    """Linear experts that read as a fresh layer's do: biases of thousands would show float32's rounding alone."""
+    if layer.reads is not None:
+        layer.reads.div_(layer.hidden_size**0.5)
+
+
 def write_adapter(folder: Path, model: Any, config: LayerConfig, seed: int = 1, **changes: Any) -> None:
     layer = MoEBiasLayer(config, model.config.hidden_size, model.config.vocab_size)
     randomise(layer, seed=seed, **changes)
+    read_at_scale(layer)
     save_layer(layer, folder, model)
 
 

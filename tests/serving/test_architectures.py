@@ -17,17 +17,22 @@ SIZES = {"hidden_size": 64, "num_attention_heads": 2, "vocab_size": VOCABULARY, 
 
 @pytest.mark.parametrize("name", ["gemma2", "granite", "cohere"])
 def test_logits_after_a_soft_cap_or_a_scale(name, tmp_path):
+    kinds = ("routed", "linear", "far")
     assert CHARACTERS != VOCABULARY
     changes = {"head_dim": 32, "attn_logit_softcapping": None} if name == "gemma2" else {}
     model = tiny_model(name, **SIZES, **changes)
     model.save_pretrained(tmp_path / "model")
     write_tokenizer(tmp_path / "model")
-    write_adapter(tmp_path / "adapters" / "routed", model, ADAPTERS["routed"])
-    adapted = PeftModel.from_pretrained(model, tmp_path / "adapters" / "routed").eval()
-    asked = prompts(6)
+    for kind in kinds:
+        write_adapter(tmp_path / "adapters" / kind, model, ADAPTERS[kind])
+    adapted = PeftModel.from_pretrained(model, tmp_path / "adapters" / kinds[0], kinds[0]).eval()
+    for kind in kinds[1:]:
+        adapted.load_adapter(tmp_path / "adapters" / kind, kind)
+    asked = [(prompt, kinds[place % len(kinds)]) for place, prompt in enumerate(prompts(9))]
     with running(tmp_path / "model", tmp_path / "adapters", max_model_len=128) as engine:
-        answers = ask(engine, [(prompt, greedy("routed", logprobs=-1)) for prompt in asked])
-    for prompt, answer in zip(asked, answers, strict=True):
+        answers = ask(engine, [(prompt, greedy(kind, logprobs=-1)) for prompt, kind in asked])
+    for (prompt, kind), answer in zip(asked, answers, strict=True):
+        adapted.set_adapter(kind)
         expected = reference_log_probs(adapted, prompt, answer.token_ids)
         found = torch.tensor([[step[token].logprob for token in range(VOCABULARY)] for step in answer.logprobs])
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)

@@ -3,12 +3,16 @@
 import shutil
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
-from .conftest import VOCABULARY, WITHOUT_VLLM, running
+from .conftest import ADAPTERS, VOCABULARY, WITHOUT_VLLM, running, write_adapter
 
 pytest.importorskip("vllm", reason=WITHOUT_VLLM)
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models.llama import LlamaForCausalLM
+
+from moe_bias.serving.notes import FOLDER
 
 from .asking import NAMES, ask, check_against_transformers, greedy, metric, prompts, reference_log_probs
 
@@ -78,11 +82,12 @@ def test_adapters_that_do_not_fit_memory_together_come_and_go(served, reference,
         check_against_transformers(engine, reference)
 
 
-def test_a_request_keeps_the_version_that_it_began_with(served, tmp_path):
+@pytest.mark.parametrize(("kind", "next_kind"), [("routed", "whole"), ("linear", "far")])
+def test_a_request_keeps_the_version_that_it_began_with(served, tmp_path, kind, next_kind):
     """New files count for requests that come after them, whether or not others are still running."""
     model, adapters = served
     folder = tmp_path / "adapters"
-    shutil.copytree(adapters / "routed", folder / "one")
+    shutil.copytree(adapters / kind, folder / "one")
     prompt, params = {"prompt_token_ids": prompts(1)[0]}, greedy("one", tokens=30)
     with running(model, folder) as engine:
         (before,) = ask(engine, [(prompt["prompt_token_ids"], params)])
@@ -90,11 +95,27 @@ def test_a_request_keeps_the_version_that_it_began_with(served, tmp_path):
         core.add_request("old", prompt, greedy("one", tokens=30))
         for step in range(200):
             if step == 5:
-                shutil.copytree(adapters / "whole", folder / "one", dirs_exist_ok=True)
+                shutil.copytree(adapters / next_kind, folder / "one", dirs_exist_ok=True)
                 core.add_request("new", prompt, greedy("one", tokens=30))
             done |= {output.request_id: output.outputs[0].token_ids for output in core.step() if output.finished}
         assert done["old"] == before.token_ids
         assert done["new"] == ask(engine, [(prompt["prompt_token_ids"], params)])[0].token_ids != before.token_ids
+
+
+def test_an_adapter_of_another_model_is_refused_or_told_of_and_never_ends_the_engine(served, tmp_path, caplog):
+    model = AutoModelForCausalLM.from_pretrained(served[0], dtype=torch.float32)
+    torch.nn.init.normal_(model.lm_head.weight)
+    for seed in (1, 2):
+        write_adapter(tmp_path / f"foreign-{seed}", model, ADAPTERS["linear"], seed)
+    with running(served[0], tmp_path) as engine:
+        with pytest.raises(VLLMValidationError, match=r"'foreign-1' cannot be served: .* another output embedding"):
+            ask(engine, [(prompts(1)[0], greedy("foreign-1"))])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv(FOLDER)  # as where requests come in on another machine
+            (answer,) = ask(engine, [(prompts(1)[0], greedy("foreign-2"))])
+        assert len(answer.token_ids) == 12
+        assert "an adapter that is served does not fit the model" in caplog.text
+        assert ask(engine, [(prompts(1)[0], greedy(None))])[0].token_ids != answer.token_ids
 
 
 def test_a_model_that_changes_its_logits_once_more_is_refused(served, monkeypatch):
@@ -110,4 +131,4 @@ def test_a_model_that_changes_its_logits_once_more_is_refused(served, monkeypatc
 def test_ranks_of_tensor_parallelism_give_the_same_answers(served, reference, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     with running(*served, tensor_parallel_size=2, distributed_executor_backend="mp") as engine:
-        check_against_transformers(engine, reference, count=8)
+        check_against_transformers(engine, reference, count=12)

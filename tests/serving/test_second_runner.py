@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from .conftest import ADAPTERS, HIDDEN, VOCABULARY, WITHOUT_VLLM
 
@@ -15,8 +16,9 @@ pytest.importorskip("vllm", reason=WITHOUT_VLLM)
 from vllm import SamplingParams
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor
 
-from moe_bias.backbone import HeadTransform, adapted_logits
+from moe_bias.backbone import HeadTransform, OutputRows, adapted_logits
 from moe_bias.layer import entropy_from_logits
+from moe_bias.serving.embedding import ServedEmbedding, keep_embedding
 from moe_bias.serving.processor import MoEBiasLogitsProcessor, processor_of
 from moe_bias.serving.versions import AdapterFolder, read_version
 
@@ -33,6 +35,15 @@ def versions(served, tmp_path):
     return {name: folder.version(name) for name in ADAPTERS}
 
 
+@pytest.fixture
+def embedding(config, served):
+    """What the plugin keeps when the model has been loaded."""
+    model = AutoModelForCausalLM.from_pretrained(served[0], dtype=torch.float32)
+    embedding = ServedEmbedding(OutputRows(model.lm_head), None)
+    keep_embedding(config, embedding)
+    return embedding
+
+
 def asking(name, versions):
     return SamplingParams(extra_args={"moe_bias": name, "moe_bias_version": str(versions[name])})
 
@@ -42,13 +53,14 @@ def step(slots):
     return SimpleNamespace(idx_mapping_np=np.array(slots, dtype=np.int32))
 
 
-def test_rows_follow_slots(config, versions):
+@pytest.mark.parametrize(("first", "second"), [("whole", "routed"), ("far", "linear")])
+def test_rows_follow_slots(config, versions, embedding, first, second):
     assert issubclass(MoEBiasLogitsProcessor, LogitsProcessor)
     processor = MoEBiasLogitsProcessor(config, SimpleNamespace(device=torch.device("cpu")))
     assert processor_of(config) is processor
-    assert processor.add_request(3, asking("routed", versions))
+    assert processor.add_request(3, asking(second, versions))
     assert not processor.add_request(5, SamplingParams())
-    assert processor.add_request(0, asking("whole", versions))
+    assert processor.add_request(0, asking(first, versions))
     generator = torch.Generator().manual_seed(0)
     hidden_BD = torch.randn(4, HIDDEN, generator=generator)
     base_BV = 3 * torch.randn(4, VOCABULARY, generator=generator)
@@ -56,8 +68,8 @@ def test_rows_follow_slots(config, versions):
     masked_BV = base_BV.clone()
     masked_BV[:, ::3] = -torch.inf
     moved_BV = processor.apply(masked_BV.clone(), step([5, 0, 3, 9]))
-    for row, name in ((1, "whole"), (2, "routed")):
-        layer, one = read_version(versions[name], HIDDEN, VOCABULARY), slice(row, row + 1)
+    for row, name in ((1, first), (2, second)):
+        layer, one = read_version(versions[name], HIDDEN, VOCABULARY, embedding.rows), slice(row, row + 1)
         entropy_B = entropy_from_logits(base_BV[one])
         expected = adapted_logits(layer, HeadTransform(), hidden_BD[one], entropy_B, masked_BV[one])
         torch.testing.assert_close(moved_BV[one], expected)

@@ -124,7 +124,7 @@ def test_every_adapter_is_a_model(client, server):
 def test_64_at_once_get_what_each_gets_alone(client):
     asked = list(product(NAMES, PROMPTS))
     alone = [complete(client, *each) for each in asked]
-    assert len({tuple(alone[place : place + 16]) for place in range(0, 64, 16)}) == len(NAMES)
+    assert len({tuple(alone[place : place + 16]) for place in range(0, len(asked), 16)}) == len(NAMES)
     with ThreadPoolExecutor(64) as pool:
         together = pool.map(lambda each: complete(client, *each[1], stream=each[0] % 2 == 0), enumerate(asked))
         assert list(together) == alone
@@ -177,12 +177,13 @@ def test_a_corrupt_adapter_is_refused_and_no_one_else_notices(client, server):
         shutil.rmtree(broken)
 
 
-def test_an_adapter_is_replaced_under_load(client, server, served, tmp_path):
+@pytest.mark.parametrize("kind", ["static", "linear"])
+def test_an_adapter_is_replaced_under_load(client, server, served, tmp_path, kind):
     """Answers that have begun end with the old version, and new ones begin with the new."""
     model = AutoModelForCausalLM.from_pretrained(served[0], dtype=torch.float32)
-    write_adapter(tmp_path / "new", model, ADAPTERS["static"], seed=11)
-    shutil.copytree(server.adapters / "static", server.adapters / "changing")
-    name, prompt, tokens = "tiny:changing", PROMPTS[0], 200
+    write_adapter(tmp_path / "new", model, ADAPTERS[kind], seed=11)
+    shutil.copytree(server.adapters / kind, server.adapters / f"changing-{kind}")
+    name, prompt, tokens = f"tiny:changing-{kind}", PROMPTS[0], 200
     old = complete(client, name, prompt, tokens)
     others = {each: complete(client, *each) for each in product(NAMES, PROMPTS[:4])}
     with ThreadPoolExecutor(32) as pool:
@@ -191,13 +192,25 @@ def test_an_adapter_is_replaced_under_load(client, server, served, tmp_path):
         )
         first = next(begun).choices[0].text
         answers = {each: pool.submit(complete, client, *each) for each in others}
-        replace_adapter(server.adapters / "changing", tmp_path / "new")
+        replace_adapter(server.adapters / f"changing-{kind}", tmp_path / "new")
         new = pool.submit(complete, client, name, prompt, tokens)
         assert first + "".join(chunk.choices[0].text for chunk in begun) == old
         assert {each: answer.result() for each, answer in answers.items()} == others
         assert new.result() != old
-    shutil.copytree(tmp_path / "new", server.adapters / "same")
-    assert complete(client, "tiny:same", prompt, tokens) == new.result()
+    shutil.copytree(tmp_path / "new", server.adapters / f"same-{kind}")
+    assert complete(client, f"tiny:same-{kind}", prompt, tokens) == new.result()
+
+
+def test_an_adapter_of_another_model_is_refused_and_no_one_else_notices(client, server, served, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(served[0], dtype=torch.float32)
+    torch.nn.init.normal_(model.lm_head.weight)
+    write_adapter(server.adapters / "foreign", model, ADAPTERS["linear"])
+    try:
+        with pytest.raises(openai.BadRequestError, match=r"'foreign' cannot be served: .* another output embedding"):
+            complete(client, "tiny:foreign", PROMPTS[0])
+        assert complete(client, "tiny:linear", PROMPTS[0])
+    finally:
+        shutil.rmtree(server.adapters / "foreign")
 
 
 def test_killed_restarted_and_interrupted(client, server):

@@ -10,6 +10,7 @@ Shapes: B rows, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +20,7 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
 from moe_bias.backbone import HeadTransform
 from moe_bias.config import UserError
+from moe_bias.serving.embedding import ServedEmbedding, read_embedding
 
 
 class HeadReader(Protocol):
@@ -29,15 +31,27 @@ class HeadReader(Protocol):
         ...
 
 
-def head_layer(model: Any, model_config: ModelConfig) -> LogitsProcessor:
-    """The layer that makes the model's logits.
+@dataclass(frozen=True)
+class ServedHead:
+    """The layer that makes a model's logits, and the output embedding that it is called with."""
+
+    layer: LogitsProcessor
+    embedding: ServedEmbedding
+
+
+def find_served_head(model: Any, model_config: ModelConfig) -> ServedHead:
+    """Where the model makes its logits. All ranks call this together.
 
     Raises UserError where the model's logits are not that layer's output as it is.
     """
     name = type(model).__name__
     layers = [module for module in model.modules() if isinstance(module, LogitsProcessor)]
-    made: list[tuple[LogitsProcessor, Any]] = []
-    hooks = [layer.register_forward_hook(lambda layer, _, output: made.append((layer, output))) for layer in layers]
+    made: list[tuple[LogitsProcessor, Any, Any]] = []
+
+    def hook(layer: LogitsProcessor, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        made.append((layer, kwargs["lm_head"] if "lm_head" in kwargs else args[0], output))
+
+    hooks = [layer.register_forward_hook(hook, with_kwargs=True) for layer in layers]
     try:
         hidden = torch.zeros(
             1, model_config.get_hidden_size(), dtype=model_config.dtype, device=next(model.parameters()).device
@@ -45,14 +59,15 @@ def head_layer(model: Any, model_config: ModelConfig) -> LogitsProcessor:
         with torch.inference_mode():
             logits = model.compute_logits(hidden)
     finally:
-        for hook in hooks:
-            hook.remove()
-    if len(made) != 1 or made[0][1] is not logits:
+        for placed in hooks:
+            placed.remove()
+    if len(made) != 1 or made[0][2] is not logits:
         raise UserError(
             f"{name} changes its logits in a way of its own after the output embedding, which MoE-Bias does not know; "
             "serve it without MOE_BIAS_ADAPTERS"
         )
-    return made[0][0]
+    layer, lm_head, _ = made[0]
+    return ServedHead(layer, read_embedding(lm_head, model_config))
 
 
 def follow(layer: LogitsProcessor, reader: HeadReader) -> None:

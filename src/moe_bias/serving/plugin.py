@@ -2,7 +2,7 @@
 
 Logits processors are told neither the engine nor the model they work for, so two places of vLLM are
 followed: where requests come in, to check them against the adapters that are served, and where a model
-has been loaded, to follow its head. Without MOE_BIAS_ADAPTERS both are as they were.
+has been loaded, to follow its head and read its output embedding. Without MOE_BIAS_ADAPTERS both are as they were.
 """
 
 from __future__ import annotations
@@ -20,21 +20,31 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from moe_bias.backbone import HeadTransform
 from moe_bias.config import ServingSettings, UserError
-from moe_bias.serving.head import follow, head_layer
+from moe_bias.serving.embedding import ServedEmbedding, keep_embedding
+from moe_bias.serving.head import find_served_head, follow
+from moe_bias.serving.notes import note_sample, share_notes
 from moe_bias.serving.processor import processor_of
 from moe_bias.serving.requests import Gate, gate_of
 
 
 def register() -> None:
     """Makes vLLM apply MoE-Bias adapters; a second call changes nothing."""
+    if _is_on():
+        share_notes()
     if not hasattr(InputProcessor.__init__, "__wrapped__"):
         InputProcessor.__init__ = _with_gate(InputProcessor.__init__)
         BaseModelLoader.load_model = _with_head_followed(BaseModelLoader.load_model)
 
 
+def _is_on() -> bool:
+    return ServingSettings.model_validate({}).adapters is not None
+
+
 def _with_gate(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def init(self: InputProcessor, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        if _is_on():
+            share_notes()  # before the engine's processes are started
         gate = gate_of(vllm_config)
         original(self, vllm_config, *args, **kwargs)
         if gate is not None:
@@ -60,18 +70,25 @@ def _with_head_followed(original: Callable[..., Any]) -> Callable[..., Any]:
         self: BaseModelLoader, vllm_config: VllmConfig, model_config: ModelConfig, *args: Any, **kwargs: Any
     ) -> Any:
         model = original(self, vllm_config, model_config, *args, **kwargs)
-        if ServingSettings.model_validate({}).adapters is not None and model_config.runner_type != "pooling":
-            follow(head_layer(model, model_config), _ProcessorOf(vllm_config))
+        if _is_on() and model_config.runner_type != "pooling":
+            head = find_served_head(model, model_config)
+            keep_embedding(vllm_config, head.embedding)
+            if head.embedding.sample is not None:
+                note_sample(model_config, head.embedding.sample)
+            follow(head.layer, _ProcessorOf(vllm_config, head.embedding))
         return model
 
     return load_model
 
 
 class _ProcessorOf:
-    """Hands on to an engine's processor, which the second runner makes after it has loaded the model."""
+    """Hands on to an engine's processor, which the second runner makes after it has loaded the model.
 
-    def __init__(self, config: VllmConfig) -> None:
-        self._config = config
+    It lives as long as the model, and so holds what is kept for the processor.
+    """
+
+    def __init__(self, config: VllmConfig, embedding: ServedEmbedding) -> None:
+        self._config, self._embedding = config, embedding
 
     def on_head(self, hidden_BD: Tensor, logits_BV: Tensor, transform: HeadTransform) -> None:
         """See `HeadReader`."""

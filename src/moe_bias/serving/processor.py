@@ -30,12 +30,13 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as Second
 from moe_bias.backbone import HeadTransform
 from moe_bias.config import ServingSettings, UserError
 from moe_bias.layer import MoEBiasLayer, entropy_from_logits
+from moe_bias.serving.embedding import embedding_of
 from moe_bias.serving.pool import AdapterPool
 from moe_bias.serving.recorder import RecordedRows, Recording, recorded, recorded_rows
 from moe_bias.serving.recording import RowLayout, Spool
 from moe_bias.serving.requests import NAME, RECORD, RECORD_ABOVE, STRENGTH, VERSION
 from moe_bias.serving.rows import Tenant, TenantRows, move_rows, rows_by_tenant
-from moe_bias.serving.versions import read_version
+from moe_bias.serving.versions import check_made_on, read_version
 
 _LOG = logging.getLogger(__name__)
 _PROCESSORS: WeakValueDictionary[int, MoEBiasLogitsProcessor] = WeakValueDictionary()
@@ -54,14 +55,12 @@ class MoEBiasLogitsProcessor(FirstRunner, SecondRunner):
         """The first runner gives its device, the second the state of its requests."""
         model = vllm_config.model_config
         sizes = model.get_hidden_size(), model.get_vocab_size()
+        self._config, self._sizes = vllm_config, sizes
         self._device = device_or_state if isinstance(device_or_state, torch.device) else device_or_state.device
         settings = ServingSettings.model_validate({})
-        self._pool = AdapterPool(
-            lambda version: read_version(version, *sizes).to(self._device), settings.adapter_memory
-        )
+        self._pool = AdapterPool(self._load, settings.adapter_memory)
         layout = RowLayout.of_model(sizes[0], model.dtype)
         self._spool = None if settings.spool is None else Spool(settings.spool, layout)
-        self._vocab_size = sizes[1]
         self._second_runner = vllm_config.use_v2_model_runner
         self._tenants: dict[int, Tenant] = {}
         self._groups: list[TenantRows] = []
@@ -90,7 +89,7 @@ class MoEBiasLogitsProcessor(FirstRunner, SecondRunner):
         if process_dict_updates(self._tenants, batch_update, lambda params, *_: self._tenant(params)):
             self._groups = rows_by_tenant(self._tenants, self._device)
         if process_dict_updates(self._recordings, batch_update, lambda params, _, ids: self._recording(params, ids)):
-            self._recorded = recorded_rows(self._recordings, self._vocab_size, self._device)
+            self._recorded = recorded_rows(self._recordings, self._sizes[1], self._device)
         self._due = True
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
@@ -125,6 +124,22 @@ class MoEBiasLogitsProcessor(FirstRunner, SecondRunner):
         assert len(logits) == len(slots) == len(hidden_BD), "rows of logits are not those of the requests"
         move_rows(logits, hidden_BD, rows_by_tenant(tenants, self._device), transform, entropy_B)
         return logits
+
+    def _load(self, version: Path) -> MoEBiasLayer:
+        """An adapter's layer with its table made, which no step has to make.
+
+        Its files were checked where its request came in. What was made on another model could be refused there
+        alone: vLLM ends an engine whose processor raises. Where the engine's embedding was not known there, the
+        adapter is applied as it was asked for, and the log says that it is the wrong one.
+        """
+        embedding = embedding_of(self._config)
+        layer = read_version(version, *self._sizes, None if embedding is None else embedding.rows).to(self._device)
+        try:
+            check_made_on(version, None if embedding is None else embedding.sample)
+        except UserError as error:
+            _LOG.error("an adapter that is served does not fit the model: %s", error)
+        layer.table()
+        return layer
 
     def _tenant(self, params: SamplingParams) -> Tenant | None:
         asked = params.extra_args or {}

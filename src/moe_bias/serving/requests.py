@@ -20,6 +20,7 @@ from vllm import SamplingParams
 from vllm.config import VllmConfig
 
 from moe_bias.config import ServingSettings, UserError
+from moe_bias.serving.notes import noted_sample
 from moe_bias.serving.recording import RowLayout, Spool
 from moe_bias.serving.versions import AdapterFolder
 
@@ -99,10 +100,11 @@ def gate_of(config: VllmConfig) -> Gate | None:
         return None
     _check_engine(config)
     model = config.model_config
-    folder = AdapterFolder(root, Path(_versions().name), model.get_hidden_size(), model.get_vocab_size())
+    sizes = model.get_hidden_size(), model.get_vocab_size()
+    folder = AdapterFolder(root, Path(_versions().name), *sizes, lambda: noted_sample(model))
     # The first runner moves logits where they are made, the second after their log-probabilities are taken.
     adapts_logprobs = not config.use_v2_model_runner or model.logprobs_mode.startswith("processed")
-    layout = RowLayout.of_model(model.get_hidden_size(), model.dtype)
+    layout = RowLayout.of_model(sizes[0], model.dtype)
     spool = None if settings.spool is None else Spool(settings.spool, layout)
     return Gate(folder, adapts_logprobs, spool, _hinders_recording(config), _hinders_seeds(config))
 

@@ -3,7 +3,8 @@
 A request keeps the state of its adapter that it began with, whatever happens to the files meanwhile.
 So what a request is admitted with is a *version*: a copy of the files, in a folder that has the digest
 of their bytes as its name and never changes. A copy is made, and checked, when a request first asks for
-files that have changed; what cannot be read or does not fit the model is refused there.
+files that have changed; what cannot be read or does not fit the model is refused there, also what was made
+on another model of the same sizes, where a sample of the engine's output embedding is known.
 """
 
 from __future__ import annotations
@@ -12,16 +13,20 @@ import difflib
 import hashlib
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock
 
+from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
+from torch import Tensor
 
-from moe_bias.adapter import check_adapter_file, layer_tensors, read_adapter
+from moe_bias.adapter import MoEBiasConfig, check_adapter_file, layer_tensors, read_adapter
+from moe_bias.adapter.embedding import check_embedding
 from moe_bias.config import UserError
-from moe_bias.layer import MoEBiasLayer
+from moe_bias.layer import EmbeddingRows, MoEBiasLayer
 
 _FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
 _Stamp = tuple[tuple[int, int, int], ...]
@@ -34,16 +39,24 @@ _KEPT_SECONDS = 3600.0
 class AdapterFolder:
     """The adapters of a folder, `NAME/adapter_config.json` and `NAME/adapter_model.safetensors` each.
 
-    `hidden_size` and `vocab_size` are the model's. Versions are kept under `versions`, a folder of
-    this object's users alone. May be used from several threads.
+    `hidden_size` and `vocab_size` are the model's, and `sample` gives that of its output embedding once
+    it is known. Versions are kept under `versions`, a folder of this object's users alone. May be used
+    from several threads.
     """
 
-    def __init__(self, folder: Path, versions: Path, hidden_size: int, vocab_size: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        versions: Path,
+        hidden_size: int,
+        vocab_size: int,
+        sample: Callable[[], Tensor | None] = lambda: None,
+    ) -> None:
         """Raises UserError where `folder` is none."""
         if not folder.is_dir():
             raise UserError(f"{str(folder)!r}, where adapters are to be served from, is not a folder")
         self._folder, self._versions = folder, versions
-        self._hidden_size, self._vocab_size = hidden_size, vocab_size
+        self._hidden_size, self._vocab_size, self._sample = hidden_size, vocab_size, sample
         self._known: dict[str, tuple[_Stamp, Path | UserError]] = {}
         self._admitted: dict[Path, float] = {}
         self._lock = Lock()
@@ -77,6 +90,7 @@ class AdapterFolder:
             try:
                 version = self._copy(name)
                 read_version(version, self._hidden_size, self._vocab_size)
+                check_made_on(version, self._sample())
             except (OSError, UserError) as error:
                 found: Path | UserError = UserError(f"the adapter {name!r} cannot be served: {error}")
             else:
@@ -129,10 +143,10 @@ def adapter_names(folder: Path) -> list[str]:
     return sorted(path.parent.name for path in folder.glob(f"[!.]*/{CONFIG_NAME}"))
 
 
-def read_version(version: Path, hidden_size: int, vocab_size: int) -> MoEBiasLayer:
-    """The layer of an adapter's files, for a model of these sizes.
+def read_version(version: Path, hidden_size: int, vocab_size: int, rows: EmbeddingRows | None = None) -> MoEBiasLayer:
+    """The frozen layer of an adapter's files, for a model of these sizes; `rows` are those of its output embedding.
 
-    Raises UserError on damaged files and on an adapter of another model.
+    Raises UserError on damaged files and on an adapter of other sizes.
     """
     try:
         config, tensors = read_adapter(version)
@@ -140,9 +154,24 @@ def read_version(version: Path, hidden_size: int, vocab_size: int) -> MoEBiasLay
         check_adapter_file(tensors, config)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise UserError(str(error)) from error
-    layer = MoEBiasLayer(config.layer_config(), hidden_size, vocab_size)
+    layer = MoEBiasLayer(config.layer_config(), hidden_size, vocab_size, rows)
     layer.load_state_dict(layer_tensors(tensors))
     return layer.requires_grad_(False).eval()
+
+
+def check_made_on(version: Path, sample: Tensor | None) -> None:
+    """Raises UserError on an adapter of another output embedding than the sample's; warns where it may be quantised.
+
+    Says nothing where the adapter or the engine has no sample.
+    """
+    config = PeftConfig.from_pretrained(str(version))
+    assert isinstance(config, MoEBiasConfig)
+    if sample is None or config.embedding_sample is None:
+        return
+    try:
+        check_embedding(config.embedding_sample, sample, config.layer_config().through_embedding)
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error)) from error
 
 
 def _offer(name: str, names: list[str]) -> str:
