@@ -23,7 +23,7 @@ from moe_bias.serving.recording import RowLayout, Spool
 from moe_bias.support import log_prob_from_adapted
 from moe_bias.tasks.conversations import Example
 
-from .conftest import HIDDEN, VOCABULARY, running, write_model
+from .conftest import HIDDEN, VOCABULARY, read_at_scale, running, write_model
 
 STOPS = [5, 6, 7]
 CHOICES = SamplingChoices(temperature=1.0, max_new_tokens=12, group=3, batch_size=4, stop_ids=STOPS)
@@ -34,15 +34,20 @@ def early_letters(prompt, completion, gold):
 _RL = (
     "train rl --model model --problems problems.jsonl --gold-column gold --train-problems 24 --test-problems 4"
     " --support all --device cpu --prompts 8 --group 4 --max-new-tokens 12 --batch-tokens 64 --num-experts 3"
-    " --verdict-weight 0 --reward rewards:early_letters --reward-weight 1 --engine-memory 16MiB"
+    " --experts free --verdict-weight 0 --reward rewards:early_letters --reward-weight 1 --engine-memory 16MiB"
 )
 RL_WORDS = _RL.split()
 CLOSE = {"rtol": 0, "atol": 1e-4}
 
 
-def layer_of(support: tuple[int, ...] | None = tuple(range(2, 60)), seed: int = 1) -> MoEBiasLayer:
-    layer = MoEBiasLayer(LayerConfig(experts="free", num_experts=4, support=support), HIDDEN, VOCABULARY)
+def layer_of(
+    support: tuple[int, ...] | None = tuple(range(2, 60)), seed: int = 1, rows: Any = None, **kind: Any
+) -> MoEBiasLayer:
+    """`rows` are those of the model's output embedding, where experts of the kind are made through it."""
+    config = LayerConfig(**{"experts": "free", "num_experts": 4, **kind}, support=support)
+    layer = MoEBiasLayer(config, HIDDEN, VOCABULARY, rows)
     randomise(layer, seed=seed)
+    read_at_scale(layer)
     return layer
 
 

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moe_bias.adapter import save_layer
+from moe_bias.backbone import find_head
 from moe_bias.config import UserError
 
 from .conftest import WITHOUT_VLLM
@@ -35,10 +36,20 @@ def started(served, model, tmp_path_factory):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("support", [tuple(range(2, 60)), tuple(range(2, 95)), None])
-def test_what_is_kept_is_what_transformers_computes(started, model, temperature, support):
+@pytest.mark.parametrize(
+    ("support", "kind"),
+    [
+        (tuple(range(2, 60)), {}),
+        (tuple(range(2, 95)), {}),
+        (None, {}),
+        (tuple(range(2, 60)), {"experts": "linear", "expert_rank": 2}),
+        (tuple(range(2, 60)), {"experts": "directions", "free_entries": True, "reach": "vocabulary"}),
+        (None, {"experts": "directions"}),
+    ],
+)
+def test_what_is_kept_is_what_transformers_computes(started, model, temperature, support, kind):
     sampler, _ = started
-    layer, asked = layer_of(support), prompts(8)
+    layer, asked = layer_of(support, rows=find_head(model)[1].rows, **kind), prompts(8)
     rollouts = sampler.sample(asked, layer, replace(CHOICES, temperature=temperature), 0)
     check_against_transformers(model, layer, asked, rollouts)
     assert {answer.finished for answer in rollouts.answers} == {True, False}
@@ -73,6 +84,15 @@ def test_an_engine_that_forgets_shares_prefixes_within_a_call_alone(started):
         sampling.sample(asked, layer_of(), replace(CHOICES, max_new_tokens=4, group=2), 0)
         hits.append(metric(engine, "vllm:prefix_cache_hits") - before)
     assert hits == [block, block, 2 * block]
+
+
+def test_a_layer_is_sampled_from_where_it_acts_now(started, model):
+    """Trainers let a layer act on its support alone, whatever its config says that it will do."""
+    kind = {"experts": "linear", "expert_rank": 2, "reach": "vocabulary"}
+    layer, asked = layer_of(rows=find_head(model)[1].rows, **kind), prompts(4)
+    layer.reach = "support"
+    check_against_transformers(model, layer, asked, started[0].sample(asked, layer, CHOICES, 0))
+    assert layer.config.reach == "vocabulary"
 
 
 def test_seeds_decide_samples(started):

@@ -112,14 +112,15 @@ def test_a_server_gives_the_same_as_an_engine_here(url, here):
     assert not list((here / "spool").iterdir())
 
 
-def test_reinforcement_learning_samples_from_a_server(url, here, capsys):
-    assert main([*RL, "--endpoint", url]) == 0
+@pytest.mark.parametrize("kind", ["--experts free", "--experts linear --reach vocabulary"])
+def test_reinforcement_learning_samples_from_a_server(url, here, capsys, kind):
+    assert main([*RL, *kind.split(), "--output", kind, "--endpoint", url]) == 0
     assert "held-out accuracy, trained" in capsys.readouterr().out
-    lines = [json.loads(line) for line in (here / "out" / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (here / kind / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2]
     assert max(line["sampler_gap"] for line in lines[1:]) < 1e-4
-    _, tensors = read_adapter(here / "out")
-    assert any("experts" in name and tensor.abs().sum() > 0 for name, tensor in tensors.items())
+    _, tensors = read_adapter(here / kind)
+    assert any(name.endswith(("experts", "directions")) and tensor.any() for name, tensor in tensors.items())
     assert not list((here / "adapters").iterdir())
     assert not list((here / "spool").iterdir())
 

@@ -15,6 +15,7 @@ Shapes: N samples, T tokens, D hidden, K scalars.
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -80,7 +81,7 @@ class VllmSampler:
         samples = len(prompts) * choices.group
         check_prompts(prompts, choices, self.spool.layout.row.itemsize, self.buffer_bytes)
         self.spool.check_room(samples * choices.max_new_tokens)
-        save_layer(layer, self.adapters / self.name, self.model)
+        save_layer(_acting(layer), self.adapters / self.name, self.model)
         records = [f"{uuid4().hex}-{number}" for number in range(samples)]
         seeds = torch.randint(2**31, (samples,), generator=torch.Generator().manual_seed(seed)).tolist()
         requests = [
@@ -174,6 +175,13 @@ def check_choices(choices: SamplingChoices) -> None:
         raise UserError("the first token alone cannot be biased in vLLM; sample with transformers")
     if choices.temperature < LOWEST_TEMPERATURE:
         raise UserError(f"vLLM samples at {LOWEST_TEMPERATURE} in place of temperature = {choices.temperature}")
+
+
+def _acting(layer: MoEBiasLayer) -> MoEBiasLayer:
+    """The layer, with where it acts now in its config: trainers change that, and files have the config's."""
+    acting = copy.copy(layer)
+    acting.config = layer.config.model_copy(update={"reach": layer.reach})
+    return acting
 
 
 def _answer(token_ids: list[int], stop_ids: Sequence[int]) -> Answer:
