@@ -6,7 +6,7 @@ turn, so a turn is the first wave of requests. LoRA keeps a copy of the system p
 all copies are made, and as long as they fit into the cache, it no longer pays for them with time.
 
     plain       the model alone
-    ours n      n MoE-Bias adapters, E = 16, k = 2, support of 4,096
+    ours n      n MoE-Bias adapters on a support of 4,096; `--experts` and the options beside it choose their kind
     lora n      n adapters of LoRA, r = 8 on all linear layers, made with PEFT; `max_loras` is the largest n
 
 Tokens/s are generated tokens over the turn. Time to first token counts from the moment when all requests
@@ -15,6 +15,7 @@ adapters at least 2x LoRA's tokens/s. Runs where vLLM is installed, see CONTRIBU
 
     python benchmarks/serving.py [--rounds 3] [--adapters 1 8 64] [--requests 64] [--system-tokens 1024]
     python benchmarks/serving.py --no-lora --rounds 9      # many more rounds in the time
+    python benchmarks/serving.py --experts free --num-experts 16
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from time import perf_counter
-from typing import Any
+from typing import Any, get_args
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -40,9 +41,8 @@ from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
 from moe_bias.adapter.files import save_layer
-from moe_bias.backbone import load_model, resolve_model
-from moe_bias.config import LayerConfig, ModelSettings
-from moe_bias.layer import MoEBiasLayer
+from moe_bias.backbone import find_head, load_model, resolve_model
+from moe_bias.config import Experts, LayerConfig, ModelSettings, Reach
 from side_by_side import ratio, take_turns, write_record
 
 SUPPORT, RANK, OWN_TOKENS = 4096, 8, 32
@@ -99,6 +99,11 @@ def main() -> None:
     parser.add_argument("--cache-gib", type=int, default=4)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--model", default="bundled")
+    for name, choices in (("experts", get_args(Experts)), ("reach", get_args(Reach))):
+        parser.add_argument(f"--{name}", choices=choices, default=LayerConfig.model_fields[name].default)
+    for name in ("num_experts", "top_k", "expert_rank"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=LayerConfig.model_fields[name].default)
+    parser.add_argument("--free-entries", action="store_true")
     parser.add_argument("--lora", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
     with TemporaryDirectory() as folder:
@@ -116,11 +121,14 @@ def main() -> None:
 def write_adapters(folder: Path, options: argparse.Namespace) -> None:
     """Random adapters of both kinds, all different, in `ours` and `lora`."""
     model, _ = load_model(ModelSettings(model=options.model, device="cpu"))
-    sizes = model.get_output_embeddings().in_features, model.get_output_embeddings().out_features
+    head = find_head(model)[1]
+    chosen = {name: value for name, value in vars(options).items() if name in LayerConfig.model_fields}
     torch.manual_seed(0)
     for number in range(max(options.adapters)):
-        layer = MoEBiasLayer(LayerConfig(support=tuple(range(SUPPORT))), *sizes)
-        torch.nn.init.normal_(layer.experts, std=0.01)
+        layer = head.layer(LayerConfig(support=tuple(range(SUPPORT)), **chosen))
+        for part in (layer.experts, layer.directions, layer.writes):
+            if part is not None:
+                torch.nn.init.normal_(part, std=0.01)
         save_layer(layer, folder / "ours" / f"a{number}", model)
     adapted: Any = get_peft_model(model, LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
     for number in range(max(options.adapters)):
