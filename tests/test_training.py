@@ -14,6 +14,7 @@ from moe_bias.layer import MoEBiasLayer
 from moe_bias.support import full_log_prob
 from moe_bias.training import objective
 from moe_bias.training.base_logits import BaseLogits
+from moe_bias.training.lora import HeadLoRA
 from moe_bias.training.objective import adapted_log_prob, supervised_gradients, supervised_loss
 from moe_bias.training.sft import fit, parse_support
 
@@ -211,3 +212,33 @@ def test_unusable_support_files_are_refused(tmp_path, content, sentence):
     file.write_text(content)
     with pytest.raises(UserError, match=sentence):
         parse_support(str(file), 97)
+
+
+@pytest.mark.parametrize("support", [tuple(SUPPORT), None])
+@torch.no_grad()
+def test_lora_on_the_output_embedding_is_its_formula(support):
+    head = head_of()
+    layer = HeadLoRA(head, 3, support)
+    randomise(layer)
+    hidden_TD = torch.randn(5, HIDDEN)
+    # alpha / r = 2; B (M, r) times A (r, D) times h, whatever normalisation the layer holds.
+    expected_TM = 2 * hidden_TD @ layer.router.weight.T @ layer.experts
+    torch.testing.assert_close(layer(hidden_TD, torch.rand(5)).bias, expected_TM)
+
+
+def test_lora_on_the_output_embedding_learns_from_stored_hidden_states():
+    head, features = head_of(), features_of(head_of())
+    layer = HeadLoRA(head, 2, tuple(SUPPORT))
+    before = token_nll(None, features, head).mean()
+    fit(layer, features, head, TrainingSettings(epochs=60, expert_rate=0.1, router_rate=0.1), "test")
+    assert token_nll(layer, features, head).mean() < before - 0.5
+
+
+def test_training_on_the_first_tokens_leaves_the_others_alone():
+    head, features = head_of(), features_of(head_of())
+    spoilt = replace(features, hidden=torch.cat([features.hidden[:20], features.hidden[20:] * torch.nan]))
+    layers = [layer_of(), layer_of()]
+    for layer, source in zip(layers, (features.at(slice(20)), spoilt), strict=True):
+        fit(layer, source, head, TrainingSettings(epochs=2, batch_tokens=8, train_tokens=20), "test")
+    for name, value in layers[0].state_dict().items():
+        assert torch.equal(value, layers[1].state_dict()[name]), name

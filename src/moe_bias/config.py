@@ -276,7 +276,10 @@ class OptimiserSettings(Settings):
     """How gradients become steps."""
 
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="AdamW, or SGD with momentum 0.9")
-    expert_rate: float = Field(3e-3, gt=0, description="learning rate of the experts")
+    EXPERT_RATES: ClassVar[dict[Experts, float]] = {"free": 2e-2, "directions": 1e-2, "linear": 3e-3}
+    """What the experts learn at where nothing is said: a free entry is a logit, the others are multiplied by rows."""
+
+    expert_rate: float | None = Field(None, gt=0, description="learning rate of the experts; none: by their kind")
     entry_rate: float = Field(2e-2, gt=0, description="learning rate of free entries beside other experts")
     router_rate: float = Field(3e-3, gt=0, description="learning rate of router, gate and what linear experts read")
     warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps that the rates rise in")
@@ -284,11 +287,16 @@ class OptimiserSettings(Settings):
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     weight_decay: float = Field(0.0, ge=0, description="decay of the experts towards 0")
 
+    def rate_of(self, experts: Experts) -> float:
+        """The learning rate of experts of a kind."""
+        return self.EXPERT_RATES[experts] if self.expert_rate is None else self.expert_rate
+
 
 class TrainingSettings(StartSettings, OptimiserSettings):
     """How a layer is trained on hidden states."""
 
     epochs: int = Field(8, ge=1, description="passes over the hidden states")
+    train_tokens: int | None = Field(None, ge=1, description="train on so many tokens, the first; none: on all")
     batch_tokens: int = Field(512, ge=1, description="tokens in one optimiser step")
     expert_dropout: float = Field(0.0, ge=0, lt=1, description="share of the experts' entries a step leaves out")
     loss_bound: float = Field(100.0, gt=0, description="stop where a step's loss in nats per token is above this")
@@ -358,11 +366,14 @@ class SupervisedSettings(ModelSettings, RunSettings, DataSettings):
     @model_validator(mode="after")
     def _from_one_source(self) -> Self:
         """Errors' contexts name the fields, so that `describe_error` can say where they came from."""
-        if not (self.data or self.store):
-            raise PydanticCustomError("source", "one of --data and --store is required")
-        if self.data and self.store and not self.takes_texts_beside_store:
-            both = {"data": self.data, "store": ",".join(self.store)}
-            raise PydanticCustomError("source", "--data {data} and --store {store} exclude each other; give one", both)
+        sources = self._sources()
+        given = {name: value for name, value in sources.items() if value}
+        if not given:
+            *others, last = map(_option, sources)
+            raise PydanticCustomError("source", f"one of {', '.join(others)} and {last} is required")
+        if len(given) > 1 and not self.takes_texts_beside_store:
+            listed = " and ".join(f"{_option(name)} {{{name}}}" for name in given)
+            raise PydanticCustomError("source", f"{listed} exclude each other; give one", given)
         for name in _OF_EXTRACTION if self.store else ():
             if name in self.model_fields_set:
                 raise PydanticCustomError(
@@ -372,6 +383,10 @@ class SupervisedSettings(ModelSettings, RunSettings, DataSettings):
                     {name: str(getattr(self, name))},
                 )
         return self
+
+    def _sources(self) -> dict[str, str]:
+        """What hidden states may come from, by field; "" where it is not given."""
+        return {"data": self.data, "store": ",".join(self.store or ())}
 
     @model_validator(mode="after")
     def _own_support(self) -> Self:
@@ -383,9 +398,37 @@ class SupervisedSettings(ModelSettings, RunSettings, DataSettings):
 class TrainSFTSettings(SupervisedSettings):
     """Train an adapter on prompts and answers by supervised learning."""
 
+    samples: Path | None = Field(
+        None, description="output folder of moe-bias eval, whose right answers to train on, in place of --data"
+    )
+    samples_of: str | None = Field(
+        None, min_length=1, description="whose samples those are, a row's name; none: the model's own, 'base'"
+    )
     output: Path = Field(description="folder of the adapter; an unfinished run in it is gone on with")
     checkpoint_every: int = Field(200, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="how many of the last checkpoints are kept")
+
+    @field_validator("samples", mode="before")
+    @classmethod
+    def _not_a_count(cls, value: object) -> object:
+        """A key of the settings file is how many samples `eval` takes."""
+        return None if isinstance(value, int) else value
+
+    def _sources(self) -> dict[str, str]:
+        return {**super()._sources(), "samples": "" if self.samples is None else str(self.samples)}
+
+    @model_validator(mode="after")
+    def _of_samples(self) -> Self:
+        """Errors' contexts name the fields, so that `describe_error` can say where they came from."""
+        if self.samples_of and not self.samples:
+            raise PydanticCustomError(
+                "source", "--samples-of {samples_of} needs --samples; give both", {"samples_of": self.samples_of}
+            )
+        if self.samples and "split" in self.model_fields_set:
+            raise PydanticCustomError(
+                "source", "--split {split} does not apply to --samples; leave it out", {"split": self.split}
+            )
+        return self
 
 
 class SweepSettings(SupervisedSettings):
@@ -409,6 +452,7 @@ class ArmsSettings(SupervisedSettings):
     lora: bool = Field(True, description="train the arms of LoRA too, which takes by far the longest")
     lora_rank: int = Field(8, ge=1, description="rank r of LoRA")
     lora_rate: float = Field(2e-4, gt=0, description="learning rate of LoRA, decaying linearly")
+    lora_head_rate: float = Field(3e-3, gt=0, description="learning rate of LoRA on the output embedding alone")
     lora_batch_size: int = Field(8, ge=1, description="examples in one optimiser step of LoRA")
     lora_tokens: int | None = Field(
         None, ge=1, description="completion tokens that lora-tokens is trained on; none: as many as moe-bias"
@@ -485,7 +529,7 @@ class PolicySettings(StartSettings, OptimiserSettings):
     """Reinforcement learning of a layer on the high-entropy minority of tokens."""
 
     optimizer: Literal["adamw", "sgd"] = Field("sgd", description="AdamW, or SGD with momentum 0.9")
-    expert_rate: float = Field(1.0, gt=0, description="learning rate of the experts")
+    EXPERT_RATES: ClassVar[dict[Experts, float]] = {"free": 1.0, "directions": 1e-1, "linear": 1e-1}
     router_rate: float = Field(2e-2, gt=0, description="learning rate of the router and the gate")
     warmup: float = Field(0.0, ge=0, lt=1, description="share of the steps that the rates rise in")
     decay: Literal["linear", "none"] = Field("none", description="whether the rates then fall to 0")
@@ -582,7 +626,10 @@ class WarmPolicySettings(TaskSettings, PolicySettings):
 
     warm_problems: int = Field(200, ge=0, description="problems of whose worked answers each arm learns the form first")
     warm_epochs: int = Field(20, ge=1, description="passes over their hidden states")
-    warm_expert_rate: float = Field(1e-1, gt=0, description="learning rate of the experts meanwhile")
+    WARM_EXPERT_RATES: ClassVar[dict[Experts, float]] = {"free": 1e-1, "directions": 1e-2, "linear": 1e-2}
+    warm_expert_rate: float | None = Field(
+        None, gt=0, description="learning rate of the experts meanwhile; none: by their kind"
+    )
     warm_router_rate: float = Field(3e-3, gt=0, description="learning rate of the router and the gate meanwhile")
 
 
@@ -748,7 +795,11 @@ class EvalSettings(ModelSettings):
                 {"adapter": ",".join(self.adapter)},
             )
         if self.strength and not self.adapter:
-            raise PydanticCustomError("engine", "--strength needs an adapter; name one with --adapter")
+            raise PydanticCustomError(
+                "engine",
+                "--strength {strength} needs an adapter; name one with --adapter",
+                {"strength": ",".join(f"{value:g}" for value in self.strength)},
+            )
         if not (self.endpoint or self.base or self.adapter):
             raise PydanticCustomError("engine", "--no-base without --adapter leaves nothing to measure; give --adapter")
         return self

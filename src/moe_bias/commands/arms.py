@@ -12,7 +12,7 @@ from moe_bias.commands.cells import Outcome, Runner, Workshop, report, run_missi
 from moe_bias.commands.demo_report import report_console
 from moe_bias.commands.examples import say
 from moe_bias.config import ArmsSettings
-from moe_bias.evaluation.arms import LAYER_ARMS, LORA_ARMS, MAIN, MAIN_ON_LORA_TOKENS, run_lora
+from moe_bias.evaluation.arms import LAYER_ARMS, LORA_ARMS, LORA_HEAD, MAIN, MAIN_ON_LORA_TOKENS, run_lora
 from moe_bias.evaluation.cells import BASE_MODEL, CellRecords
 from moe_bias.evaluation.grid import with_changes
 from moe_bias.training.run_folder import refuse_other_settings
@@ -38,6 +38,11 @@ def _wanted(settings: ArmsSettings, workshop: Workshop, records: CellRecords) ->
     for name, changes in LAYER_ARMS.items():
         for seed in settings.seeds:
             wanted[name, seed] = partial(workshop.cell, name, with_changes(settings, {**changes, "seed": seed}))
+    for seed in settings.seeds:
+        rate = {"expert_rate": settings.lora_head_rate, "router_rate": settings.lora_head_rate, "seed": seed}
+        wanted[LORA_HEAD, seed] = partial(
+            workshop.head_lora, LORA_HEAD, with_changes(settings, {**rate, "experts": "free"}), settings.lora_rank
+        )
     if settings.lora_tokens is not None:
         for seed in settings.seeds:
             one = with_changes(settings, {"seed": seed})

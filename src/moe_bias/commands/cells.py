@@ -18,6 +18,7 @@ from moe_bias.evaluation.cells import Cell, CellRecords, base_cell, compare_cell
 from moe_bias.features.source import Subset
 from moe_bias.records import provenance, write_json
 from moe_bias.training.base_logits import BaseLogits
+from moe_bias.training.lora import HeadLoRA
 from moe_bias.training.run_folder import begin, digests
 from moe_bias.training.sft import Prepared
 
@@ -66,6 +67,13 @@ class Workshop:
         prepared, logits = self.on(settings.support), self._logits_on(settings)
         cell = run_cell(name, settings, prepared, self.material.head, logits)
         return cell, settings.model_dump(mode="json")
+
+    def head_lora(self, name: str, settings: RunSettings, rank: int) -> Outcome:
+        """The cell of LoRA on the output embedding alone, at one rate."""
+        prepared, logits = self.on(settings.support), self._logits_on(settings)
+        torch.manual_seed(settings.seed)
+        layer = HeadLoRA(self.material.head, rank, prepared.support)
+        return run_cell(name, settings, prepared, self.material.head, logits, layer), settings.model_dump(mode="json")
 
     def cell_on_tokens(self, name: str, settings: RunSettings, tokens: int) -> Outcome:
         """A layer's cell on so many training tokens: the first of them once, or all as many times as that gives."""

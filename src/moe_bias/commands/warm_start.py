@@ -16,6 +16,10 @@ MAX_LENGTH = 1024
 _SHARED = (
     "num_experts",
     "top_k",
+    "experts",
+    "expert_rank",
+    "free_entries",
+    "reach",
     "entropy_gate",
     "load_balance_weight",
     "support",
@@ -65,6 +69,6 @@ def warm_settings(settings: WarmPolicySettings) -> TrainingSettings:
     return TrainingSettings.model_construct(
         **shared,
         epochs=settings.warm_epochs,
-        expert_rate=settings.warm_expert_rate,
+        expert_rate=settings.warm_expert_rate or settings.WARM_EXPERT_RATES[settings.experts],
         router_rate=settings.warm_router_rate,
     )

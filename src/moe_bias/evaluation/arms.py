@@ -5,6 +5,9 @@ The names:
     moe-bias          as the settings say
     static            one expert without a gate: a plain vector of logit biases
     no-gate           without the entropy gate
+    no-routing        one expert without a gate, its rank such that it has as many parameters: a plain low-rank map
+    free              16 experts of free entries, top-2
+    lora-head         LoRA on the output embedding alone, on the support, from the same stored hidden states
     full-vocabulary   a bias on every token in place of the support
     lora-tokens       LoRA on as many completion tokens as moe-bias is trained on, or as the settings say
     moe-bias-tokens   MoE-Bias on as many as the settings say for LoRA, where they say so
@@ -30,10 +33,13 @@ from moe_bias.training.lora import Budget, LoRAChoices, lora_on, lora_token_nll,
 MAIN = "moe-bias"
 LAYER_ARMS: dict[str, dict[str, Any]] = {
     MAIN: {},
-    "static": {"num_experts": 1, "top_k": 1, "entropy_gate": False},
+    "static": {"experts": "free", "num_experts": 1, "top_k": 1, "entropy_gate": False},
     "no-gate": {"entropy_gate": False},
+    "no-routing": {"num_experts": 1, "top_k": 1, "expert_rank": 31, "entropy_gate": False},
+    "free": {"experts": "free", "num_experts": 16, "top_k": 2},
     "full-vocabulary": {"support": "all"},
 }
+LORA_HEAD = "lora-head"
 LORA_ARMS = ("lora-tokens", "lora-time")
 MAIN_ON_LORA_TOKENS = "moe-bias-tokens"
 

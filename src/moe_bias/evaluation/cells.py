@@ -25,7 +25,7 @@ from moe_bias.evaluation.strata import STRATA, by_stratum, counts_by_stratum
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.records import provenance, write_json
 from moe_bias.training.base_logits import BaseLogits
-from moe_bias.training.sft import Prepared, fit, fresh_layer
+from moe_bias.training.sft import Prepared, first_tokens, fit, fresh_layer
 from moe_bias.training.trainer import Evaluations
 
 BASE_MODEL = "base model"
@@ -94,18 +94,26 @@ class CellRecords:
         return self.folder / f"{re.sub(r'[^A-Za-z0-9.=_-]+', '_', name)}-seed{seed}.json"
 
 
-def run_cell(name: str, settings: RunSettings, prepared: Prepared, head: Head, logits: BaseLogits) -> Cell:
+def run_cell(
+    name: str,
+    settings: RunSettings,
+    prepared: Prepared,
+    head: Head,
+    logits: BaseLogits,
+    layer: MoEBiasLayer | None = None,
+) -> Cell:
     """Trains a layer with the settings' seed and measures it; with patience the best one, on the same tokens.
 
-    `logits` are those of the training features.
+    `layer` is the fresh one (None: the one of the settings), `logits` are those of the training features.
     """
     watched = Evaluations(prepared.held_out, settings.evaluate_every, settings.patience) if settings.patience else None
-    layer = fresh_layer(settings, prepared.support, head)
+    layer = layer or fresh_layer(settings, prepared.support, head)
     started = time.perf_counter()
     report = fit(layer, prepared.train, head, settings, f"{name}, seed {settings.seed}", watched, logits)
     seconds = time.perf_counter() - started
-    trained = min(report.steps * settings.batch_tokens, settings.epochs * len(prepared.train))
-    made = prepared.seconds + logits.seconds
+    tokens = len(first_tokens(prepared.train, settings.train_tokens))
+    trained = min(report.steps * settings.batch_tokens, settings.epochs * tokens)
+    made = (prepared.seconds + logits.seconds) * tokens / len(prepared.train)
     return _measured(name, settings.seed, layer, trained, (seconds, made), prepared, head)
 
 

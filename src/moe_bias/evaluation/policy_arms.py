@@ -34,7 +34,17 @@ from moe_bias.records import provenance, write_json
 
 BASE, STATIC, MAIN, LORA = "base", "static", "moe-bias", "lora"
 SUPERVISED, LORA_SUPERVISED, LORA_HIGH_ENTROPY = "moe-bias-sft", "lora-sft", "lora-high-entropy"
-_VECTOR: dict[str, Any] = {"num_experts": 1, "top_k": 1, "entropy_gate": False}
+_VECTOR: dict[str, Any] = {
+    "experts": "free",
+    "num_experts": 1,
+    "top_k": 1,
+    "entropy_gate": False,
+    "optimizer": "sgd",
+    "expert_rate": 1.0,
+    "warm_expert_rate": 1e-1,
+    "warm_epochs": 20,
+}
+"""A plain vector of biases, at the rates that suit it."""
 LAYER_ARMS: dict[str, dict[str, Any]] = {
     "first-token": {**_VECTOR, "first_token_only": True, "rho": 1.0},
     STATIC: _VECTOR,

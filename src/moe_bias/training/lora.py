@@ -1,4 +1,4 @@
-"""LoRA on all linear layers of the backbone (PEFT): what the adapter is compared with.
+"""LoRA, what the adapter is compared with: on all linear layers of the backbone (PEFT), or on the output embedding.
 
 Objective: the mean negative log-likelihood of a batch's completion tokens, the same tokens that the
 adapter is trained on. AdamW without weight decay, a rate that falls linearly to 0 over the budget,
@@ -7,7 +7,10 @@ gradients clipped to norm 1. The budget is of completion tokens or of seconds.
 Logits are made for completion tokens alone: a hook before the output embedding picks their hidden
 states, so that the model's own forward still does to the logits whatever it does.
 
-Shapes: B batch, L length, T completion tokens, V vocabulary.
+LoRA on the output embedding alone needs no backbone either: `z' = z + scale B A h` is a table and coefficients of
+it, so that `HeadLoRA` trains on stored hidden states as a layer of ours does.
+
+Shapes: B batch, L length, T completion tokens, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -24,14 +27,16 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from moe_bias.backbone import output_embedding
-from moe_bias.config import UserError
+from moe_bias.backbone import Head, output_embedding
+from moe_bias.config import LayerConfig, UserError
 from moe_bias.features.extract import batches_by_length
-from moe_bias.layer import at_least_float32
+from moe_bias.layer import Mixture, MoEBiasLayer, Routing, at_least_float32
 from moe_bias.progress import meter
 from moe_bias.tasks.conversations import Example
 
 MAX_GRAD_NORM = 1.0
+SCALE = 2
+"""alpha / r."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +69,36 @@ class LoRAReport:
     parameters: int
 
 
+class HeadLoRA(MoEBiasLayer):
+    """LoRA on the output embedding's rows of the support: `router.weight` is A (r, D), `experts` is B^T (r, M).
+
+    No router and no gate: every token reads all r.
+    """
+
+    def __init__(self, head: Head, rank: int, support: tuple[int, ...] | None) -> None:
+        config = LayerConfig(
+            experts="free",
+            num_experts=rank,
+            top_k=rank,
+            support=support,
+            entropy_gate=False,
+            load_balance_weight=0.0,
+        )
+        super().__init__(config, head.hidden_size, head.vocab_size)
+
+    def mix(self, hidden: Tensor, entropy: Tensor) -> Mixture:
+        """`scale A h` for hidden states (..., D); the routing is uniform, as there is none."""
+        hidden = at_least_float32(hidden.detach())
+        read = SCALE * F.linear(hidden, self.router.weight.to(hidden.dtype))
+        even = torch.full_like(read, 1 / self.config.num_experts)
+        return Mixture(read, torch.ones_like(read[..., 0]), Routing(even, even))
+
+
 @contextmanager
 def lora_on(model: nn.Module, rank: int, seed: int) -> Iterator[Any]:
     """The model with fresh LoRA weights while the block runs; afterwards the model is as it was."""
     torch.manual_seed(seed)
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     adapted: Any = get_peft_model(model, config)  # type: ignore[arg-type,unused-ignore]
     try:
         yield adapted

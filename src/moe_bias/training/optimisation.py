@@ -69,7 +69,7 @@ class Optimisation:
         """The rate of each part, by its name, in step `step`, counted from 0."""
         factor = rate_factor(step, self._steps, self._settings.warmup, self._settings.decay == "linear")
         return {
-            EXPERTS: factor * self._settings.expert_rate,
+            EXPERTS: factor * self._settings.rate_of(self._layer.config.experts),
             ROUTER: factor * self._settings.router_rate,
             ENTRIES: factor * self._settings.entry_rate,
         }

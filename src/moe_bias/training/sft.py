@@ -195,6 +195,7 @@ def fit(
     Raises UserError where the loss is not finite or above its bound; the layer then holds the last
     step's weights.
     """
+    features = first_tokens(features, settings.train_tokens)
     start(layer, features, settings)
     with trained_on_support(layer):
         return Trainer(layer, features, head, settings, Watch(evaluations), logits=logits).run(description)
@@ -214,6 +215,7 @@ def train(
     had never stopped. Raises UserError where the folder's run is another one, or on the causes of
     `fit`; KeyboardInterrupt on Ctrl-C, once the step is in a checkpoint.
     """
+    source = first_tokens(source, settings.train_tokens)
     checkpoints = Checkpoints(settings.output, settings.checkpoint_every, settings.keep_checkpoints)
     if processes.is_first:
         data = {**digests(source, held_out), "processes": processes.count}
@@ -232,6 +234,11 @@ def train(
     finally:
         if log is not None:
             log.close()
+
+
+def first_tokens(source: FeatureSource, count: int | None) -> FeatureSource:
+    """The first tokens of a source, so many of them; the whole source where it has no more."""
+    return source if count is None or count >= len(source) else Subset(source, torch.arange(count))
 
 
 @contextmanager

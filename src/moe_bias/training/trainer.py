@@ -223,7 +223,8 @@ def batches(tokens: int, settings: TrainingSettings, first_step: int = 0) -> Ite
 def _cause(batch: Features, loss: SupervisedLoss, norms: GradientNorms, settings: TrainingSettings) -> str | None:
     """Why no step can be taken with this loss and these gradients, and what to do; None where it can."""
     value = float(loss.total)
-    slower = f"lower --expert-rate ({settings.expert_rate:g}) or --router-rate ({settings.router_rate:g})"
+    rate = settings.rate_of(settings.experts)
+    slower = f"lower --expert-rate ({rate:g}) or --router-rate ({settings.router_rate:g})"
     if not math.isfinite(value) and not _is_finite(batch):
         return "its hidden states, logits or entropies are not finite; extract them again, in a wider type"
     if not math.isfinite(value):
