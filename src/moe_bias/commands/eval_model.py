@@ -23,7 +23,7 @@ from moe_bias.rollout.answers import AnswerChoices, sampled_answers
 from moe_bias.rollout.decoding import Answer, TextAnswer
 from moe_bias.rollout.policy import Policy, base_policy
 from moe_bias.tasks.benchmarks import Protocol
-from moe_bias.tasks.conversations import Conversation, encode_prompt, end_of_turn
+from moe_bias.tasks.conversations import ask, encode_prompt, end_of_turn
 
 
 def answer_by_model(settings: EvalSettings, protocol: Protocol, arms: Sequence[EvalArm], ledger: Ledger) -> None:
@@ -83,13 +83,13 @@ class Asker:
     def of(cls, protocol: Protocol, tokenizer: PreTrainedTokenizerBase, ledger: Ledger, rows: int) -> Asker:
         """Puts the problems into the prompt template, and that into the chat template."""
         problems = ledger.problems.problems
-        asked = [_conversation(protocol.prompt(problem), protocol.chat) for problem in problems]
+        asked = [ask(protocol.prompt(problem), is_chat=protocol.chat) for problem in problems]
         choices = AnswerChoices(
             protocol.samples,
             protocol.temperature,
             protocol.top_p,
             protocol.max_new_tokens,
-            end_of_turn(_conversation("", protocol.chat), tokenizer),
+            end_of_turn(ask("", is_chat=protocol.chat), tokenizer),
         )
         prompts = [encode_prompt(conversation, tokenizer) for conversation in asked]
         return cls(prompts, [protocol.seed_of(problem) for problem in problems], choices, tokenizer, ledger, rows)
@@ -132,7 +132,3 @@ class Asker:
     def _text(self, answer: Answer) -> TextAnswer:
         text = str(self.tokenizer.decode(answer.token_ids))
         return TextAnswer(text, len(answer.token_ids) + answer.finished, answer.finished)
-
-
-def _conversation(prompt: str, chat: bool) -> Conversation:
-    return Conversation(({"role": "user", "content": prompt},), "", is_chat=chat)

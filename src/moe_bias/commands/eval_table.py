@@ -60,10 +60,10 @@ def _title(protocol: Protocol, problems: ProblemSet) -> str:
 def _writing(found: Sequence[Score]) -> Table:
     first = found[0].name
     title = (
-        "How the answers are written: tokens of one, % that the limit cut, % that end in a loop, and distinct-4,\n"
-        "the % of runs of four words that are different ones"
+        "How the answers are written: tokens, % cut by the limit, % that loop,\n"
+        "% of runs of four words that are different ones (distinct-4)"
     )
-    against = f"; second lines: change to {first}" if len(found) > 1 else ""
+    against = f"\nsecond lines: change to {first}, paired by problem" if len(found) > 1 else ""
     table = Table(title=title + against, title_justify="left")
     table.add_column("arm", overflow="fold")
     for heading in ("tokens", "cut", "loops", "distinct-4"):

@@ -1,7 +1,8 @@
 """`moe-bias eval`: a model and its adapters on the same problems, with intervals, and every sample kept.
 
 Samples are added to `samples.jsonl` problem by problem, and a run that was cut short goes on with the
-problems that are missing. `record.json` is written when all are there.
+problems that are missing. `record.json` is written when all are there. `problems.jsonl` marks which problems
+were used, with their prompts.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from moe_bias.commands.eval_model import answer_by_model
 from moe_bias.commands.eval_table import print_scores
 from moe_bias.config import EvalSettings, Interrupted, UserError
 from moe_bias.evaluation.ledger import Ledger
-from moe_bias.evaluation.samples import SampleFile
+from moe_bias.evaluation.samples import SampleFile, write_prompts
 from moe_bias.evaluation.scores import GROUPS, Score, scores
 from moe_bias.progress import meter
 from moe_bias.records import provenance, write_json
@@ -48,6 +49,8 @@ def run(settings: EvalSettings) -> None:
         ledger.check_whole()
     begin(settings.output, deciding, {"problems": problems.digest()})
     refuse_changed_arms(settings.output, arms)
+    named = zip(problems.ids, problems.problems, strict=True)
+    write_prompts(settings.output, {name: protocol.prompt(problem) for name, problem in named})
     started = time.perf_counter()
     if settings.regrade:
         ledger.regrade()

@@ -42,14 +42,14 @@ def encoded(
     return corpus
 
 
-def split(rows: Sequence[int], held_out: float, seed: int, source: str) -> list[int]:
+def split(rows: Sequence[int], held_out: float, seed: int, source: str, noun: str = "usable examples") -> list[int]:
     """The held-out ones among the rows, ascending, drawn with the seed: at least `HELD_OUT_AT_LEAST`, never all.
 
-    Raises UserError where too few rows are there, naming their source.
+    Raises UserError where too few rows are there, naming their source and what they are.
     """
     if len(rows) <= HELD_OUT_AT_LEAST:
         raise UserError(
-            f"{source} has {len(rows)} usable examples; at least {HELD_OUT_AT_LEAST + 1} are needed, one to train on "
+            f"{source} has {len(rows)} {noun}; at least {HELD_OUT_AT_LEAST + 1} are needed, one to train on "
             f"and {HELD_OUT_AT_LEAST} to measure on"
         )
     held = min(max(round(held_out * len(rows)), HELD_OUT_AT_LEAST), len(rows) - 1)

@@ -1,6 +1,6 @@
 """What a supervised command works on: the frozen model and hidden states that were extracted, before or just now.
 
-Given `--store` the states are there. Given `--data` they are extracted into a store first, which is
+Given `--store` the states are there. Given `--data`, or other texts, they are extracted into a store first, which is
 kept: in `--features`, or in the user's cache under a name that follows from all that decides its
 content. The next run of the same model, data and limits finds it there; an extraction that was cut
 short goes on. The support of such a store is chosen on the training examples alone.
@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from transformers import PreTrainedModel
 
@@ -22,12 +23,13 @@ from moe_bias.backbone import Head, cache_folder, find_head, load_model
 from moe_bias.commands.examples import encoded, length_limit, say, split
 from moe_bias.commands.making import made
 from moe_bias.config import OWN_SUPPORT, Interrupted, SupervisedSettings, TextSettings, UserError
+from moe_bias.evaluation.statistics import Floats
 from moe_bias.features.build import Choices, Plan, make_plan, versions
 from moe_bias.features.fingerprint import corpus_hash, model_facts
 from moe_bias.features.manifest import TEMPERATURE, recipe_hash
 from moe_bias.features.store import FeatureStore
 from moe_bias.features.writer import in_bytes
-from moe_bias.tasks.conversations import Corpus, Example, encode_all, ends, read_conversations
+from moe_bias.tasks.conversations import Conversation, Corpus, Example, encode_all, ends, read_conversations
 from moe_bias.training.processes import ALONE, Processes
 from moe_bias.training.sft import Prepared, parse_support, prepare_stored
 
@@ -36,11 +38,37 @@ NAME_LENGTH = 16
 
 
 @dataclass(frozen=True)
+class Texts:
+    """Conversations to extract from, what they are called, and the unit that each belongs to.
+
+    A unit is held out whole; `noun` says what units are. By default each conversation is one.
+    """
+
+    conversations: Sequence[Conversation]
+    source: str
+    units: Sequence[int]
+    noun: str = "usable examples"
+
+    @classmethod
+    def of_data(cls, settings: TextSettings) -> Texts:
+        """The rows of the settings' data. Raises UserError where they cannot be read."""
+        conversations = read_conversations(settings.data, settings.split)
+        return cls(conversations, settings.data, range(len(conversations)))
+
+    def held_out(self, rows: Sequence[int], settings: SupervisedSettings) -> list[int]:
+        """The rows, of those that can be used, whose unit is held out. Raises UserError on too few units."""
+        units = list(dict.fromkeys(self.units[row] for row in rows))
+        held = set(split(units, settings.held_out, settings.seed, self.source, self.noun))
+        return [row for row in rows if self.units[row] in held]
+
+
+@dataclass(frozen=True)
 class Material:
     """The frozen model, its output embedding, a feature store that fits them, and the rows that are held out.
 
     `always` are ids that a chosen support must hold, `made_on` is the support that the store was asked
-    for. `corpus` are the texts, None where there is only the store.
+    for. `corpus` are the texts, None where there is only the store; `held_out_units` the unit of each row that is
+    held out, None where each row is one.
     """
 
     model: PreTrainedModel
@@ -50,11 +78,19 @@ class Material:
     always: list[int]
     made_on: str = OWN_SUPPORT
     corpus: Corpus | None = None
+    held_out_units: Sequence[int] | None = None
 
     def on(self, support: str) -> Prepared:
         """Features on a support, as the option names it. Raises UserError on one that cannot be."""
         wanted = OWN_SUPPORT if support == self.made_on else support
         return prepare_stored(self.store, self.head, self.held_out, wanted, self.always)
+
+    def by_unit(self, sums: Floats) -> Floats:
+        """Sums over held-out rows as sums over held-out units: those of one unit are not independent."""
+        if self.held_out_units is None:
+            return sums
+        number = np.unique(self.held_out_units, return_inverse=True)[1]
+        return np.bincount(number, weights=sums).astype(np.float64)
 
     def examples(self) -> tuple[list[Example], list[Example]]:
         """Training and held-out examples."""
@@ -68,16 +104,19 @@ class Material:
 
 
 @contextmanager
-def opened(settings: SupervisedSettings, console: Console, processes: Processes = ALONE) -> Iterator[Material]:
+def opened(
+    settings: SupervisedSettings, console: Console, processes: Processes = ALONE, texts: Texts | None = None
+) -> Iterator[Material]:
     """The material while the block runs; features that are not to be kept are removed after it.
 
-    Raises UserError on data, stores or settings that cannot be used, before the model is loaded where
-    that can be told; Interrupted where an extraction was, with what is whole.
+    `texts` are what to extract from where the settings name neither data nor a store. Raises UserError on data,
+    stores or settings that cannot be used, before the model is loaded where that can be told; Interrupted where an
+    extraction was, with what is whole.
     """
     if settings.store:
         yield _stored(settings, settings.store, console)
     else:
-        with _extracted(settings, console, processes) as material:
+        with _extracted(settings, texts or Texts.of_data(settings), console, processes) as material:
             yield material
 
 
@@ -114,19 +153,21 @@ def texts_of(store: FeatureStore, settings: TextSettings, model: PreTrainedModel
 
 
 @contextmanager
-def _extracted(settings: SupervisedSettings, console: Console, processes: Processes) -> Iterator[Material]:
-    conversations = read_conversations(settings.data, settings.split)
+def _extracted(
+    settings: SupervisedSettings, texts: Texts, console: Console, processes: Processes
+) -> Iterator[Material]:
     model, tokenizer = load_model(settings)
     head = find_head(model)[1]
     support = parse_support(settings.support, head.vocab_size)
     limit = length_limit(model, settings.max_length)
-    corpus = encoded(conversations, tokenizer, limit, settings.data, console)
-    held_out = split(corpus.rows, settings.held_out, settings.seed, settings.data)
+    corpus = encoded(texts.conversations, tokenizer, limit, texts.source, console)
+    held_out = texts.held_out(corpus.rows, settings)
     always = ends(tokenizer)
     choices = Choices(support, always, head.dtype, batch_size=settings.batch_size, held_out=held_out)
-    plan = make_plan(corpus, settings.data, model_facts(model, head, tokenizer), choices)
+    plan = make_plan(corpus, texts.source, model_facts(model, head, tokenizer), choices)
     with features_of(model, head, plan, settings, console, processes) as store:
-        yield Material(model, head, store, held_out, always, settings.support, corpus)
+        units = [texts.units[row] for row in held_out]
+        yield Material(model, head, store, held_out, always, settings.support, corpus, units)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""`moe-bias train sft`: an adapter from prompts and answers, or from a feature store, by supervised learning.
+"""`moe-bias train sft`: an adapter from prompts and answers, right samples of an evaluation, or a feature store.
 
 Started by a launcher (`torchrun --nproc-per-node 2 --no-python moe-bias train sft ...`), the processes
 train one layer on the same batches that one would; the first one extracts and writes, the others wait
@@ -7,14 +7,16 @@ for the features.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 
 import torch
 from rich.console import Console
 
 from moe_bias.adapter import save_layer
-from moe_bias.backbone import Head
-from moe_bias.commands.material import opened
+from moe_bias.commands.examples import say
+from moe_bias.commands.material import Material, opened
+from moe_bias.commands.right_answers import RightAnswers
 from moe_bias.commands.saved import refuse_overwriting
 from moe_bias.config import Interrupted, TrainSFTSettings
 from moe_bias.evaluation.likelihood import per_example, token_nll
@@ -48,13 +50,17 @@ def run(settings: TrainSFTSettings) -> None:
 def _run(settings: TrainSFTSettings) -> None:
     processes = Processes.join(settings.device)
     console = Console(quiet=not processes.is_first)
-    with opened(settings, console, processes) as material:
+    answers = None if settings.samples is None else RightAnswers.of(settings.samples, settings.samples_of)
+    if answers is not None:
+        say(console, f"{answers.summary()}; measure the adapter on other problems")
+    with opened(settings, console, processes, None if answers is None else answers.texts) as material:
         head, prepared = material.head, material.on(settings.support)
         layer = fresh_layer(settings, prepared.support, head)
         _announce(console, layer, prepared, material.model.num_parameters())
         report = train(layer, prepared.train, prepared.held_out, head, settings, processes)
         if processes.is_first:
-            _record(console, layer, prepared, head, report, settings)
+            measured = _measured(layer, prepared, material)
+            _record(console, measured, report, settings, answers)
             save_layer(layer, settings.output, material.model, prepared.fork_coverage)
             console.print(f"Saved in {settings.output}.")
         processes.wait()
@@ -68,23 +74,28 @@ def _announce(console: Console, layer: MoEBiasLayer, prepared: Prepared, model_p
     )
 
 
-def _record(
-    console: Console,
-    layer: MoEBiasLayer,
-    prepared: Prepared,
-    head: Head,
-    report: FitReport,
-    settings: TrainSFTSettings,
-) -> None:
-    """Measures, prints and writes the record; the adapter comes after it, so that none is without its record."""
-    base, adapted = (per_example(token_nll(arm, prepared.held_out, head), prepared.held_out) for arm in (None, layer))
-    counts = per_example(torch.ones(len(prepared.held_out)), prepared.held_out)
-    estimates = {
+def _measured(layer: MoEBiasLayer, prepared: Prepared, material: Material) -> dict[str, Estimate]:
+    held_out, head = prepared.held_out, material.head
+    of_tokens = (token_nll(None, held_out, head), token_nll(layer, held_out, head), torch.ones(len(held_out)))
+    base, adapted, counts = (material.by_unit(per_example(values_T, held_out)) for values_T in of_tokens)
+    return {
         "base_nll": ratio_of_sums(base, counts),
         "adapted_nll": ratio_of_sums(adapted, counts),
         "change": ratio_of_sums(adapted - base, counts),
     }
+
+
+def _record(
+    console: Console,
+    estimates: Mapping[str, Estimate],
+    report: FitReport,
+    settings: TrainSFTSettings,
+    answers: RightAnswers | None,
+) -> None:
+    """Prints and writes the record; the adapter comes after it, so that none is without its record."""
     record = {name: asdict(estimate) for name, estimate in estimates.items()} | {"training": asdict(report)}
+    if answers is not None:
+        record["samples"] = answers.record()
     settings_used = settings.model_dump(mode="json")
     write_json(settings.output / "record.json", {"settings": settings_used, "provenance": provenance(), **record})
     if settings.patience:

@@ -1,4 +1,5 @@
-"""Answers with their verdicts as a run keeps them: `samples.jsonl`, a line of JSON for each.
+"""Answers with their verdicts as a run keeps them: `samples.jsonl`, a line of JSON for each; and `problems.jsonl`,
+which problems those were and how each was put to the arms.
 
 The lines of a problem are added together, and a problem counts as answered by an arm when all its
 lines are there: what a killed run left of a problem is dropped, and the problem answered again. Lines
@@ -10,15 +11,17 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from moe_bias.config import UserError
 from moe_bias.records import write_parts
 from moe_bias.tasks.verdict import Outcome
 
 FILE = "samples.jsonl"
+PROMPTS_FILE = "problems.jsonl"
 
 
 @dataclass(frozen=True)
@@ -94,5 +97,22 @@ class SampleFile:
             return file.read() == b"\n"
 
 
+def write_prompts(folder: Path, prompts: Mapping[str, str]) -> None:
+    """Keeps the user's turns by the problems' ids, in their order."""
+    rows = ({"id": name, "prompt": prompt} for name, prompt in prompts.items())
+    write_parts(folder / PROMPTS_FILE, (_as_line(row) for row in rows))
+
+
+def read_prompts(folder: Path) -> dict[str, str]:
+    """The user's turns by the problems' ids, in the problems' order."""
+    with (folder / PROMPTS_FILE).open(encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    return {row["id"]: row["prompt"] for row in rows}
+
+
 def _line(sample: Sample) -> bytes:
-    return (json.dumps(asdict(sample)) + "\n").encode()
+    return _as_line(asdict(sample))
+
+
+def _as_line(row: Mapping[str, Any]) -> bytes:
+    return (json.dumps(row) + "\n").encode()

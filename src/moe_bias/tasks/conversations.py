@@ -65,9 +65,9 @@ class Corpus:
         return sum(example.is_cut for example in self.examples)
 
 
-def ask(question: str, answer: str = "") -> Conversation:
-    """A conversation of one question, and its answer."""
-    return Conversation(({"role": "user", "content": question},), answer)
+def ask(question: str, answer: str = "", is_chat: bool = True) -> Conversation:
+    """A conversation of one question, and its answer; or, where it is no chat, a text and how it goes on."""
+    return Conversation(({"role": "user", "content": question},), answer, is_chat)
 
 
 def read_conversations(source: str, split: str) -> list[Conversation]:
@@ -222,7 +222,7 @@ def _paired(prompt_key: str, prompt: Any, completion: Any, context: str) -> Conv
     if isinstance(prompt, list):
         return Conversation(tuple(prompt), completion if isinstance(completion, str) else completion[-1]["content"])
     if prompt_key == "prompt":
-        return Conversation(({"role": "user", "content": prompt},), completion, is_chat=False)
+        return ask(prompt, completion, is_chat=False)
     if prompt_key == "instruction" and context:
         prompt = f"{prompt}\n\n{context}"
     return ask(prompt, completion)
