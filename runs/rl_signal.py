@@ -29,25 +29,30 @@ from moe_bias.features.extract import Features
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.records import provenance, write_json
 from moe_bias.support import log_prob_from_adapted
-from moe_bias.training.objective import adapted_logits, chunks
+from moe_bias.training.objective import TableMove, chunks
 from moe_bias.training.optimisation import Optimisation
 from moe_bias.training.policy_gradients import policy_stats
 from moe_bias.training.policy_objective import Sampled, select_high_entropy
 from moe_bias.training.rl import Update
 
-STILL = 1e-9
-UPDATES = {
-    "experts 1, router 5e-2": {"expert_rate": 1.0, "router_rate": 5e-2},
-    "router 5e-2": {"expert_rate": STILL, "router_rate": 5e-2},
-    "router 5e-3": {"expert_rate": STILL, "router_rate": 5e-3},
-    "experts 1": {"expert_rate": 1.0, "router_rate": STILL},
-    "experts 5": {"expert_rate": 5.0, "router_rate": STILL},
-    "experts 20": {"expert_rate": 20.0, "router_rate": STILL},
-    "experts 20, router 5e-3": {"expert_rate": 20.0, "router_rate": 5e-3},
-    "experts 5e-3 by adamw": {"optimizer": "adamw", "expert_rate": 5e-3, "router_rate": STILL},
-    "experts 2e-2 by adamw": {"optimizer": "adamw", "expert_rate": 2e-2, "router_rate": STILL},
+ADAMW, SGD = {"optimizer": "adamw"}, {"optimizer": "sgd"}
+NO_CLIP = {"eps_low": 0.999, "eps_high": 1e6}
+UPDATES: dict[str, dict[str, Any]] = {
+    **{f"AdamW {rate:g}": {**ADAMW, "expert_rate": rate, "router_rate": rate} for rate in (1e-4, 3e-4, 1e-3, 3e-3)},
+    "AdamW 3e-4, router still": {**ADAMW, "expert_rate": 3e-4, "router_rate": 1e-9},
+    "AdamW 1e-3, router still": {**ADAMW, "expert_rate": 1e-3, "router_rate": 1e-9},
+    **{
+        f"SGD {expert:g}, router {router:g}": {**SGD, "expert_rate": expert, "router_rate": router}
+        for expert, router in ((1e-3, 1e-3), (1e-2, 1e-3), (1e-2, 1e-2), (1e-1, 1e-2), (1.0, 2e-2))
+    },
+    **{
+        f"AdamW {rate:g}, KL {bound:g}": {**ADAMW, "expert_rate": rate, "router_rate": rate, "step_kl": bound}
+        for rate in (1e-3, 3e-3)
+        for bound in (0.01, 0.03)
+    },
+    "AdamW 1e-3, KL 0.03, no clip": {**ADAMW, **NO_CLIP, "expert_rate": 1e-3, "router_rate": 1e-3, "step_kl": 0.03},
 }
-"""Rates of SGD with momentum, where no other optimiser is named; what is not named stays as it is."""
+"""Rates, and bounds on the exact KL from the sampling policy; what is not named stays as it is."""
 SHAPES = ((12, 4), (48, 1))
 """Problems in a step, and steps: the same problems are learned from."""
 RHOS = (0.2, 1.0)
@@ -162,10 +167,11 @@ def tried(
 def gain(layer: MoEBiasLayer, ground: Ground, samples: Samples) -> tuple[float, float]:
     """First-order change of the share of right answers, and mean of ratio - 1 - log ratio, an estimate of KL."""
     logits, log_probs = columns_of(layer, ground, samples.features), []
-    shares_TE = layer.mix(samples.features.hidden, samples.features.entropy).shares
-    for rows in chunks(len(samples.features), layer.experts):
+    coefficients_TC = layer.mix(samples.features.hidden, samples.features.entropy).coefficients
+    move = TableMove(layer, layer.table(), ground.head.transform)
+    for rows in chunks(len(samples.features), move.table_CM):
         batch = samples.features.at(rows)
-        adapted_TM = adapted_logits(layer, shares_TE[rows], logits(rows), ground.head.transform, 1.0)
+        adapted_TM = move.adapted(coefficients_TC[rows], logits(rows))
         log_probs.append(log_prob_from_adapted(batch.logit, batch.column, adapted_TM, batch.rest))
     log_ratio_T = (torch.cat(log_probs) - samples.sampled.log_prob).double()
     ratio_T = log_ratio_T.exp()

@@ -449,6 +449,7 @@ class ArmsSettings(SupervisedSettings):
     takes_texts_beside_store: ClassVar[bool] = True
     output: Path = Field(description="folder of the arms' records; arms that have one are not run again")
     seeds: Seeds = Field([0, 1, 2], description="each arm is trained once with each of these seeds")
+    arms: Names = Field([], description="arms to run besides moe-bias, such as static,free; none: all of them")
     lora: bool = Field(True, description="train the arms of LoRA too, which takes by far the longest")
     lora_rank: int = Field(8, ge=1, description="rank r of LoRA")
     lora_rate: float = Field(2e-4, gt=0, description="learning rate of LoRA, decaying linearly")
@@ -626,7 +627,7 @@ class WarmPolicySettings(TaskSettings, PolicySettings):
 
     warm_problems: int = Field(200, ge=0, description="problems of whose worked answers each arm learns the form first")
     warm_epochs: int = Field(20, ge=1, description="passes over their hidden states")
-    WARM_EXPERT_RATES: ClassVar[dict[Experts, float]] = {"free": 1e-1, "directions": 1e-2, "linear": 1e-2}
+    WARM_EXPERT_RATES: ClassVar[dict[Experts, float]] = {"free": 1e-1, "directions": 1e-2, "linear": 3e-3}
     warm_expert_rate: float | None = Field(
         None, gt=0, description="learning rate of the experts meanwhile; none: by their kind"
     )

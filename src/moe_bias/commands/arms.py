@@ -11,7 +11,7 @@ from functools import partial
 from moe_bias.commands.cells import Outcome, Runner, Workshop, report, run_missing
 from moe_bias.commands.demo_report import report_console
 from moe_bias.commands.examples import say
-from moe_bias.config import ArmsSettings
+from moe_bias.config import ArmsSettings, UserError
 from moe_bias.evaluation.arms import LAYER_ARMS, LORA_ARMS, LORA_HEAD, MAIN, MAIN_ON_LORA_TOKENS, run_lora
 from moe_bias.evaluation.cells import BASE_MODEL, CellRecords
 from moe_bias.evaluation.grid import with_changes
@@ -23,6 +23,9 @@ def run(settings: ArmsSettings) -> None:
 
     Raises UserError where the folder holds arms of other settings; Interrupted on Ctrl-C.
     """
+    unknown = sorted({*settings.arms} - {*LAYER_ARMS, LORA_HEAD})
+    if unknown:
+        raise UserError(f"--arms names {unknown[0]!r}; choose among {', '.join((*LAYER_ARMS, LORA_HEAD))}")
     refuse_other_settings(settings.output, settings.model_dump(mode="json"))
     console, records = report_console(), CellRecords(settings.output)
     if settings.lora and not settings.data:
@@ -35,10 +38,12 @@ def run(settings: ArmsSettings) -> None:
 def _wanted(settings: ArmsSettings, workshop: Workshop, records: CellRecords) -> dict[tuple[str, int], Runner]:
     """What runs each arm with each seed."""
     wanted: dict[tuple[str, int], Runner] = {(BASE_MODEL, 0): partial(workshop.base, settings)}
-    for name, changes in LAYER_ARMS.items():
+    chosen = [name for name in (*LAYER_ARMS, LORA_HEAD) if name in (MAIN, *settings.arms) or not settings.arms]
+    for name in (name for name in chosen if name != LORA_HEAD):
+        changes = LAYER_ARMS[name]
         for seed in settings.seeds:
             wanted[name, seed] = partial(workshop.cell, name, with_changes(settings, {**changes, "seed": seed}))
-    for seed in settings.seeds:
+    for seed in settings.seeds if LORA_HEAD in chosen else ():
         rate = {"expert_rate": settings.lora_head_rate, "router_rate": settings.lora_head_rate, "seed": seed}
         wanted[LORA_HEAD, seed] = partial(
             workshop.head_lora, LORA_HEAD, with_changes(settings, {**rate, "experts": "free"}), settings.lora_rank
