@@ -183,12 +183,17 @@ def analysis_experts(stem: str) -> str:
                 str(card["expert"]),
                 f"{card['high']:.1%}",
                 f"{card['low']:.1%}",
-                *(", ".join(_quoted(token["text"]) for token in card[side][:4]) for side in ("raised", "lowered")),
+                *(", ".join(_acted_on(card[side])) for side in ("raised", "lowered")),
                 ", ".join(_quoted(moment["token"]["text"]) for moment in card["contexts"]),
             ]
             for card in cards
         ),
     )
+
+
+def _acted_on(tokens: list[dict[str, Any]]) -> list[str]:
+    """The first of an expert's tokens on which the adapter has a bias; records of the first version know no others."""
+    return [_quoted(token["text"]) for token in tokens if token.get("acts", True)][:4]
 
 
 def train_step() -> str:

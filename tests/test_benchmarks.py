@@ -13,7 +13,7 @@ import update
 from corpus import corpus_of, model_of, shaped_config
 from lora_arm import Form, LoRAArm
 from moe_bias.config import UserError
-from update_arms import LAYER_ARMS
+from update_arms import DEFAULT, EVERYTHING, LAYER_ARMS, head_autograd, lora_head_support, support_autograd
 
 SHAPE = "64,512,1000000"
 TOKENS, SUPPORT = 1300, 100
@@ -48,6 +48,32 @@ def test_arms_learn_the_same_from_an_epoch(corpus, reference, arms):
         # Adam divides by the gradient's size, so an entry whose gradient is rounding moves by up to the rate.
         difference = (arm.layer.experts - expected.layer.experts).abs()
         assert difference.mean() < 1e-5, name
+
+
+@pytest.mark.parametrize(
+    ("reference", "arms"),
+    [(head_autograd, ["default-full"]), (support_autograd, ["default-support", "default-kept"])],
+)
+def test_arms_of_the_default_layer_learn_the_same_from_an_epoch(corpus, reference, arms):
+    expected = reference(corpus, TOKENS, SUPPORT, DEFAULT)
+    expected()
+    assert expected.layer.directions.abs().max() > 1e-3
+    for name in arms:
+        arm = LAYER_ARMS[name](corpus, TOKENS, SUPPORT)
+        arm()
+        for own, others in zip(arm.layer.parameters(), expected.layer.parameters(), strict=True):
+            assert (own - others).abs().mean() < 1e-5, name
+
+
+def test_lora_at_the_head_learns_the_same_through_the_reduced_softmax(corpus):
+    expected = LAYER_ARMS["lora-head"](corpus, TOKENS, SUPPORT)
+    assert expected() == TOKENS
+    assert expected.layer.b_MR.abs().max() > 1e-3
+    for budget in (0, EVERYTHING):
+        arm = lora_head_support(corpus, TOKENS, corpus.head.vocab_size, budget)
+        arm()
+        assert (arm.layer.b_MR - expected.layer.b_MR).abs().mean() < 1e-5
+        assert (arm.layer.a_RD - expected.layer.a_RD).abs().mean() < 1e-5
 
 
 def test_forks_are_a_fifth_of_the_tokens_and_count_as_all(corpus):

@@ -326,7 +326,7 @@ def test_a_tasks_problems_are_those_that_a_run_with_this_seed_holds_out(ground):
             "--output o --data problems.jsonl --adapter adapter --strength 0.5,1,0.50",
             "strength from --strength is '0.5,1,0.50': 0.5 stands there twice",
         ),
-        ("--output o --data problems.jsonl --strength 0.5", "--strength needs an adapter; name one with --adapter"),
+        ("--output o --data problems.jsonl --strength 0.5", "--strength 0.5 needs an adapter; name one with --adapter"),
         (
             "--output o --data problems.jsonl --adapter adapter --strength half",
             "strength from --strength is 'half': input should be a valid number",

@@ -50,8 +50,8 @@ def test_a_stopped_command_goes_on_to_the_same_bytes(folder, capsys, number):
     if number == signal.SIGINT:
         assert f"interrupted: run the same command again to go on from {cut}/checkpoints/step-" in errors.read_text()
     assert not (cut / ADAPTER).exists()
-    assert main(words_to(cut, "--expert-rate", "0.01")) == 2
-    assert "holds an unfinished run with --expert-rate 0.02, not 0.01" in capsys.readouterr().err
+    assert main(words_to(cut, "--warmup", "0.1")) == 2
+    assert "holds an unfinished run with --warmup 0.03, not 0.1" in capsys.readouterr().err
     process = start_command(words_to(cut), errors)
     process.join(60)
     assert process.exitcode == 0

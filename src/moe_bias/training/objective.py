@@ -99,7 +99,12 @@ def supervised_gradients(
     for rows in chunks(len(batch), table_CM):
         nll -= mix.add(rows, batch.at(rows), logits_of(rows), tokens)
     balance, weight = load_balance_loss(mixture.routing, total=total), layer.config.load_balance_weight
-    torch.autograd.backward([coefficients_TC, table_CM, weight * balance], [mix.coefficients_TC, mix.table_CM, None])
+    roots: list[Tensor] = [coefficients_TC, table_CM]
+    gradients: list[Tensor | None] = [mix.coefficients_TC, mix.table_CM]
+    if balance.requires_grad:  # LoRA at the head has no router
+        roots.append(weight * balance)
+        gradients.append(None)
+    torch.autograd.backward(roots, gradients)
     nll, balance = total(nll), total(balance.detach())
     routing = Routing(mixture.routing.probs.detach(), mixture.routing.gates.detach())
     return SupervisedLoss(nll + weight * balance, nll, balance, routing)
