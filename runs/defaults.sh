@@ -16,30 +16,37 @@ common=(--held-out 0.1 --logits-budget 4GiB)
 
 [ -d "$stores/gsm8k" ] || uv run moe-bias extract --data "$gsm8k" --shard 1/4 --output "$stores/gsm8k"
 [ -f "$python" ] || uv run python runs/python_functions.py "$python" --functions 2000
-declare -A features=([gsm8k]="--store $stores/gsm8k" [python]="--data $python --features $stores/python")
+[ -d "$stores/python" ] || uv run moe-bias extract --data "$python" --output "$stores/python"
 
 sweep() {
-  # shellcheck disable=SC2086
-  uv run moe-bias sweep ${features[$1]} "${common[@]}" --epochs 4 --expert-rate "$2" \
-    --output "runs/out/defaults/$1-$3" --grid "$4" --base "$5" --seeds "${6:-0}"
+  uv run moe-bias sweep --store "$stores/$1" "${common[@]}" --epochs 4 --output "runs/out/defaults/$1-$2" \
+    --grid "$3" --base "$4" --seeds "${5:-0}"
   mkdir -p records/defaults
-  cp "runs/out/defaults/$1-$3/table.json" "records/defaults/$1-$3.json"
+  cp "runs/out/defaults/$1-$2/table.json" "records/defaults/$1-$2.json"
 }
 
-declare -A seeds=([gsm8k]=0,1 [python]=0)
 for text in gsm8k python; do
-  sweep $text 5e-2 experts "num_experts=4,16,64 top_k=1,2,4" "num_experts=16 top_k=2" "${seeds[$text]}"
-  sweep $text 5e-2 rates "expert_rate=2e-2,5e-2,1e-1 router_rate=1e-3,3e-3,1e-2" "expert_rate=5e-2 router_rate=3e-3"
-  sweep $text 5e-2 gate "gate_alpha=0,1 gate_beta=-1,0,2" "gate_alpha=1 gate_beta=0"
-  sweep $text 5e-2 normalisation "normalisation=standardise,rms,none" "normalisation=standardise"
+  sweep $text linear "experts=linear num_experts=2,4,8 expert_rank=3,7,15" "num_experts=4 expert_rank=7"
+  sweep $text linear-rates "expert_rate=1e-3,3e-3,1e-2 router_rate=1e-3,3e-3,1e-2" "expert_rate=3e-3 router_rate=3e-3"
+  sweep $text linear-batches "batch_tokens=512,1024,2048 expert_rate=3e-3,6e-3" "batch_tokens=512 expert_rate=3e-3"
+  sweep $text linear-passes "epochs=2,4,8 expert_dropout=0,0.1 weight_decay=0,0.1" "epochs=4 expert_dropout=0 weight_decay=0"
+  sweep $text linear-start "entropy_gate=true,false normalisation=standardise,rms,none" \
+    "entropy_gate=true normalisation=standardise"
+  sweep $text linear-reach "reach=support,vocabulary experts=directions,linear" "reach=support experts=linear"
+  sweep $text directions "experts=directions num_experts=16,32 top_k=2,4 expert_rate=3e-3,1e-2" \
+    "num_experts=16 top_k=2 expert_rate=1e-2"
 done
-sweep gsm8k 2e-2 together "gate_alpha=0,1 top_k=2,4 epochs=4,8" "gate_alpha=0 top_k=2 epochs=4"
-sweep gsm8k 2e-2 epochs "epochs=2,4,8,16 expert_dropout=0,0.2" "epochs=4 expert_dropout=0"
+
+# The layer beside what it could be without: a static bias, free experts, no gate, no routing, LoRA on the output embedding.
 for text in gsm8k python; do
-  sweep $text 2e-2 support "support=own,auto:1024,auto:2048" "support=own"
+  for tokens in 20000 70000 200000; do
+    uv run moe-bias arms --store "$stores/$text" "${common[@]}" --epochs 4 --train-tokens $tokens --no-lora --seeds 0,1,2 \
+      --arms static,no-gate,no-routing,free,lora-head --output "runs/out/defaults/$text-arms-$tokens"
+    cp "runs/out/defaults/$text-arms-$tokens/table.json" "records/defaults/$text-arms-$tokens.json"
+  done
 done
 
 # LoRA takes hours on as many tokens as MoE-Bias: it is run on 100,000 of them, and for as long as MoE-Bias takes.
-uv run moe-bias arms --store "$stores/gsm8k" --data "$gsm8k" "${common[@]}" --epochs 4 --expert-rate 2e-2 --gate-alpha 0 \
+uv run moe-bias arms --store "$stores/gsm8k" --data "$gsm8k" "${common[@]}" --epochs 4 --arms static \
   --seeds 0 --lora-tokens 100000 --output runs/out/defaults/gsm8k-arms
 cp runs/out/defaults/gsm8k-arms/table.json records/defaults/gsm8k-arms.json

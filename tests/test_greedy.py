@@ -39,7 +39,7 @@ def test_every_policys_answers_are_those_of_generate(name, batch_size):
         randomise(layer, seed)
     policies = [base_policy, *(layer_policy(layer, head.transform) for layer in layers)]
     answers = greedy_answers(model, head, PROMPTS, policies, stop_ids=STOP, max_new_tokens=12, batch_size=batch_size)
-    adapted = get_peft_model(model, MoEBiasConfig(experts="free", **config.model_dump()))
+    adapted = get_peft_model(model, MoEBiasConfig(**config.model_dump()))
     attached = find_adapter_head(adapted).moe_bias_layers["default"]
     for column, layer in zip(answers, [None, *layers], strict=True):
         if layer is not None:

@@ -38,6 +38,10 @@ def words(command, output, *more, source=DATA):
     return [*command.split(), *source.split(), *TRAINING.split(), *support, "--output", str(output), *more]
 
 
+STORE = "--model model --store store --device cpu"
+ARMS = ["moe-bias", "static", "no-gate", "no-routing", "free", "full-vocabulary", "lora-head"]
+
+
 def printed(capsys):
     """What was printed, on one line."""
     return " ".join(capsys.readouterr().out.split())
@@ -231,9 +235,18 @@ def test_a_store_without_a_support_given_is_swept_on_its_own(folder, monkeypatch
     Path("ids.json").write_text("[2, 9, 10, 11, 20]")
     extract_to("store", "--support", "ids.json")
     assert (
-        main(words("sweep", "out", "--grid", "num_experts=4", source="--model model --store store --device cpu")) == 0
+        main(
+            words(
+                "sweep",
+                "out",
+                "--grid",
+                "num_experts=4 experts=free",
+                source="--model model --store store --device cpu",
+            )
+        )
+        == 0
     )
-    assert rows_of("out")["num_experts=4"]["parameters"] == 4 * (5 + 16) + 2
+    assert rows_of("out")["num_experts=4 experts=free"]["parameters"] == 4 * (5 + 16) + 2
     record = json.loads(next(Path("out/cells").glob("num_experts*")).read_text())
     assert record["settings"]["support"] == "own"
 
@@ -244,9 +257,14 @@ def test_arms_from_a_store_are_those_of_the_layer(folder, capsys):
     assert main(words("arms", "out", "--seeds", "0", source="--model model --store store --device cpu")) == 0
     assert "lora-tokens and lora-time are left out: they need the texts, which --data gives" in printed(capsys)
     rows = rows_of("out")
-    assert list(rows) == ["base model", "moe-bias", "static", "no-gate", "full-vocabulary"]
-    assert rows["moe-bias"]["parameters"] == 16 * (40 + 16) + 2
-    assert rows["full-vocabulary"]["parameters"] == 16 * (97 + 16) + 2
+    assert list(rows) == ["base model", *ARMS]
+    assert rows["moe-bias"]["parameters"] == rows["full-vocabulary"]["parameters"] == 4 * (16 + 15 * 16) + 2
+    assert rows["free"]["parameters"] == 16 * (40 + 16) + 2
+    assert rows["lora-head"]["parameters"] == 8 * (40 + 16)
+    assert main(words("arms", "two", "--seeds", "0", "--arms", "static,lora-head", "--no-lora", source=STORE)) == 0
+    assert list(rows_of("two")) == ["base model", "moe-bias", "static", "lora-head"]
+    assert main(words("arms", "none", "--arms", "dense", source=STORE)) == 2
+    assert "--arms names 'dense'; choose among moe-bias, static" in capsys.readouterr().err
 
 
 def test_arms_from_a_store_with_its_texts_are_those_of_data(folder, capsys):

@@ -213,7 +213,7 @@ def test_handlers_of_the_program_are_left_alone():
 @pytest.mark.parametrize(
     ("changes", "difference"),
     [
-        ({"expert_rate": 0.01}, "--expert-rate 0.02, not 0.01"),
+        ({"expert_rate": 0.01}, "--expert-rate None, not 0.01"),
         ({"seed": 4, "epochs": 5}, "--seed 0, not 4"),
         ({"entropy_gate": False}, "--entropy-gate True, not False"),
     ],

@@ -168,7 +168,7 @@ def test_sweep_from_the_command(folder, capsys, monkeypatch):
     assert (len(rows), rows["num_experts=4 support=auto:40"]["seeds"]) == (5, 2)
     assert rows["num_experts=8 support=all"]["change"] is None
     assert rows["num_experts=4 support=auto:40"]["nll"]["all"]["value"] < rows["base model"]["nll"]["all"]["value"]
-    assert rows["num_experts=8 support=all"]["parameters"] == 8 * (VOCABULARY + 16) + 2
+    assert rows["num_experts=8 support=all"]["parameters"] == 8 * (16 + 15 * 16) + 2  # of linear experts of rank 7
     assert main([*words, "--grid", "num_experts=4,8,2 support=auto:40"]) == 0
     assert (len(extracted), len(run)) == (1, 10)
     assert main([*words, "--grid", "num_experts=2", "--epochs", "3"]) == 2
@@ -197,7 +197,8 @@ def test_arms_from_the_command(folder, capsys, monkeypatch):
     words = ["arms", *COMMON.split(), "--seeds", "0,1", "--lora-rank", "2", "--lora-batch-size", "4"]
     assert main(words) == 0
     rows = {row["name"]: row for row in json.loads((folder / "out" / "table.json").read_text())["rows"]}
-    arms = ["moe-bias", "static", "no-gate", "full-vocabulary", "lora-tokens", "lora-time"]
+    arms = ["moe-bias", "static", "no-gate", "no-routing", "free", "full-vocabulary", "lora-head"]
+    arms += ["lora-tokens", "lora-time"]
     assert list(rows) == ["base model", *arms]
     assert rows["moe-bias"]["change"] is None
     assert rows["lora-tokens"]["train_tokens"] >= rows["moe-bias"]["train_tokens"]

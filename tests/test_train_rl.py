@@ -78,7 +78,7 @@ def test_record_samples_and_adapter(ground, capsys):
     assert len(samples) % 12 == 0
     config, tensors = read_adapter(ground / "out")
     assert len(config.support) == 40
-    assert any("experts" in name and tensor.abs().sum() > 0 for name, tensor in tensors.items())
+    assert any("directions" in name and tensor.abs().sum() > 0 for name, tensor in tensors.items())
     assert "held-out accuracy, trained" in capsys.readouterr().out
     assert main(words_to(ground / "out", steps=2)) == 2
     assert "holds an adapter already" in capsys.readouterr().err

@@ -194,7 +194,7 @@ def test_metrics_of_every_step(tmp_path):
     first = lines[1]
     assert first["loss"] == pytest.approx(first["nll"] + 0.01 * first["load_balance"])
     assert (first["gate_alpha"], first["gate_beta"]) == (pytest.approx(1.0, abs=0.01), pytest.approx(0.0, abs=0.01))
-    assert first["expert_rate"] == 0.003
+    assert first["expert_rate"] == 0.02  # of free experts
     assert first["grad_norm_experts"] > 0
     assert first["grad_norm_router"] >= 0
     assert first["tokens_per_second"] > 0
@@ -272,7 +272,7 @@ def infinite_gradient(loss, layer):
 @pytest.mark.parametrize(
     ("change", "cause"),
     [
-        (with_total(math.nan), r"the loss became nan; lower --expert-rate \(0.003\) or --router-rate \(0.003\)"),
+        (with_total(math.nan), r"the loss became nan; lower --expert-rate \(0.02\) or --router-rate \(0.003\)"),
         (with_total(1234.5), r"the loss 1234 is above --loss-bound 100; lower --expert-rate"),
         (infinite_gradient, r"the norm of the gradients became inf; lower --expert-rate"),
     ],

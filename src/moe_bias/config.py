@@ -627,7 +627,7 @@ class WarmPolicySettings(TaskSettings, PolicySettings):
 
     warm_problems: int = Field(200, ge=0, description="problems of whose worked answers each arm learns the form first")
     warm_epochs: int = Field(20, ge=1, description="passes over their hidden states")
-    WARM_EXPERT_RATES: ClassVar[dict[Experts, float]] = {"free": 1e-1, "directions": 1e-2, "linear": 3e-3}
+    WARM_EXPERT_RATES: ClassVar[dict[Experts, float]] = {"free": 1e-1, "directions": 1e-2, "linear": 1e-2}
     warm_expert_rate: float | None = Field(
         None, gt=0, description="learning rate of the experts meanwhile; none: by their kind"
     )

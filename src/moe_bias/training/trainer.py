@@ -153,7 +153,7 @@ class Trainer:
 
     def _check(self, batch: Features, loss: SupervisedLoss, norms: GradientNorms) -> None:
         """Raises UserError before a step that would spoil the layer."""
-        cause = _cause(batch, loss, norms, self._settings)
+        cause = _cause(batch, loss, norms, self._settings, self._settings.rate_of(self._layer.config.experts))
         if cause is None:
             return
         message = f"training stopped at step {self._position.step + 1} of {self._steps}: {cause}"
@@ -220,11 +220,12 @@ def batches(tokens: int, settings: TrainingSettings, first_step: int = 0) -> Ite
         yield from order.split(settings.batch_tokens)[max(first_step - epoch * steps_per_epoch, 0) :]
 
 
-def _cause(batch: Features, loss: SupervisedLoss, norms: GradientNorms, settings: TrainingSettings) -> str | None:
+def _cause(
+    batch: Features, loss: SupervisedLoss, norms: GradientNorms, settings: TrainingSettings, expert_rate: float
+) -> str | None:
     """Why no step can be taken with this loss and these gradients, and what to do; None where it can."""
     value = float(loss.total)
-    rate = settings.rate_of(settings.experts)
-    slower = f"lower --expert-rate ({rate:g}) or --router-rate ({settings.router_rate:g})"
+    slower = f"lower --expert-rate ({expert_rate:g}) or --router-rate ({settings.router_rate:g})"
     if not math.isfinite(value) and not _is_finite(batch):
         return "its hidden states, logits or entropies are not finite; extract them again, in a wider type"
     if not math.isfinite(value):
