@@ -278,18 +278,22 @@ class OptimiserSettings(Settings):
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="AdamW, or SGD with momentum 0.9")
     EXPERT_RATES: ClassVar[dict[Experts, float]] = {"free": 2e-2, "directions": 1e-2, "linear": 3e-3}
     """What the experts learn at where nothing is said: a free entry is a logit, the others are multiplied by rows."""
+    ROUTER_RATES: ClassVar[dict[Experts, float]] = {"free": 3e-3, "directions": 3e-3, "linear": 1e-2}
+    """The same of router, gate and what linear experts read."""
 
     expert_rate: float | None = Field(None, gt=0, description="learning rate of the experts; none: by their kind")
     entry_rate: float = Field(2e-2, gt=0, description="learning rate of free entries beside other experts")
-    router_rate: float = Field(3e-3, gt=0, description="learning rate of router, gate and what linear experts read")
+    router_rate: float | None = Field(
+        None, gt=0, description="learning rate of router, gate and what linear experts read; none: by the experts' kind"
+    )
     warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps that the rates rise in")
     decay: Literal["linear", "none"] = Field("linear", description="whether the rates then fall to 0")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     weight_decay: float = Field(0.0, ge=0, description="decay of the experts towards 0")
 
-    def rate_of(self, experts: Experts) -> float:
-        """The learning rate of experts of a kind."""
-        return self.EXPERT_RATES[experts] if self.expert_rate is None else self.expert_rate
+    def rates_of(self, experts: Experts) -> tuple[float, float]:
+        """The learning rates of experts of a kind, and of router, gate and what the experts read."""
+        return self.expert_rate or self.EXPERT_RATES[experts], self.router_rate or self.ROUTER_RATES[experts]
 
 
 class TrainingSettings(StartSettings, OptimiserSettings):
@@ -531,7 +535,7 @@ class PolicySettings(StartSettings, OptimiserSettings):
 
     optimizer: Literal["adamw", "sgd"] = Field("sgd", description="AdamW, or SGD with momentum 0.9")
     EXPERT_RATES: ClassVar[dict[Experts, float]] = {"free": 1.0, "directions": 1e-1, "linear": 1e-1}
-    router_rate: float = Field(2e-2, gt=0, description="learning rate of the router and the gate")
+    ROUTER_RATES: ClassVar[dict[Experts, float]] = {"free": 2e-2, "directions": 1e-2, "linear": 1e-2}
     warmup: float = Field(0.0, ge=0, lt=1, description="share of the steps that the rates rise in")
     decay: Literal["linear", "none"] = Field("none", description="whether the rates then fall to 0")
     steps: int = Field(40, ge=1, description="steps: sample, verify, update")

@@ -41,6 +41,7 @@ _VECTOR: dict[str, Any] = {
     "entropy_gate": False,
     "optimizer": "sgd",
     "expert_rate": 1.0,
+    "router_rate": 2e-2,
     "warm_expert_rate": 1e-1,
     "warm_epochs": 20,
 }

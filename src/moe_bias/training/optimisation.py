@@ -68,11 +68,8 @@ class Optimisation:
     def rates(self, step: int) -> dict[str, float]:
         """The rate of each part, by its name, in step `step`, counted from 0."""
         factor = rate_factor(step, self._steps, self._settings.warmup, self._settings.decay == "linear")
-        return {
-            EXPERTS: factor * self._settings.rate_of(self._layer.config.experts),
-            ROUTER: factor * self._settings.router_rate,
-            ENTRIES: factor * self._settings.entry_rate,
-        }
+        experts, router = self._settings.rates_of(self._layer.config.experts)
+        return {EXPERTS: factor * experts, ROUTER: factor * router, ENTRIES: factor * self._settings.entry_rate}
 
     def zero_grad(self) -> None:
         """Forgets the gradients."""

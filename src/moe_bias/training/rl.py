@@ -274,10 +274,10 @@ class Update:
         )
         norm = self._optimisation.norms().total
         if not (torch.isfinite(loss.total) and norm < float("inf")):
-            rate = self._settings.rate_of(self._layer.config.experts)
+            expert_rate, router_rate = self._settings.rates_of(self._layer.config.experts)
             raise UserError(
                 f"the loss of step {step + 1} became {float(loss.total)} with a gradient of norm {norm}; lower "
-                f"--expert-rate ({rate:g}) or --router-rate ({self._settings.router_rate:g})"
+                f"--expert-rate ({expert_rate:g}) or --router-rate ({router_rate:g})"
             )
         self._optimisation.step(step, share)
         return loss

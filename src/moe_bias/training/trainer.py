@@ -153,7 +153,7 @@ class Trainer:
 
     def _check(self, batch: Features, loss: SupervisedLoss, norms: GradientNorms) -> None:
         """Raises UserError before a step that would spoil the layer."""
-        cause = _cause(batch, loss, norms, self._settings, self._settings.rate_of(self._layer.config.experts))
+        cause = _cause(batch, loss, norms, self._settings, self._settings.rates_of(self._layer.config.experts))
         if cause is None:
             return
         message = f"training stopped at step {self._position.step + 1} of {self._steps}: {cause}"
@@ -221,11 +221,11 @@ def batches(tokens: int, settings: TrainingSettings, first_step: int = 0) -> Ite
 
 
 def _cause(
-    batch: Features, loss: SupervisedLoss, norms: GradientNorms, settings: TrainingSettings, expert_rate: float
+    batch: Features, loss: SupervisedLoss, norms: GradientNorms, settings: TrainingSettings, rates: tuple[float, float]
 ) -> str | None:
     """Why no step can be taken with this loss and these gradients, and what to do; None where it can."""
     value = float(loss.total)
-    slower = f"lower --expert-rate ({expert_rate:g}) or --router-rate ({settings.router_rate:g})"
+    slower = f"lower --expert-rate ({rates[0]:g}) or --router-rate ({rates[1]:g})"
     if not math.isfinite(value) and not _is_finite(batch):
         return "its hidden states, logits or entropies are not finite; extract them again, in a wider type"
     if not math.isfinite(value):
