@@ -77,6 +77,7 @@ Experts = Literal["free", "directions", "linear"]
 embedding, or such a vector that depends linearly on the hidden state."""
 Kinds = Annotated[list[Experts], NoDecode, BeforeValidator(_split_at_commas), Field(min_length=1)]
 """A list of kinds of experts, written `directions,linear`."""
+Optimizer = Literal["adamw", "sgd"]
 Reach = Literal["support", "vocabulary"]
 """Where experts that are made through the output embedding act: on the tokens they were trained on, or on all."""
 
@@ -275,7 +276,11 @@ class StartSettings(LayerOptions):
 class OptimiserSettings(Settings):
     """How gradients become steps."""
 
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="AdamW, or SGD with momentum 0.9")
+    OPTIMIZERS: ClassVar[dict[Experts, Optimizer]] = {"free": "adamw", "directions": "adamw", "linear": "adamw"}
+    """What makes steps of gradients where nothing is said. Free entries of rare tokens have tiny gradients, of which
+    AdamW makes full-size steps: where gradients are noisy, as in reinforcement learning, they take SGD."""
+
+    optimizer: Optimizer | None = Field(None, description="AdamW, or SGD with momentum 0.9; none: by the experts' kind")
     EXPERT_RATES: ClassVar[dict[Experts, float]] = {"free": 2e-2, "directions": 1e-2, "linear": 3e-3}
     """What the experts learn at where nothing is said: a free entry is a logit, the others are multiplied by rows."""
     ROUTER_RATES: ClassVar[dict[Experts, float]] = {"free": 3e-3, "directions": 3e-3, "linear": 1e-2}
@@ -290,6 +295,10 @@ class OptimiserSettings(Settings):
     decay: Literal["linear", "none"] = Field("linear", description="whether the rates then fall to 0")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     weight_decay: float = Field(0.0, ge=0, description="decay of the experts towards 0")
+
+    def optimizer_of(self, experts: Experts) -> Optimizer:
+        """The optimiser of experts of a kind."""
+        return self.optimizer or self.OPTIMIZERS[experts]
 
     def rates_of(self, experts: Experts) -> tuple[float, float]:
         """The learning rates of experts of a kind, and of router, gate and what the experts read."""
@@ -533,9 +542,9 @@ class RewardSettings(Settings):
 class PolicySettings(StartSettings, OptimiserSettings):
     """Reinforcement learning of a layer on the high-entropy minority of tokens."""
 
-    optimizer: Literal["adamw", "sgd"] = Field("sgd", description="AdamW, or SGD with momentum 0.9")
-    EXPERT_RATES: ClassVar[dict[Experts, float]] = {"free": 1.0, "directions": 1e-1, "linear": 1e-1}
-    ROUTER_RATES: ClassVar[dict[Experts, float]] = {"free": 2e-2, "directions": 1e-2, "linear": 1e-2}
+    EXPERT_RATES: ClassVar[dict[Experts, float]] = {"free": 1.0, "directions": 3e-4, "linear": 3e-4}
+    ROUTER_RATES: ClassVar[dict[Experts, float]] = {"free": 2e-2, "directions": 3e-4, "linear": 3e-4}
+    OPTIMIZERS: ClassVar[dict[Experts, Optimizer]] = {"free": "sgd", "directions": "adamw", "linear": "adamw"}
     warmup: float = Field(0.0, ge=0, lt=1, description="share of the steps that the rates rise in")
     decay: Literal["linear", "none"] = Field("none", description="whether the rates then fall to 0")
     steps: int = Field(40, ge=1, description="steps: sample, verify, update")
@@ -555,7 +564,7 @@ class PolicySettings(StartSettings, OptimiserSettings):
     kl_weight: float = Field(0.0, ge=0, description="weight of the exact KL to the base")
     kl_bound: float | None = Field(None, gt=0, description="exact KL to the base that no update may exceed, in nats")
     step_kl: float | None = Field(
-        None, gt=0, description="exact KL to the policy that sampled that no update may exceed, in nats a token"
+        2e-2, gt=0, description="exact KL to the policy that sampled that no update may exceed, in nats a token"
     )
     shrink_steps: bool = Field(
         True, description="multiply a step's rates by the share of its problems whose rewards differ"

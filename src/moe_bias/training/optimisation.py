@@ -1,7 +1,7 @@
 """How gradients become steps: the optimiser, its rates, clipping, and what keeps many experts from over-fitting.
 
-AdamW where gradients say where to go; SGD with momentum where their size says whether to go at all,
-as in reinforcement learning: AdamW makes full-size steps of the tiny gradients of rare tokens.
+AdamW where gradients say where to go; SGD with momentum where their size says whether to go at all, as of free
+entries in reinforcement learning: AdamW makes full-size steps of the tiny gradients of rare tokens.
 
 The experts have a rate of their own, and so have free entries beside them; router, gate and what linear experts
 read have another: a free entry is a logit, of order 1, a router weight is of order 1 / sqrt(D). Rates rise
@@ -61,7 +61,7 @@ class Optimisation:
             group["weight_decay"] = 0.0 if group["part"] == ROUTER else settings.weight_decay
         self._optimizer: torch.optim.Optimizer = (
             torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
-            if settings.optimizer == "adamw"
+            if settings.optimizer_of(layer.config.experts) == "adamw"
             else torch.optim.SGD(groups, momentum=MOMENTUM, weight_decay=0.0)
         )
 
