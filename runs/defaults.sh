@@ -19,22 +19,21 @@ common=(--held-out 0.1 --logits-budget 4GiB)
 [ -d "$stores/python" ] || uv run moe-bias extract --data "$python" --output "$stores/python"
 
 sweep() {
-  uv run moe-bias sweep --store "$stores/$1" "${common[@]}" --epochs 4 --output "runs/out/defaults/$1-$2" \
-    --grid "$3" --base "$4" --seeds "${5:-0}"
+  uv run moe-bias sweep --store "$stores/$1" "${common[@]}" --epochs 4 --train-tokens "$5" \
+    --output "runs/out/defaults/$1-$2" --grid "$3" --base "$4" --seeds 0
   mkdir -p records/defaults
   cp "runs/out/defaults/$1-$2/table.json" "records/defaults/$1-$2.json"
 }
 
+sweep gsm8k linear "experts=linear num_experts=2,4,8 expert_rank=3,7,15" "num_experts=4 expert_rank=7" 250000
+sweep gsm8k linear-rates "experts=linear expert_rate=1e-3,3e-3,1e-2 router_rate=1e-3,3e-3,1e-2" \
+  "expert_rate=3e-3 router_rate=3e-3" 250000
+sweep gsm8k linear-reach "reach=support,vocabulary experts=linear,directions" "reach=support experts=linear" 70000
+sweep gsm8k directions "experts=directions num_experts=16,32 top_k=2,4" "num_experts=16 top_k=2" 70000
 for text in gsm8k python; do
-  sweep $text linear "experts=linear num_experts=2,4,8 expert_rank=3,7,15" "num_experts=4 expert_rank=7"
-  sweep $text linear-rates "expert_rate=1e-3,3e-3,1e-2 router_rate=1e-3,3e-3,1e-2" "expert_rate=3e-3 router_rate=3e-3"
-  sweep $text linear-batches "batch_tokens=512,1024,2048 expert_rate=3e-3,6e-3" "batch_tokens=512 expert_rate=3e-3"
-  sweep $text linear-passes "epochs=2,4,8 expert_dropout=0,0.1 weight_decay=0,0.1" "epochs=4 expert_dropout=0 weight_decay=0"
   sweep $text linear-start "entropy_gate=true,false normalisation=standardise,rms,none" \
-    "entropy_gate=true normalisation=standardise"
-  sweep $text linear-reach "reach=support,vocabulary experts=directions,linear" "reach=support experts=linear"
-  sweep $text directions "experts=directions num_experts=16,32 top_k=2,4 expert_rate=3e-3,1e-2" \
-    "num_experts=16 top_k=2 expert_rate=1e-2"
+    "entropy_gate=true normalisation=standardise" 70000
+  sweep $text linear-passes "epochs=2,4,8 expert_dropout=0,0.1" "epochs=4 expert_dropout=0" 70000
 done
 
 # The layer beside what it could be without: a static bias, free experts, no gate, no routing, LoRA on the output embedding.

@@ -22,7 +22,7 @@ for way in greedy sampled; do
     greedy) choices=(--samples 1 --temperature 0) ;;
     sampled) choices=(--samples 2 --temperature 1) ;;
   esac
-  uv run moe-bias eval --data "$1" --limit 64 --adapter runs/out/generation/linear,runs/out/generation/free \
+  uv run moe-bias eval --data "$1" --limit 32 --adapter runs/out/generation/linear,runs/out/generation/free \
     --strength 0.5,1 --max-new-tokens 256 "${choices[@]}" --output "runs/out/generation/eval-$way"
   mkdir -p records/eval
   cp "runs/out/generation/eval-$way/record.json" "records/eval/generation-$way.json"

@@ -308,7 +308,7 @@ class OptimiserSettings(Settings):
 class TrainingSettings(StartSettings, OptimiserSettings):
     """How a layer is trained on hidden states."""
 
-    epochs: int = Field(8, ge=1, description="passes over the hidden states")
+    epochs: int = Field(4, ge=1, description="passes over the hidden states")
     train_tokens: int | None = Field(None, ge=1, description="train on so many tokens, the first; none: on all")
     batch_tokens: int = Field(512, ge=1, description="tokens in one optimiser step")
     expert_dropout: float = Field(0.0, ge=0, lt=1, description="share of the experts' entries a step leaves out")
