@@ -114,6 +114,8 @@ class OutputRows:
         weight: Any = getattr(module, "weight", None)
         if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
             return None
+        if weight.dtype.itemsize < 2:  # numbers of 8 bits have a scale beside them
+            return None
         elsewhere = weight.is_meta and offload_hook(module) is not None
         whole = tuple(weight.shape) == (module.out_features, module.in_features)
         return cast(Tensor, weight.detach()) if whole and not elsewhere else None

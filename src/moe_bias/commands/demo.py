@@ -33,7 +33,7 @@ from moe_bias.rollout.greedy import greedy_answers
 from moe_bias.training.rl import PolicyTrainer, Watching
 from moe_bias.training.sft import Prepared
 
-MEASURING_SECONDS = 160
+MEASURING_SECONDS = 200
 """Kept free for the last step and the answers to the held-out problems, which come after the training."""
 
 

@@ -73,8 +73,8 @@ def announce(console: Console, settings: DemoSettings, head: Head, model_paramet
     trainable = settings.layer_config(support).num_parameters(head.hidden_size, head.vocab_size)
     console.print(
         f"Model {settings.model}: {model_parameters:,} parameters, frozen. Adapter: {settings.num_experts} "
-        f"{settings.experts} experts, top-{settings.top_k}, support {settings.support}: {trainable:,} trainable parameters "
-        f"({trainable / model_parameters:.3%}).\n"
+        f"{settings.experts} experts, top-{settings.top_k}, support {settings.support}: {trainable:,} trainable "
+        f"parameters ({trainable / model_parameters:.3%}).\n"
         f"Task: {settings.task}; {settings.warm_problems} worked answers to learn from, then reinforcement learning "
         f"on {settings.train_problems} problems; {settings.test_problems} others to measure on."
     )
