@@ -382,3 +382,15 @@ def test_likelihood_of_a_layer_with_the_whole_vocabulary_is_that_of_its_logits(n
     torch.testing.assert_close(token_nll(layer, features, head).double(), expected_T, rtol=1e-5, atol=1e-5)
     layer.reach = "support"
     assert not torch.allclose(token_nll(layer, features, head).double(), expected_T, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_a_compiled_model_follows_weights_that_are_loaded_later():
+    config = MoEBiasConfig(experts="linear", num_experts=4, expert_rank=2)
+    model = get_peft_model(tiny_model(), config).eval()
+    layer = find_adapter_head(model).active_layer
+    randomise(layer)
+    compiled = torch.compile(model.get_base_model(), backend="eager")
+    for _ in range(2):
+        torch.testing.assert_close(compiled(token_ids()).logits, model(token_ids()).logits)
+        layer.load_state_dict({name: value + 0.5 for name, value in layer.state_dict().items()})

@@ -271,9 +271,8 @@ class MoEBiasLayer(nn.Module):
         if torch.is_grad_enabled() and self.directions.requires_grad:
             self._kept.table = None
             return self._made_table(self._rows())
-        if torch.compiler.is_compiling():
-            kept = self._kept.table
-            return self._made_table(self._rows()) if kept is None else kept
+        if torch.compiler.is_compiling():  # a traced graph would hold the table of when it was traced
+            return self._made_table(self._rows())
         parts = (self.directions, self.writes, self.experts)
         state = [_state_of(part) for part in parts if part is not None]
         trained = [part for part in parts if part is not None and part.requires_grad]
