@@ -11,7 +11,7 @@ from moe_bias.config import LayerConfig, TrainingSettings, UserError
 from moe_bias.evaluation.likelihood import per_example, token_nll
 from moe_bias.features.extract import Features, HiddenTokens, with_scalars
 from moe_bias.layer import MoEBiasLayer
-from moe_bias.support import full_log_prob
+from moe_bias.support import full_log_prob, full_stats
 from moe_bias.training import objective
 from moe_bias.training.base_logits import BaseLogits
 from moe_bias.training.lora import HeadLoRA
@@ -58,37 +58,50 @@ def test_log_prob_from_features_is_that_of_the_full_softmax(name, support):
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 @pytest.mark.parametrize("elements", [1, 58 * 7, 10**9])
-def test_gradients_by_chunks_are_those_of_autograd_over_the_whole_batch(monkeypatch, elements, name):
+@pytest.mark.parametrize("kl_weight", [0.0, 0.7])
+def test_gradients_by_chunks_are_those_of_autograd_over_the_whole_batch(monkeypatch, kl_weight, elements, name):
     head, layer = head_of(name), layer_of(load_balance_weight=0.3, strength=1.7)
     randomise(layer)
     features = features_of(head)
     logits_of = head.columns(features.support)
-    whole = supervised_loss(adapted_log_prob(layer, features, logits_of(features.hidden), head.transform), 0.3)
+    adapted = adapted_log_prob(layer, features, logits_of(features.hidden), head.transform, with_kl=kl_weight > 0)
+    whole = supervised_loss(adapted, 0.3, kl_weight)
     whole.total.backward()
     expected = {name: parameter.grad.clone() for name, parameter in layer.named_parameters()}
     layer.zero_grad()
     monkeypatch.setitem(objective.CHUNK_ELEMENTS, "cpu", elements)
-    by_chunks = supervised_gradients(layer, features, lambda rows: logits_of(features.hidden[rows]), head.transform)
-    torch.testing.assert_close(by_chunks.total, whole.total.detach())
-    torch.testing.assert_close(by_chunks.nll, whole.nll.detach())
+    by_chunks = supervised_gradients(
+        layer, features, lambda rows: logits_of(features.hidden[rows]), head.transform, kl_weight=kl_weight
+    )
+    for part in ("total", "nll", "kl"):
+        torch.testing.assert_close(getattr(by_chunks, part), getattr(whole, part).detach())
+    assert (whole.kl > 0) == (kl_weight > 0)
     for name, parameter in layer.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], msg=name)
 
 
 @pytest.mark.parametrize("hidden_type", [torch.float32, torch.float64])
-def test_gradients_are_those_of_autograd_through_the_full_softmax(hidden_type):
+@pytest.mark.parametrize("kl_weight", [0.0, 0.7])
+def test_gradients_are_those_of_autograd_through_the_full_softmax(kl_weight, hidden_type):
     head, layer = head_of(), layer_of(load_balance_weight=0.0)
     randomise(layer)
     features = features_of(head)
     features = replace(features, hidden=features.hidden.to(hidden_type))
     logits_of = head.columns(features.support)
-    supervised_gradients(layer, features, lambda rows: logits_of(features.hidden[rows]).to(hidden_type), head.transform)
+    supervised_gradients(
+        layer,
+        features,
+        lambda rows: logits_of(features.hidden[rows]).to(hidden_type),
+        head.transform,
+        kl_weight=kl_weight,
+    )
     found = {name: parameter.grad.double() for name, parameter in layer.named_parameters()}
     exact = copy.deepcopy(layer).double()
     exact.zero_grad()
     move_TM = exact(features.hidden.double(), features.entropy.double()).bias
     logits_TV = head.logits(features.hidden.float()).double()
-    (-full_log_prob(logits_TV, move_TM, features.support, features.token).mean()).backward()
+    kl = full_stats(logits_TV, move_TM, features.support).kl.mean()
+    (kl_weight * kl - full_log_prob(logits_TV, move_TM, features.support, features.token).mean()).backward()
     for name, parameter in exact.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
 
@@ -135,8 +148,9 @@ def test_supervised_loss_by_hand():
     # Two tokens of log-probability -1 and -3: mean NLL 2. Uniform routing over 2 experts: balance 1.
     routing = layer_of(num_experts=2, top_k=1).route(torch.zeros(2, HIDDEN))
     routing.gates.copy_(torch.eye(2))
-    loss = supervised_loss(objective.Adapted(torch.tensor([-1.0, -3.0]), routing), 0.5)
-    assert (float(loss.nll), float(loss.load_balance), float(loss.total)) == (2.0, 1.0, 2.5)
+    loss = supervised_loss(objective.Adapted(torch.tensor([-1.0, -3.0]), routing, torch.tensor([0.5, 1.5])), 0.5, 0.1)
+    assert (float(loss.nll), float(loss.load_balance), float(loss.total)) == (2.0, 1.0, pytest.approx(2.6))
+    assert float(loss.kl) == 1.0
 
 
 def test_fit_learns_what_the_hidden_state_tells_and_a_static_bias_cannot():

@@ -312,6 +312,7 @@ class TrainingSettings(StartSettings, OptimiserSettings):
     train_tokens: int | None = Field(None, ge=1, description="train on so many tokens, the first; none: on all")
     batch_tokens: int = Field(512, ge=1, description="tokens in one optimiser step")
     expert_dropout: float = Field(0.0, ge=0, lt=1, description="share of the experts' entries a step leaves out")
+    kl_weight: float = Field(0.0, ge=0, description="weight of the exact KL to the base")
     loss_bound: float = Field(100.0, gt=0, description="stop where a step's loss in nats per token is above this")
     logits_budget: ByteSize = Field(
         ByteSize(2**30),

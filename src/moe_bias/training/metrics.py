@@ -3,7 +3,7 @@
 The keys:
 
     step                steps taken, counted from 1; 0 is before the first
-    loss                what is minimised, in nats per token; its parts are `nll` and `load_balance`
+    loss                what is minimised, in nats per token; its parts are `nll`, `kl` to the base and `load_balance`
     router_entropy      entropy in nats of the router's probabilities, mean over the batch's tokens
     used_experts        share of the experts that at least one token of the batch is routed to
     gate_alpha/_beta    the entropy gate's parameters, where there is one
@@ -11,6 +11,7 @@ The keys:
     *_rate              the step's learning rates, of the experts, of router and gate
     tokens              of this step
     tokens_per_second   of this step, held-out tokens and writing left out
+    kl                  exact mean KL to the base of the step's tokens in nats, 0 where it has no weight
     held_out_nll        in nats per token, where this step was followed by an evaluation
 
 With several processes all of them are of the whole batch.
@@ -65,6 +66,7 @@ def step_metrics(
     return {
         "loss": float(loss.total),
         "nll": float(loss.nll),
+        "kl": float(loss.kl),
         "load_balance": float(loss.load_balance),
         "router_entropy": entropy,
         "used_experts": used,

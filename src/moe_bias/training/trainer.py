@@ -144,7 +144,9 @@ class Trainer:
         self._optimisation.zero_grad()
         with dropped_experts(layer, self._settings.expert_dropout, self._settings.seed, step):
             logits_of = self._logits.of(part, batch)
-            loss = supervised_gradients(layer, batch, logits_of, self._transform, self._processes.total)
+            loss = supervised_gradients(
+                layer, batch, logits_of, self._transform, self._processes.total, self._settings.kl_weight
+            )
         self._processes.total_gradients(layer)
         norms = self._optimisation.norms()
         self._check(batch, loss, norms)
