@@ -3,25 +3,30 @@
 Nothing here imports torch: each command imports what it needs when it runs, so that `--help` is quick.
 
 Exit codes: 0; 2 for a user's mistake, told in one sentence on standard error; 130 after an
-interrupt, with a sentence of what was saved. Anything else is a fault of the program and shows its
-traceback.
+interrupt, with a sentence of what was saved; 141 where nobody reads standard output any more. Anything else is a
+fault of the program and shows its traceback. What the system says of a path that the user named is a mistake (see
+`mistakes`), and so is work that the machine's memory does not hold.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from io import TextIOWrapper
 from typing import Any, NoReturn
 
 from pydantic import ValidationError
 from pydantic_settings import CliSettingsSource, SettingsError
 
 from moe_bias.config import (
+    ENV_PREFIX,
     AnalyzeSettings,
     ArmsSettings,
     CompareSettings,
@@ -45,12 +50,16 @@ from moe_bias.config import (
     describe_error,
     describe_unreadable,
 )
+from moe_bias.mistakes import interrupt_behind, printable, reason_of, shortened, system_errors_about
 
 PROGRAM = "moe-bias"
 LM_EVAL = "lm-eval"
 SERVE = "serve"
 USER_ERROR = 2
 INTERRUPTED = 130
+NOBODY_READS = 141
+"""What shells say of a program whose reader has gone, such as `head`."""
+_OUT_OF_MEMORY = re.compile("not enough memory|out of memory|can't allocate memory", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -66,17 +75,20 @@ class Command:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command with these arguments (default: the process's own); returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    _print_anything()
     try:
-        if is_passed_on(words):
-            _lm_eval(words[1:])
-        else:
-            own, passed_on = split_at_dashes(words)
-            _run(build_parser().parse_args(own), passed_on)
-    except KeyboardInterrupt as interrupt:
-        saved = str(interrupt) if isinstance(interrupt, Interrupted) else "nothing was saved"
-        return _exit_with(INTERRUPTED, f"interrupted: {saved}")
-    except UserError as error:
-        return _exit_with(USER_ERROR, str(error))
+        with system_errors_about([*words, *_variables()]):
+            if is_passed_on(words):
+                _lm_eval(words[1:])
+            else:
+                own, passed_on = split_at_dashes(words)
+                _run(build_parser().parse_args(own), passed_on)
+        sys.stdout.flush()
+    except (Exception, KeyboardInterrupt) as error:
+        code, sentence = _ending(error)
+        if code is None:
+            raise
+        return _exit_with(code, sentence)
     return 0
 
 
@@ -127,7 +139,8 @@ def _run(arguments: argparse.Namespace, passed_on: Sequence[str]) -> None:
     settings = _settings(command.settings, source, given)
     # These pass between our dependencies; someone at a terminal can do nothing about them.
     warnings.filterwarnings("ignore", category=FutureWarning)
-    command.run(settings)
+    with system_errors_about(settings.texts()):
+        command.run(settings)
 
 
 def _settings(cls: type[Settings], source: CliSettingsSource[Any], given: Mapping[str, Any]) -> Settings:
@@ -140,12 +153,50 @@ def _settings(cls: type[Settings], source: CliSettingsSource[Any], given: Mappin
         raise UserError(describe_unreadable(error)) from error
 
 
+def _ending(error: BaseException) -> tuple[int | None, str]:
+    """Exit code and sentence after an error; no code for a fault of the program."""
+    interrupt = interrupt_behind(error)
+    if interrupt is not None:
+        saved = str(interrupt) if isinstance(interrupt, Interrupted) else "nothing was saved"
+        return INTERRUPTED, f"interrupted: {saved}"
+    if isinstance(error, UserError):
+        return USER_ERROR, str(error)
+    if isinstance(error, BrokenPipeError) and _nobody_reads():
+        return NOBODY_READS, ""
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error))):
+        remedy = "lower what sizes it, such as a batch or the experts, and run it again"
+        return USER_ERROR, f"there is not enough memory ({reason_of(error)}); {remedy}"
+    return None, ""
+
+
+def _variables() -> list[str]:
+    return [value for name, value in os.environ.items() if name.startswith(ENV_PREFIX)]
+
+
+def _print_anything() -> None:
+    """What the terminal's encoding lacks, and what is no text at all, is written as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe that was closed; what is left for it then goes nowhere."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - it lasts as long as the process
+        return True
+    return False
+
+
 def _summary(settings: type[Settings]) -> str:
     return (settings.__doc__ or "").strip().splitlines()[0]
 
 
 def _exit_with(code: int, sentence: str) -> int:
-    sys.stderr.write(f"{PROGRAM}: {' '.join(sentence.split())}\n")
+    if sentence:
+        sys.stderr.write(f"{PROGRAM}: {printable(' '.join(sentence.split()))}\n")
     return code
 
 
@@ -154,7 +205,8 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exits with 2."""
-        self.exit(USER_ERROR, f"{PROGRAM}: {message}; see {self.usage_words()} --help\n")
+        words = printable(" ".join(shortened(message).split()))
+        self.exit(USER_ERROR, f"{PROGRAM}: {words}; see {self.usage_words()} --help\n")
 
     def usage_words(self) -> str:
         """The command itself, without its arguments."""

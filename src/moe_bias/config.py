@@ -30,25 +30,25 @@ from pydantic_core import PydanticCustomError
 from pydantic_settings import (
     BaseSettings,
     CliPositionalArg,
+    InitSettingsSource,
     NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
-    TomlConfigSettingsSource,
 )
+
+from moe_bias.mistakes import Interrupted as Interrupted
+from moe_bias.mistakes import UserError as UserError
+from moe_bias.mistakes import read_text, reason_of, shown
 
 ENV_PREFIX = "MOE_BIAS_"
 BUNDLED_MODEL = "bundled"
+_UNWRITABLE = re.compile("[\0\ud800-\udfff]")
+"""Python writes bytes that are no UTF-8 as lone surrogates."""
+LARGEST_COUNT = 2**32 - 1
+"""The largest seed that numpy takes, and more than any run can count."""
 OWN_SUPPORT = "own"
 """The support that a feature store was extracted on."""
-
-
-class UserError(ValueError):
-    """A user's mistake, told in one sentence: the command prints it and exits with 2."""
-
-
-class Interrupted(KeyboardInterrupt):
-    """An interrupt with a sentence on what was saved: the command prints it and exits with 130."""
 
 
 def _split_at_commas(value: object) -> object:
@@ -186,6 +186,27 @@ class Settings(BaseSettings):
         cli_avoid_json=True,
     )
 
+    def texts(self) -> list[str]:
+        """Every text in the settings: all that may be a path."""
+        return list(_texts(dict(self)))
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_text_of_utf8(cls, value: object) -> object:
+        """Refuses what no file, tokenizer or record could take."""
+        if any(_UNWRITABLE.search(text) for text in _texts(value)):
+            raise ValueError("it has a zero byte in it, or is not UTF-8")
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _is_countable(cls, value: object) -> object:
+        """Numbers beyond 64 bits, and those of work that would never end, fail somewhere deep within."""
+        for number in _whole_numbers(value):
+            if abs(number) > LARGEST_COUNT:
+                raise ValueError(f"at most {LARGEST_COUNT:,} can be counted to")
+        return value
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -196,8 +217,29 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """What pydantic-settings reads, the first winning; the command line stands in `init_settings`."""
-        toml = TomlConfigSettingsSource(settings_cls, toml_file=settings_file())
-        return init_settings, env_settings, toml
+        return init_settings, env_settings, InitSettingsSource(settings_cls, _settings_in(settings_file()))
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Every text in a value, lists and mappings of them included."""
+    if isinstance(value, str | Path):
+        yield str(value)
+    elif isinstance(value, Mapping):
+        yield from _texts([*value, *value.values()])
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _texts(part)
+
+
+def _whole_numbers(value: object) -> Iterator[int]:
+    """Every count in a value. Sizes in bytes have bounds of their own."""
+    if isinstance(value, int) and not isinstance(value, ByteSize | bool):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _whole_numbers([*value.values()])
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _whole_numbers(part)
 
 
 class LayerOptions(Settings):
@@ -913,20 +955,26 @@ def settings_file() -> Path:
     path = Path(named or "moe-bias.toml")
     if named and not path.is_file():
         raise UserError(f"MOE_BIAS_CONFIG names {named!r}, which is not a file")
-    if path.is_file():
-        _check_settings_file(path)
+    _refuse_unknown_keys(path)
     return path
 
 
-def _check_settings_file(path: Path) -> None:
-    try:
-        keys = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid TOML: {error}") from error
+def _refuse_unknown_keys(path: Path) -> None:
     known = {name for settings in _subclasses(Settings) for name in settings.model_fields}
-    unknown = sorted(set(keys) - known)
+    unknown = sorted(set(_settings_in(path)) - known)
     if unknown:
         raise UserError(f"unknown key {unknown[0]!r} in {path}; known keys are {', '.join(sorted(known))}")
+
+
+def _settings_in(path: Path) -> dict[str, Any]:
+    """What a settings file holds, nothing where there is no file. Raises UserError where it is damaged."""
+    if not path.is_file() or path.stat().st_size == 0:
+        return {}
+    text = read_text(path, "the settings file")
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid TOML: {reason_of(error)}") from error
 
 
 def _subclasses(cls: type[Settings]) -> Iterator[type[Settings]]:
@@ -950,7 +998,7 @@ def describe_error(error: ValidationError, given: Mapping[str, Any] | None = Non
     if first["type"] == "missing":
         return f"{_option(key)} is required"
     where = f"{key} from {origin[key]}" if key in origin else key
-    return f"{where} is {first['input']!r}: {reason[0].lower()}{reason[1:]}"
+    return f"{where} is {shown(first['input'])}: {reason[0].lower()}{reason[1:]}"
 
 
 def describe_unreadable(error: SettingsError) -> str:
@@ -968,7 +1016,7 @@ def _origins(title: str, given: Mapping[str, Any]) -> dict[str, str]:
     if settings is None:
         return {}
     path = settings_file()
-    in_file = tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    in_file = _settings_in(path)
     set_variables = {name.upper() for name in os.environ}
     found = {name: str(path) for name in in_file}
     found |= {name: _variable(name) for name in settings.model_fields if _variable(name) in set_variables}
