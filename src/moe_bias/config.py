@@ -22,6 +22,8 @@ from pydantic import (
     Field,
     NonNegativeInt,
     PositiveInt,
+    StrictBool,
+    StrictInt,
     ValidationError,
     field_validator,
     model_validator,
@@ -47,6 +49,9 @@ _UNWRITABLE = re.compile("[\0\ud800-\udfff]")
 """Python writes bytes that are no UTF-8 as lone surrogates."""
 LARGEST_COUNT = 2**32 - 1
 """The largest seed that numpy takes, and more than any run can count."""
+MOST_EXPERTS = 2**20
+HIGHEST_RANK = 2**16
+"""No machine holds a layer of more; what it does hold, `MoEBiasLayer` looks at."""
 OWN_SUPPORT = "own"
 """The support that a feature store was extracted on."""
 
@@ -60,6 +65,13 @@ def _listed(value: object) -> object:
     return [value] if isinstance(value, int) else _split_at_commas(value)
 
 
+def _plain(value: object) -> object:
+    """NumPy's whole numbers as Python's."""
+    return value.__index__() if hasattr(value, "__index__") and not isinstance(value, bool) else value
+
+
+WholeNumber = Annotated[StrictInt, BeforeValidator(_plain)]
+"""A number that is whole by its type: True, 3.0 and '3' are none."""
 PositiveInts = Annotated[list[PositiveInt], NoDecode, BeforeValidator(_listed), Field(min_length=1)]
 """A list of positive numbers; in a variable or an option it is written `1,4,16`."""
 Seeds = Annotated[list[NonNegativeInt], NoDecode, BeforeValidator(_split_at_commas), Field(min_length=1)]
@@ -92,14 +104,14 @@ class LayerConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    num_experts: Annotated[int, Field(ge=1)] = 4
-    top_k: Annotated[int, Field(ge=1)] = 2
+    num_experts: Annotated[WholeNumber, Field(ge=1, le=MOST_EXPERTS)] = 4
+    top_k: Annotated[WholeNumber, Field(ge=1)] = 2
     experts: Experts = "linear"
-    expert_rank: Annotated[int, Field(ge=1)] = 7
-    free_entries: bool = False
-    support: tuple[int, ...] | None = None
+    expert_rank: Annotated[WholeNumber, Field(ge=1, le=HIGHEST_RANK)] = 7
+    free_entries: StrictBool = False
+    support: tuple[WholeNumber, ...] | None = None
     reach: Reach = "support"
-    entropy_gate: bool = True
+    entropy_gate: StrictBool = True
     load_balance_weight: Annotated[float, Field(ge=0)] = 0.01
     strength: float = 1.0
 
@@ -245,13 +257,13 @@ def _whole_numbers(value: object) -> Iterator[int]:
 class LayerOptions(Settings):
     """The layer, as options of every command that makes one."""
 
-    num_experts: int = Field(4, ge=1, description="experts E")
+    num_experts: int = Field(4, ge=1, le=MOST_EXPERTS, description="experts E")
     top_k: int = Field(2, ge=1, description="experts that each token is routed to")
     experts: Experts = Field(
         "linear",
         description="what an expert is: 'free' entries, 'directions' in the output embedding's space, or 'linear' ones",
     )
-    expert_rank: int = Field(7, ge=1, description="rank r of linear experts")
+    expert_rank: int = Field(7, ge=1, le=HIGHEST_RANK, description="rank r of linear experts")
     free_entries: bool = Field(False, description="give directions and linear experts free entries besides")
     reach: Reach = Field("support", description="where a trained adapter acts: on its 'support', or the 'vocabulary'")
     load_balance_weight: float = Field(0.01, ge=0, description="weight of the load-balance loss")

@@ -14,7 +14,11 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+Kind = TypeVar("Kind")
 
 VALUE_LENGTH = 80
 """A value is shown with so many characters at most, its beginning and its end."""
@@ -96,13 +100,29 @@ def read_text(path: Path, what: str) -> str:
         return path.read_text(encoding="utf-8")
 
 
-def read_json(path: Path, what: str) -> Any:
+def read_json(path: Path, what: str, remedy: str = "") -> Any:
     """The JSON document in a file that the user named. Raises UserError, calling it `what`, where there is none."""
     text = read_text(path, what)
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{what} {str(path)!r} is damaged: it is no JSON ({reason_of(error)})") from error
+        raise damaged(f"{what} {str(path)!r}", f"it is not JSON: {reason_of(error)}", remedy) from error
+
+
+def as_kind(kind: type[Kind], value: object, what: str, remedy: str = "") -> Kind:
+    """A value of a document as a dataclass or mapping of this kind. Raises UserError naming the first field amiss."""
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, first["loc"]))
+        reason = f"{first['msg'][0].lower()}{first['msg'][1:]}, not {shown(first['input'])}"
+        raise damaged(what, f"{field}: {reason}" if field else reason, remedy) from error
+
+
+def damaged(what: str, reason: str, remedy: str = "") -> UserError:
+    """The error to raise over a file that does not hold what it should."""
+    return UserError(f"{what} is damaged: {reason}{'; ' if remedy else ''}{remedy}")
 
 
 def reason_of(error: BaseException) -> str:

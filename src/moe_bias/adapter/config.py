@@ -10,15 +10,19 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from peft import PeftConfig
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moe_bias.adapter.card import write_card
 from moe_bias.adapter.embedding import check_embedding, embedding_sample
 from moe_bias.config import LayerConfig, UserError, describe_error
 from moe_bias.layer import EmbeddingRows
+from moe_bias.mistakes import reading
+
+Size = Annotated[int, Field(ge=1, lt=2**31)]
+"""A side of the output embedding."""
 
 
 class _MoEBiasType(str):
@@ -36,6 +40,20 @@ class _MoEBiasType(str):
 
     def __str__(self) -> str:
         return "PeftType.MOE_BIAS"
+
+
+class _Facts(BaseModel):
+    """Fields of a config that say what an adapter was made on."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    base_model_name_or_path: str | None
+    revision: str | None
+    inference_mode: bool
+    fork_coverage: float | None
+    hidden_size: Size | None
+    vocab_size: Size | None
+    embedding_sample: list[float] | None
 
 
 PEFT_TYPE = _MoEBiasType("MOE_BIAS")
@@ -71,13 +89,28 @@ class MoEBiasConfig(PeftConfig):
 
     target_modules = None  # not a field: see the module docstring
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, *args: Any, **kwargs: Any) -> MoEBiasConfig:
+        """As PEFT's, but raises UserError, in one sentence, on a file that is damaged or holds no such config."""
+        with reading(f"the config of the adapter {str(pretrained_model_name_or_path)!r}"):
+            config: MoEBiasConfig = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            return config
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PEFT_TYPE
+        self._check_facts()
         if self.experts is None:
             self.experts = LayerConfig.model_fields["experts"].default if self.hidden_size is None else "free"
         layer = self.layer_config()
         self.support = None if layer.support is None else list(layer.support)
+
+    def _check_facts(self) -> None:
+        """Raises UserError on a field, apart from the layer's own, that holds another type than it should."""
+        try:
+            _Facts(**{name: getattr(self, name) for name in _Facts.model_fields})
+        except ValidationError as error:
+            raise UserError(describe_error(error)) from error
 
     def layer_config(self) -> LayerConfig:
         """The choices that define the layer. Raises ValueError naming the offending value."""
@@ -89,7 +122,7 @@ class MoEBiasConfig(PeftConfig):
                 expert_rank=self.expert_rank,
                 free_entries=self.free_entries,
                 reach=self.reach,
-                support=None if self.support is None else tuple(self.support),
+                support=self.support,
                 entropy_gate=self.entropy_gate,
                 load_balance_weight=self.load_balance_weight,
                 strength=self.strength,

@@ -17,6 +17,7 @@ from moe_bias.adapter.config import MoEBiasConfig
 from moe_bias.backbone import OutputRows, output_embedding, unwrapped
 from moe_bias.config import LayerConfig, UserError
 from moe_bias.layer import MoEBiasLayer, at_least_float32, check_layer_tensors
+from moe_bias.mistakes import reading
 
 LAYERS = "moe_bias_layers"
 """The head's container of layers. Its name is part of every key in an adapter file."""
@@ -82,7 +83,8 @@ def read_adapter(source: str | Path) -> tuple[MoEBiasConfig, dict[str, Tensor]]:
 
     Raises ValueError where there is no MoE-Bias adapter.
     """
-    config = PeftConfig.from_pretrained(str(source))
+    with reading(f"the config of the adapter {str(source)!r}"):
+        config = PeftConfig.from_pretrained(str(source))
     if not isinstance(config, MoEBiasConfig):
         raise UserError(f"{str(source)!r} holds an adapter of {type(config).__name__}, not a MoE-Bias one")
     path = Path(source) / SAFETENSORS_WEIGHTS_NAME
@@ -90,7 +92,8 @@ def read_adapter(source: str | Path) -> tuple[MoEBiasConfig, dict[str, Tensor]]:
         if Path(source).is_dir():
             raise UserError(f"{str(source)!r} holds no {SAFETENSORS_WEIGHTS_NAME}")
         path = Path(hf_hub_download(str(source), SAFETENSORS_WEIGHTS_NAME))
-    return config, load_file(path)
+    with reading(f"adapter file {str(path)!r}"):
+        return config, load_file(path)
 
 
 def _name_of(model: nn.Module) -> str | None:

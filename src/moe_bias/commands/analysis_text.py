@@ -7,7 +7,6 @@ from the store's scalars; adapters on another support are read over the whole vo
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -22,13 +21,14 @@ from moe_bias.backbone import Head, find_head, load_model
 from moe_bias.commands.examples import encoded, length_limit, say, split
 from moe_bias.commands.material import features_of, texts_of
 from moe_bias.commands.policy import Ground, prepare_ground, saved_layer
-from moe_bias.config import AnalyzeSettings, UserError
+from moe_bias.config import AnalyzeSettings
 from moe_bias.features.build import Choices, make_plan
 from moe_bias.features.extract import run_backbone, with_scalars
 from moe_bias.features.fingerprint import model_facts
 from moe_bias.features.manifest import TEMPERATURE
 from moe_bias.features.store import FeatureStore
 from moe_bias.layer import MoEBiasLayer
+from moe_bias.mistakes import as_kind, read_json
 from moe_bias.records import write_json
 from moe_bias.rollout.greedy import greedy_answers
 from moe_bias.rollout.policy import Policy, base_policy
@@ -165,14 +165,20 @@ def _sampled(settings: AnalyzeSettings) -> Matter:
     )
 
 
+@dataclass(frozen=True)
+class _BaseAnswers:
+    """What the file of the frozen model's answers holds."""
+
+    answers: list[Answered]
+
+
 def _base_answers(ground: Ground, settings: AnalyzeSettings) -> list[Answered]:
     """Kept in the folder, so that a run that is gone on with does not sample them again."""
     path = settings.output / BASE_ANSWERS
     if path.is_file():
-        try:
-            return [Answered(**answer) for answer in json.loads(path.read_text(encoding="utf-8"))["answers"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{str(path)!r} is damaged; remove it to sample the answers again") from error
+        remedy = "remove it to sample the answers again"
+        found = as_kind(_BaseAnswers, read_json(path, "file", remedy), f"file {str(path)!r}", remedy)
+        return list(found.answers)
     answers = greedy_answered(ground, [base_policy], settings, "answers of the frozen model")[0]
     write_json(path, {"answers": [asdict(answer) for answer in answers]})
     return answers

@@ -7,7 +7,6 @@ in it).
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,9 @@ from moe_bias.commands.analysis_text import Matter, opened
 from moe_bias.commands.demo_report import report_console
 from moe_bias.commands.examples import say
 from moe_bias.commands.saved import adapter_folder
-from moe_bias.config import AnalyzeSettings, Interrupted, UserError
+from moe_bias.config import AnalyzeSettings, Interrupted
 from moe_bias.layer import MoEBiasLayer
+from moe_bias.mistakes import damaged, read_json, shown
 from moe_bias.records import provenance, write_json
 from moe_bias.training.checkpoint import saved_layers
 from moe_bias.training.run_folder import refuse_other_settings
@@ -101,10 +101,10 @@ def _record(matter: Matter, marks: Marks, settings: AnalyzeSettings) -> dict[str
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{str(path)!r} is damaged; remove it to read the adapter again") from error
+    remedy = "remove it to read the adapter again"
+    found = read_json(path, "file", remedy)
+    if not isinstance(found, dict):
+        raise damaged(f"file {str(path)!r}", f"it holds {shown(found)}", remedy)
     return found
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -27,6 +26,7 @@ from moe_bias.commands.policy import policy_of, saved_layer
 from moe_bias.commands.saved import MOE_BIAS, WEIGHTS_FILE, adapter_of_any_method, read_saved
 from moe_bias.config import UserError
 from moe_bias.layer import MoEBiasLayer
+from moe_bias.mistakes import as_kind, read_json, reading, reason_of
 from moe_bias.records import write_json
 from moe_bias.rollout.policy import Policy, base_policy
 
@@ -74,13 +74,13 @@ def refuse_changed_arms(folder: Path, arms: Sequence[EvalArm]) -> None:
     Raises UserError where an adapter of the same name was another when its samples were drawn.
     """
     path = folder / FILE
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    before = as_kind(dict[str, EvalArm], read_json(path, "file"), f"file {str(path)!r}") if path.is_file() else {}
     for arm in arms:
-        if arm.name in before and before[arm.name]["digest"] != arm.digest:
+        if arm.name in before and before[arm.name].digest != arm.digest:
             raise UserError(
                 f"adapter {arm.adapter!r} is not the one that {str(folder)!r} has samples of; give another --output"
             )
-    write_json(path, {**before, **{arm.name: asdict(arm) for arm in arms}})
+    write_json(path, {name: asdict(arm) for name, arm in (before | {arm.name: arm for arm in arms}).items()})
 
 
 def layer_policies(arms: Sequence[EvalArm], head: Head) -> list[Policy]:
@@ -101,9 +101,8 @@ def adapted(model: Any, head: Head, arm: EvalArm) -> Iterator[tuple[nn.Module, H
     folder = adapter_of_any_method(str(arm.adapter))[0]
     try:
         wrapped: Any = PeftModel.from_pretrained(model, str(folder)).eval()
-    except (ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"adapter {arm.adapter!r} does not fit the model ({reason})") from error
+    except Exception as error:  # other methods' loaders raise anything over what they were not made for
+        raise UserError(f"adapter {arm.adapter!r} does not fit the model ({reason_of(error)})") from error
     try:
         inner = wrapped.get_base_model()
         yield inner, Head(output_embedding(inner), head.transform)
@@ -146,7 +145,8 @@ def _arm(name: str, adapter: str) -> EvalArm:
 def _config_of_other_method(folder: Path, method: str, adapter: str) -> Any:
     if method not in PEFT_TYPE_TO_PREFIX_MAPPING:
         raise UserError(f"adapter {adapter!r} is of type {method!r}, which the installed PEFT does not know")
-    config: Any = PeftConfig.from_pretrained(str(folder))
+    with reading(f"adapter {adapter!r}"):
+        config: Any = PeftConfig.from_pretrained(str(folder))
     if config.is_prompt_learning:
         raise UserError(
             f"adapter {adapter!r} is of type {method}, which puts tokens of its own before the prompt; "
@@ -158,6 +158,6 @@ def _config_of_other_method(folder: Path, method: str, adapter: str) -> Any:
 def _trained_entries(weights: Path, config: Any) -> int:
     """The adapter's own, and whole modules that were trained; PEFT saves an embedding with adapters at it, too."""
     own = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
-    with safe_open(weights, "pt") as file:
+    with reading(f"adapter file {str(weights)!r}"), safe_open(weights, "pt") as file:
         names = [name for name in file.keys() if own in name or getattr(config, "modules_to_save", None)]  # noqa: SIM118
         return sum(prod(file.get_slice(name).get_shape()) for name in names)

@@ -12,7 +12,7 @@ from rich.rule import Rule
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from moe_bias.backbone import load_model
-from moe_bias.commands.saved import adapter_folder
+from moe_bias.commands.saved import adapter_folder, read_saved
 from moe_bias.config import GenerateSettings, UserError
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.tasks.conversations import Conversation, encode_prompt
@@ -43,6 +43,7 @@ def load_adapter(model: Any, name: str, strength: float | None) -> Any:
     Raises UserError where there is no such adapter or it is of another method, ValueError where it
     does not fit the model.
     """
+    read_saved(name)  # what is wrong with the files is told before PEFT's loader trips over it
     adapted = PeftModel.from_pretrained(model, str(adapter_folder(name))).eval()
     layers = [module for module in adapted.modules() if isinstance(module, MoEBiasLayer)]
     assert layers, "PEFT loaded an adapter of this method and made no layer for it"

@@ -111,7 +111,7 @@ def _decoder(base_model: str | None) -> tuple[Decode, str]:
         return _no_text, "Tokens are shown as ids: the adapter does not name its base model."
     try:
         tokenizer = AutoTokenizer.from_pretrained(resolve_model(base_model))
-    except (OSError, ValueError):
+    except Exception:  # the loaders of tokenizers raise anything
         return _no_text, f"Tokens are shown as ids: the tokenizer of {base_model!r} could not be had."
     return tokenizer.decode, ""
 

@@ -6,7 +6,6 @@ split: a problem is held out with all of them, or with none.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from moe_bias.commands.evaluate import RECORD_FILE
 from moe_bias.commands.material import Texts
 from moe_bias.config import UserError
 from moe_bias.evaluation.samples import FILE, PROMPTS_FILE, Sample, SampleFile, read_prompts
+from moe_bias.mistakes import read_json
 from moe_bias.tasks.conversations import ask
 
 
@@ -83,8 +83,8 @@ class RightAnswers:
 
 def _record(folder: Path) -> dict[str, Any]:
     path = folder / RECORD_FILE
-    record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if not {"problems", "protocol"} <= record.keys():
+    record = read_json(path, "record") if path.is_file() else {}
+    if not isinstance(record, dict) or not {"problems", "protocol"} <= record.keys():
         raise UserError(
             f"--samples {str(folder)!r} is not the folder of a finished moe-bias eval, which alone keeps every sample "
             "with its verdict; give its --output"

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors import SafetensorError
 from torch import Tensor
 
 from moe_bias.adapter import (
@@ -18,6 +16,7 @@ from moe_bias.adapter import (
     read_adapter,
 )
 from moe_bias.config import UserError
+from moe_bias.mistakes import damaged, read_json
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -35,8 +34,8 @@ def read_saved(name: str) -> tuple[MoEBiasConfig, dict[str, Tensor]]:
         if config.hidden_size is None or config.vocab_size is None:
             raise UserError(f"{CONFIG_FILE} lacks hidden_size or vocab_size")
         check_adapter_file(tensors, config)
-    except (ValueError, SafetensorError) as error:
-        raise UserError(f"the adapter in {str(folder)!r} is damaged: {error}") from error
+    except ValueError as error:
+        raise damaged(f"the adapter in {str(folder)!r}", str(error)) from error
     return config, layer_tensors(tensors)
 
 
@@ -64,10 +63,7 @@ def adapter_of_any_method(name: str) -> tuple[Path, str]:
 
 
 def _method(path: Path) -> object:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{str(path)!r} is not JSON: {error}") from error
+    config = read_json(path, "adapter config")
     return config.get("peft_type") if isinstance(config, dict) else None
 
 

@@ -61,7 +61,7 @@ def stored_embedding(settings: ModelSettings) -> Tensor | None:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code)
         shape, names = _shape_and_names(model)
         return _tensor_of_files(path, names, shape)
-    except (OSError, ValueError, SafetensorError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError):
         return None  # what is wrong is told when the model itself is loaded
 
 

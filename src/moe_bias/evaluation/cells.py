@@ -7,7 +7,6 @@ cell's. The interval is over the held-out text; the spread over seeds is given a
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ from moe_bias.evaluation.likelihood import token_nll
 from moe_bias.evaluation.statistics import Estimate, Floats, ratio_of_sums
 from moe_bias.evaluation.strata import STRATA, by_stratum, counts_by_stratum
 from moe_bias.layer import MoEBiasLayer
+from moe_bias.mistakes import as_kind, read_json
 from moe_bias.records import provenance, write_json
 from moe_bias.training.base_logits import BaseLogits
 from moe_bias.training.sft import Prepared, first_tokens, fit, fresh_layer
@@ -69,6 +69,13 @@ class Row:
     spread: float
 
 
+@dataclass(frozen=True)
+class _CellRecord:
+    """What a file of `CellRecords` holds of a cell."""
+
+    cell: Cell
+
+
 class CellRecords:
     """The records of finished cells in a folder, a JSON file each."""
 
@@ -80,10 +87,8 @@ class CellRecords:
         path = self._path(name, seed)
         if not path.is_file():
             return None
-        try:
-            return Cell(**json.loads(path.read_text(encoding="utf-8"))["cell"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"record {str(path)!r} is damaged; remove it to run the cell again") from error
+        remedy = "remove it to run the cell again"
+        return as_kind(_CellRecord, read_json(path, "record", remedy), f"record {str(path)!r}", remedy).cell
 
     def save(self, cell: Cell, settings: Mapping[str, Any]) -> None:
         """Keeps a cell with its settings and what it was made with."""

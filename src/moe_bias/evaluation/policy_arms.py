@@ -20,7 +20,6 @@ seeds for each held-out problem, then resampled by problem, paired with another 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ import numpy as np
 
 from moe_bias.config import UserError
 from moe_bias.evaluation.statistics import Estimate, Floats, mean, share
+from moe_bias.mistakes import as_kind, read_json
 from moe_bias.records import provenance, write_json
 
 BASE, STATIC, MAIN, LORA = "base", "static", "moe-bias", "lora"
@@ -106,6 +106,13 @@ class PolicyRow:
     change: dict[str, Estimate]
 
 
+@dataclass(frozen=True)
+class _ArmRecord:
+    """What a file of `PolicyRecords` holds of an arm."""
+
+    arm: PolicyArm
+
+
 class PolicyRecords:
     """The records of finished arms in a folder, a JSON file each."""
 
@@ -117,10 +124,8 @@ class PolicyRecords:
         path = self._path(name, seed)
         if not path.is_file():
             return None
-        try:
-            return PolicyArm(**json.loads(path.read_text(encoding="utf-8"))["arm"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"record {str(path)!r} is damaged; remove it to run the arm again") from error
+        remedy = "remove it to run the arm again"
+        return as_kind(_ArmRecord, read_json(path, "record", remedy), f"record {str(path)!r}", remedy).arm
 
     def all(self) -> list[PolicyArm]:
         """Every arm that has a record, in the order of `ARMS`, then of seeds. Raises UserError on a damaged one."""

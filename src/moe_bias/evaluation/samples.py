@@ -16,12 +16,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_bias.config import UserError
+from moe_bias.mistakes import as_kind, damaged, reason_of
 from moe_bias.records import write_parts
 from moe_bias.tasks.verdict import Outcome
 
 FILE = "samples.jsonl"
 PROMPTS_FILE = "problems.jsonl"
+_REMEDY = "remove the line to have its problem answered again"
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,12 @@ class SampleFile:
             for number, line in enumerate(file, 1):
                 if not line.endswith(b"\n"):
                     return
+                where = f"line {number} of {self.path}"
                 try:
-                    yield Sample(**json.loads(line))
-                except (ValueError, TypeError) as error:
-                    raise UserError(
-                        f"line {number} of {self.path} is damaged ({error}); remove the line to have its problem "
-                        "answered again"
-                    ) from error
+                    found = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise damaged(where, f"it is not JSON: {reason_of(error)}", _REMEDY) from error
+                yield as_kind(Sample, found, where, _REMEDY)
 
     def answered(self) -> dict[str, set[str]]:
         """The problems that each arm has answered in full; lines of others are removed from the file."""

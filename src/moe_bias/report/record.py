@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_bias.config import UserError
+from moe_bias.mistakes import read_json
 from moe_bias.report.content import slug
 from moe_bias.training.metrics import FILE as METRICS_FILE
 from moe_bias.training.metrics import SAMPLES_FILE
@@ -141,10 +142,7 @@ def _refuse_empty(path: Path, kind: Kind, content: dict[str, Any]) -> None:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"record {str(path)!r} is damaged: {error}") from error
+    found = read_json(path, "record")
     if not isinstance(found, dict):
         raise UserError(f"{str(path)!r} is no record of a run: it holds no JSON object")
     return found

@@ -15,6 +15,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from moe_bias.config import UserError
+from moe_bias.mistakes import reason_of
 
 COLUMN_PAIRS = (
     ("prompt", "completion"),
@@ -184,9 +185,10 @@ def _hub_rows(name: str, split: str, configuration: str | None) -> Sequence[Mapp
 
     try:
         rows: Sequence[Mapping[str, Any]] = load_dataset(name, configuration, split=split)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{name!r} is neither a file nor a data set that the Hub delivered ({reason})") from error
+    except Exception as error:  # a folder or data set that is none makes its loaders raise anything
+        raise UserError(
+            f"{name!r} is neither a file nor a data set that the Hub delivered ({reason_of(error)})"
+        ) from error
     return rows
 
 

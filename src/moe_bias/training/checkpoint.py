@@ -83,7 +83,7 @@ class Checkpoints:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 return tensors, kind(**json.loads(file.metadata()["position"]))
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise UserError(f"checkpoint {str(path)!r} is damaged; remove it to go on from the one before") from error
 
     def where(self) -> str:
@@ -103,7 +103,7 @@ def saved_layers(run: Path) -> Iterator[tuple[int, dict[str, Tensor]]]:
                 names = [name for name in file.keys() if name.startswith(LAYER)]  # noqa: SIM118
                 tensors = {name.removeprefix(LAYER): file.get_tensor(name) for name in names}
                 step = json.loads(file.metadata()["position"])["step"]
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise UserError(f"checkpoint {str(path)!r} is damaged ({error}); remove it to go on without") from error
         yield step, tensors
 

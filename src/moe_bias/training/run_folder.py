@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ from torch import Tensor
 
 from moe_bias.config import UserError
 from moe_bias.features.source import FeatureSource
+from moe_bias.mistakes import as_kind, read_json
 from moe_bias.records import write_json
 
 FILE = "run.json"
+_REMEDY = "name another --output"
 _FREE = frozenset(
     {"output", "checkpoint_every", "keep_checkpoints", "features", "keep_features", "grid", "base", "seeds", "arms"}
     | {"endpoint", "engine_memory"}
@@ -81,9 +84,14 @@ def _read(folder: Path) -> dict[str, Any] | None:
     path = folder / FILE
     if not path.is_file():
         return None
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        found["settings"], found["data"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{str(path)!r} is damaged ({error}); name another --output") from error
+    found: dict[str, Any] = read_json(path, "file", _REMEDY)
+    as_kind(_Run, found, f"file {str(path)!r}", _REMEDY)
     return found
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What `run.json` holds."""
+
+    settings: dict[str, Any]
+    data: dict[str, Any]

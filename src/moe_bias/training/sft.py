@@ -8,7 +8,6 @@ is in `trainer`.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -41,6 +40,7 @@ from moe_bias.features.extract import (
 from moe_bias.features.source import FeatureSource, Subset, on_support
 from moe_bias.features.store import FeatureStore
 from moe_bias.layer import MoEBiasLayer
+from moe_bias.mistakes import read_json
 from moe_bias.tasks.conversations import Example
 from moe_bias.training.base_logits import BaseLogits
 from moe_bias.training.checkpoint import Checkpoints, Position
@@ -161,10 +161,7 @@ def parse_support(text: str, vocab_size: int) -> int | list[int]:
 
 
 def _support_from_file(path: Path, vocab_size: int) -> list[int]:
-    try:
-        ids = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"support file {path} is not JSON: {error}") from error
+    ids = read_json(path, "support file")
     if not isinstance(ids, list) or not all(type(token) is int for token in ids):
         raise UserError(f"support file {path} must hold one list of token ids")
     try:
