@@ -6,6 +6,7 @@ folder, or the file that MOE_BIAS_CONFIG names), `MOE_BIAS_*` variables and the 
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import tomllib
@@ -39,6 +40,16 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from moe_bias.limits import (
+    LARGEST_COUNT,
+    LARGEST_NUMBER,
+    LARGEST_SIZE,
+    LONGEST_ANSWER,
+    endless_sampling,
+    in_bytes,
+    in_short,
+    machine_bytes,
+)
 from moe_bias.mistakes import Interrupted as Interrupted
 from moe_bias.mistakes import UserError as UserError
 from moe_bias.mistakes import read_text, reason_of, shown
@@ -47,8 +58,9 @@ ENV_PREFIX = "MOE_BIAS_"
 BUNDLED_MODEL = "bundled"
 _UNWRITABLE = re.compile("[\0\ud800-\udfff]")
 """Python writes bytes that are no UTF-8 as lone surrogates."""
-LARGEST_COUNT = 2**32 - 1
-"""The largest seed that numpy takes, and more than any run can count."""
+WEEK = 604800.0
+BYTES_OF_A_PROBLEM = 1024
+"""About what a problem takes, its question and its prompt."""
 MOST_EXPERTS = 2**20
 HIGHEST_RANK = 2**16
 """No machine holds a layer of more; what it does hold, `MoEBiasLayer` looks at."""
@@ -112,8 +124,8 @@ class LayerConfig(BaseModel):
     support: tuple[WholeNumber, ...] | None = None
     reach: Reach = "support"
     entropy_gate: StrictBool = True
-    load_balance_weight: Annotated[float, Field(ge=0)] = 0.01
-    strength: float = 1.0
+    load_balance_weight: Annotated[float, Field(ge=0, le=LARGEST_NUMBER)] = 0.01
+    strength: Annotated[float, Field(ge=-LARGEST_NUMBER, le=LARGEST_NUMBER)] = 1.0
 
     @model_validator(mode="after")
     def _consistent(self) -> LayerConfig:
@@ -214,9 +226,14 @@ class Settings(BaseSettings):
     @classmethod
     def _is_countable(cls, value: object) -> object:
         """Numbers beyond 64 bits, and those of work that would never end, fail somewhere deep within."""
-        for number in _whole_numbers(value):
-            if abs(number) > LARGEST_COUNT:
+        for number in _numbers(value):
+            if isinstance(number, ByteSize):
+                if not 0 <= number <= LARGEST_SIZE:
+                    raise ValueError(f"a size is from 0 to {in_bytes(LARGEST_SIZE)}")
+            elif isinstance(number, int) and abs(number) > LARGEST_COUNT:
                 raise ValueError(f"at most {LARGEST_COUNT:,} can be counted to")
+            elif isinstance(number, float) and abs(number) > LARGEST_NUMBER:
+                raise ValueError(f"at most {LARGEST_NUMBER:g} can be computed with")
         return value
 
     @classmethod
@@ -243,15 +260,15 @@ def _texts(value: object) -> Iterator[str]:
             yield from _texts(part)
 
 
-def _whole_numbers(value: object) -> Iterator[int]:
-    """Every count in a value. Sizes in bytes have bounds of their own."""
-    if isinstance(value, int) and not isinstance(value, ByteSize | bool):
+def _numbers(value: object) -> Iterator[float]:
+    """Every number in a value, lists and mappings of them included."""
+    if isinstance(value, int | float):
         yield value
     elif isinstance(value, Mapping):
-        yield from _whole_numbers([*value.values()])
+        yield from _numbers([*value.values()])
     elif isinstance(value, list | tuple):
         for part in value:
-            yield from _whole_numbers(part)
+            yield from _numbers(part)
 
 
 class LayerOptions(Settings):
@@ -582,6 +599,23 @@ class TaskSettings(Settings):
     train_problems: int = Field(600, ge=2, description="problems to train on")
     test_problems: int = Field(200, ge=2, description="held-out problems to measure on")
 
+    @model_validator(mode="after")
+    def _problems_fit(self) -> Self:
+        """Errors' contexts name the fields, so that `describe_error` can say where they came from."""
+        counts = {"train_problems": self.train_problems, "test_problems": self.test_problems}
+        _refuse_problems_beyond_memory(counts)
+        return self
+
+
+def _refuse_problems_beyond_memory(counts: Mapping[str, int]) -> None:
+    needed, there = BYTES_OF_A_PROBLEM * sum(counts.values()), machine_bytes()
+    if there is not None and needed > there:
+        raise PydanticCustomError(
+            "memory",
+            "{count} problems would take {needed} and this machine has {there}; ask for fewer",
+            {"count": in_short(sum(counts.values())), "needed": in_bytes(needed), "there": in_bytes(there), **counts},
+        )
+
 
 class RewardSettings(Settings):
     """What a completion is rewarded for."""
@@ -607,7 +641,7 @@ class PolicySettings(StartSettings, OptimiserSettings):
     group: int = Field(4, ge=2, description="samples of each problem")
     temperature: float = Field(1.0, description="sampling temperature, above 0")
     top_p: float = Field(1.0, description="only 1: stored log-probabilities are of the whole distribution")
-    max_new_tokens: int = Field(128, ge=1, description="token limit of an answer")
+    max_new_tokens: int = Field(128, ge=1, le=LONGEST_ANSWER, description="token limit of an answer")
     batch_size: int = Field(50, ge=1, description="problems in one forward pass")
     sample_budget: ByteSize = Field(ByteSize(2**32), description="memory for the hidden states of a step's samples")
     resamples: int = Field(2, ge=0, description="times that a step samples more problems for those of equal rewards")
@@ -627,6 +661,20 @@ class PolicySettings(StartSettings, OptimiserSettings):
     entropy_weight: float = Field(0.0, ge=0, description="weight of the policy's entropy as a bonus")
     first_token_only: bool = Field(False, description="the layer acts on the first token of an answer alone")
     equal_steps: int = Field(5, ge=1, description="stop after so many steps in which no group's rewards differ")
+
+    @model_validator(mode="after")
+    def _comes_to_an_end(self) -> Self:
+        """Errors' contexts name the fields, so that `describe_error` can say where they came from."""
+        answers = {name: getattr(self, name) for name in ("steps", "prompts", "group")}
+        sentence = endless_sampling(
+            math.prod(answers.values()) * self.max_new_tokens,
+            f"{self.steps:,} steps of {self.prompts:,} problems, {self.group:,} answers each of {self.max_new_tokens:,}"
+            " tokens",
+            "ask for less",
+        )
+        if sentence is not None:
+            raise PydanticCustomError("time", "{sentence}", {"sentence": sentence, **answers})
+        return self
 
     @field_validator("temperature")
     @classmethod
@@ -709,7 +757,7 @@ class DemoSettings(ModelSettings, RewardSettings, WarmPolicySettings):
     minutes: float = Field(8.0, gt=0, description="reinforcement learning ends early to keep the whole below this")
     warm_problems: int = Field(100, ge=1, description="worked answers for the supervised phase")
     steps: int = Field(14, ge=1, description="steps of reinforcement learning, where there is time for them")
-    max_new_tokens: int = Field(192, ge=1, description="token limit of an answer, the same for every arm")
+    max_new_tokens: int = Field(192, ge=1, le=LONGEST_ANSWER, description="token limit of an answer, in every arm")
     resamples: int = Field(0, ge=0, description="times that a step samples more problems for those of equal rewards")
 
 
@@ -750,8 +798,10 @@ class AnalyzeSettings(ModelSettings, TextSettings, TaskSettings):
     top: int = Field(8, ge=1, description="tokens shown per expert and direction")
     contexts: int = Field(5, ge=0, description="places shown per expert, those where it acts most")
     forks: int = Field(20, ge=0, description="places shown where the choice of token changes, those of largest KL")
-    continuation: int = Field(24, ge=1, description="tokens that both models go on with from such a place")
-    max_new_tokens: int = Field(192, ge=1, description="token limit of an answer to a problem")
+    continuation: int = Field(
+        24, ge=1, le=LONGEST_ANSWER, description="tokens that both models go on with from such a place"
+    )
+    max_new_tokens: int = Field(192, ge=1, le=LONGEST_ANSWER, description="token limit of an answer to a problem")
 
     @property
     def samples_answers(self) -> bool:
@@ -812,7 +862,9 @@ class EvalSettings(ModelSettings):
     samples: int | None = Field(None, ge=1, description="samples of each problem; none: as usual for the benchmark")
     temperature: float | None = Field(None, ge=0, description="0 is greedy; none: as usual for the benchmark")
     top_p: float = Field(1.0, gt=0, le=1, description="sample from the fewest tokens that hold this probability")
-    max_new_tokens: int | None = Field(None, ge=1, description="token limit; none: as usual for the benchmark")
+    max_new_tokens: int | None = Field(
+        None, ge=1, le=LONGEST_ANSWER, description="token limit; none: as usual for the benchmark"
+    )
     prompt_template: str = Field(
         "", description="user's turn with {question} in it; none: asks for the answer in a box where a task does not"
     )
@@ -825,7 +877,7 @@ class EvalSettings(ModelSettings):
     regrade: bool = Field(False, description="grade the samples in --output again, without the model")
     endpoint: str = Field("", description="URL of a server that speaks OpenAI's protocol, in place of --model")
     endpoint_model: Names = Field([], description="models there, as A,B; the first is the base of the comparison")
-    endpoint_timeout: float = Field(600.0, gt=0, description="seconds that one request may take")
+    endpoint_timeout: float = Field(600.0, gt=0, le=WEEK, description="seconds that one request may take")
     endpoint_retries: int = Field(5, ge=0, description="times that a failed request is sent again, ever later")
 
     @field_validator("strength", mode="before")
@@ -848,6 +900,7 @@ class EvalSettings(ModelSettings):
         given = {name: getattr(self, name) for name in ("benchmark", "data", "task") if getattr(self, name)}
         if not given:
             raise PydanticCustomError("source", "one of --benchmark, --data and --task is required")
+        _refuse_problems_beyond_memory({"train_problems": self.train_problems, "limit": self.limit or 0})
         if len(given) > 1:
             both = " and ".join(f"{_option(name)} {{{name}}}" for name in given)
             raise PydanticCustomError("source", f"{both} exclude each other; give one", given)
@@ -901,7 +954,7 @@ class GenerateSettings(ModelSettings):
     compare: bool = Field(False, description="show the plain model's answer and the adapted one")
     strength: float | None = Field(None, description="overrides the adapter's strength")
     chat: bool = Field(True, description="put the prompt into the chat template")
-    max_new_tokens: int = Field(256, ge=1, description="token limit")
+    max_new_tokens: int = Field(256, ge=1, le=LONGEST_ANSWER, description="token limit")
     temperature: float = Field(0.0, ge=0, description="0 is greedy")
     seed: int = Field(0, ge=0, description="seed of sampling")
 
@@ -937,7 +990,7 @@ class InspectTextSettings(ModelSettings):
     prompt: str = Field(min_length=1, description="what to ask")
     output: Path = Field(Path("tokens.html"), description="page to write; its record is kept beside it as .json")
     chat: bool = Field(True, description="put the prompt into the chat template")
-    max_new_tokens: int = Field(256, ge=1, description="token limit of each answer")
+    max_new_tokens: int = Field(256, ge=1, le=LONGEST_ANSWER, description="token limit of each answer")
     top: int = Field(5, ge=1, description="likeliest tokens shown of each distribution")
     rho: float = Field(0.2, gt=0, le=1, description="share of the tokens that is marked, those of highest entropy")
 

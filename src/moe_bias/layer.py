@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_bias.config import LayerConfig, Normalisation, Reach, UserError
+from moe_bias.limits import in_short, refuse_beyond_memory
 
 LOWEST_LOG_PROB = -1e4
 """Log-probabilities are raised to this before `p log p`: exp(-1e4) is 0 in float32 and in float64,
@@ -154,6 +155,7 @@ class MoEBiasLayer(nn.Module):
         """
         super().__init__()
         config.check_vocabulary(vocab_size)
+        refuse_layer_beyond_memory(config, hidden_size, vocab_size)
         self.config = config
         self.hidden_size = hidden_size
         self.vocab_size = vocab_size
@@ -356,6 +358,22 @@ class MoEBiasLayer(nn.Module):
             {name: tuple(tensor.shape) for name, tensor in own.items()},
         )
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def refuse_layer_beyond_memory(config: LayerConfig, hidden_size: int, vocab_size: int) -> None:
+    """Raises UserError where the machine does not hold what training such a layer takes, in float32.
+
+    That is its parameters with their gradients and AdamW's two moments, and its table with its gradient.
+    """
+    parameters, support_size = config.num_parameters(hidden_size, vocab_size), config.support_size(vocab_size)
+    table = config.num_experts * (1 + config.rank) * support_size if config.through_embedding else 0
+    of_rank = f" of rank {config.rank:,}" if config.rank else ""
+    refuse_beyond_memory(
+        4 * (4 * parameters + 2 * table),
+        f"training {config.num_experts:,} {config.experts} experts{of_rank} on {support_size:,} tokens, "
+        f"{in_short(parameters)} parameters,",
+        "give fewer experts, a lower rank or a smaller support",
+    )
 
 
 class _Kept:

@@ -53,7 +53,7 @@ from moe_bias.training.grpo_lora import train_grpo_lora
 from moe_bias.training.grpo_trainer import GRPOChoices, check_trl
 from moe_bias.training.lora import Budget, LoRAChoices, lora_on, train_lora
 from moe_bias.training.rl import PolicyTrainer, Watching
-from moe_bias.training.sft import Prepared
+from moe_bias.training.sft import Prepared, refuse_impossible
 from moe_bias.training.trainer import Trainer, Watch
 
 
@@ -66,6 +66,7 @@ def prepare_stage(settings: CompareSettings, names: Sequence[str]) -> Stage:
         check_trl()
         _grpo_choices(LORA, settings)
     ground = prepare_ground(settings, settings, seed=0)
+    refuse_impossible(settings, ground.head)
     _check_worked(ground, settings, names)
     if SUPERVISED in names and not settings.warm_problems:
         raise UserError(f"{SUPERVISED} goes on from a supervised phase: leave it out, or set --warm-problems above 0")

@@ -31,7 +31,7 @@ from moe_bias.layer import MoEBiasLayer
 from moe_bias.records import provenance, write_json
 from moe_bias.rollout.greedy import greedy_answers
 from moe_bias.training.rl import PolicyTrainer, Watching
-from moe_bias.training.sft import Prepared
+from moe_bias.training.sft import Prepared, refuse_impossible
 
 MEASURING_SECONDS = 200
 """Kept free for the last step and the answers to the held-out problems, which come after the training."""
@@ -45,6 +45,7 @@ def run(settings: DemoSettings) -> None:
     started = time.perf_counter()
     console = report_console()
     ground = prepare_ground(settings, settings, settings.seed)
+    refuse_impossible(settings, ground.head)
     announce(console, settings, ground.head, ground.model.num_parameters())
     prepared = prepare_warm_start(ground, settings)
     plain = with_changes(settings, LAYER_ARMS[STATIC])

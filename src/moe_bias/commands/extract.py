@@ -15,7 +15,7 @@ from moe_bias.config import ExtractSettings, UserError
 from moe_bias.features.build import Choices, make_plan
 from moe_bias.features.fingerprint import model_facts
 from moe_bias.features.manifest import Manifest, read_manifest
-from moe_bias.features.writer import in_bytes
+from moe_bias.limits import in_bytes
 from moe_bias.tasks.conversations import ends, read_conversations
 from moe_bias.training.sft import parse_support
 

@@ -28,10 +28,10 @@ from moe_bias.features.build import Choices, Plan, make_plan, versions
 from moe_bias.features.fingerprint import corpus_hash, model_facts
 from moe_bias.features.manifest import TEMPERATURE, recipe_hash
 from moe_bias.features.store import FeatureStore
-from moe_bias.features.writer import in_bytes
+from moe_bias.limits import in_bytes
 from moe_bias.tasks.conversations import Conversation, Corpus, Example, encode_all, ends, read_conversations
 from moe_bias.training.processes import ALONE, Processes
-from moe_bias.training.sft import Prepared, parse_support, prepare_stored
+from moe_bias.training.sft import Prepared, parse_support, prepare_stored, refuse_impossible
 
 NAME_LENGTH = 16
 """Digits of the hash that names a store in the cache."""
@@ -127,6 +127,7 @@ def _stored(settings: SupervisedSettings, folders: Sequence[str], console: Conso
     held_out = split(store.example.unique().tolist(), settings.held_out, settings.seed, name)
     model, tokenizer = load_model(settings)
     head = find_head(model)[1]
+    refuse_impossible(settings, head, len(store))
     store.check(model_facts(model, head, tokenizer), temperature=TEMPERATURE)
     if store.dropped:
         say(
@@ -165,6 +166,7 @@ def _extracted(
     always = ends(tokenizer)
     choices = Choices(support, always, head.dtype, batch_size=settings.batch_size, held_out=held_out)
     plan = make_plan(corpus, texts.source, model_facts(model, head, tokenizer), choices)
+    refuse_impossible(settings, head, plan.tokens)
     with features_of(model, head, plan, settings, console, processes) as store:
         units = [texts.units[row] for row in held_out]
         yield Material(model, head, store, held_out, always, settings.support, corpus, units)

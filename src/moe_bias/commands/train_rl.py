@@ -32,6 +32,7 @@ from moe_bias.training.checkpoint import Checkpoints
 from moe_bias.training.metrics import FILE, MetricsLog, SampleLog
 from moe_bias.training.rl import PolicyPosition, PolicyTrainer, Watching
 from moe_bias.training.run_folder import begin, refuse_other_settings
+from moe_bias.training.sft import refuse_impossible
 
 
 def run(settings: TrainRLSettings) -> None:
@@ -55,6 +56,8 @@ def _run(settings: TrainRLSettings, checkpoints: Checkpoints) -> None:
     console = Console(highlight=False, soft_wrap=True)
     rewards = rewards_of(settings)
     ground = prepare_ground(settings, settings, settings.seed)
+    if settings.adapter is None:
+        refuse_impossible(settings, ground.head)
     rewards.try_on(ground.train.problems[0])
     questions = json.dumps([problem.question for problem in ground.train.problems])
     data = {"problems": hashlib.sha256(questions.encode()).hexdigest()}

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from moe_bias.config import VerifySettings
 from moe_bias.features.store import FeatureStore
-from moe_bias.features.writer import in_bytes
+from moe_bias.limits import in_bytes
 
 
 def run(settings: VerifySettings) -> None:

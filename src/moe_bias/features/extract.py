@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moe_bias.backbone import Head, hidden_states
+from moe_bias.backbone import Head, hidden_states, output_embedding
 from moe_bias.layer import at_least_float32, entropy_from_logits
+from moe_bias.limits import refuse_beyond_memory
 from moe_bias.progress import meter
 from moe_bias.support import (
     FORK_SHARE,
@@ -122,12 +124,24 @@ def run_backbone(model: nn.Module, examples: Sequence[Example], batch_size: int,
     parts: dict[int, Tensor] = {}
     with meter(description, sum(len(example) for example in examples), "tokens") as bar:
         for batch in batches_by_length(examples, batch_size):
+            refuse_batch_beyond_memory(model, [examples[i] for i in batch])
             for index, hidden_TD in zip(batch, completion_hidden(model, [examples[i] for i in batch]), strict=True):
                 parts[index] = at_least_float32(hidden_TD).cpu()
             bar.advance(sum(len(examples[i]) for i in batch))
     tokens = [torch.tensor(example.completion_ids) for example in examples]
     numbers = torch.arange(len(examples)).repeat_interleave(torch.tensor([len(part) for part in tokens]))
     return HiddenTokens(torch.cat([parts[index] for index in range(len(examples))]), torch.cat(tokens), numbers)
+
+
+def refuse_batch_beyond_memory(model: nn.Module, examples: Sequence[Example]) -> None:
+    """Raises UserError where not even one layer's states of a batch, a few times over, fit into the machine."""
+    longest = max(map(len, examples))
+    head: Any = output_embedding(model)
+    refuse_beyond_memory(
+        4 * 4 * len(examples) * longest * int(head.in_features),
+        f"{len(examples):,} examples of up to {longest:,} tokens in one forward pass",
+        "lower --batch-size or --max-length",
+    )
 
 
 def with_scalars(head: Head, tokens: HiddenTokens, support: Sequence[int], description: str) -> Features:

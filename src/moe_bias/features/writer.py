@@ -29,6 +29,7 @@ from moe_bias.features.manifest import (
     load_manifest,
     seconds_spent,
 )
+from moe_bias.limits import in_bytes
 from moe_bias.records import write_json, write_whole
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
@@ -147,15 +148,6 @@ class StoreFolder:
         """A complete store that lost a shard is an unfinished one again."""
         if (self.folder / MANIFEST).is_file():
             (self.folder / MANIFEST).replace(self.folder / UNFINISHED)
-
-
-def in_bytes(count: float) -> str:
-    """A size in the largest unit that leaves a number above 1."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
 
 
 def _kept(columns: Mapping[str, Tensor], threshold: float) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from moe_bias.backbone import captured_hidden
+from moe_bias.limits import refuse_beyond_memory
 from moe_bias.progress import Meter
 from moe_bias.rollout.cache import roomy_cache
 
@@ -106,6 +107,12 @@ def _prefill(model: nn.Module, prompts: Sequence[list[int]], copies: int) -> tup
     mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=device)
     cache = roomy_cache()
     hidden_BD = _run(model, input_ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache)
+    tensors = [held for layer in cache.layers for held in vars(layer).values() if isinstance(held, Tensor)]
+    refuse_beyond_memory(
+        copies * sum(held.nbytes for held in tensors),
+        f"{len(prompts):,} problems at once with {copies:,} answers each",
+        "lower --batch-size, or the answers of a problem",
+    )
     cache.batch_repeat_interleave(copies)
     number = torch.arange(len(prompts) * copies, device=device)
     return _Rows(number, cache, mask.repeat_interleave(copies, 0), number), hidden_BD.repeat_interleave(copies, 0)

@@ -39,7 +39,7 @@ from moe_bias.features.extract import (
 )
 from moe_bias.features.source import FeatureSource, Subset, on_support
 from moe_bias.features.store import FeatureStore
-from moe_bias.layer import MoEBiasLayer
+from moe_bias.layer import MoEBiasLayer, refuse_layer_beyond_memory
 from moe_bias.mistakes import read_json
 from moe_bias.tasks.conversations import Example
 from moe_bias.training.base_logits import BaseLogits
@@ -47,7 +47,7 @@ from moe_bias.training.checkpoint import Checkpoints, Position
 from moe_bias.training.metrics import MetricsLog
 from moe_bias.training.processes import ALONE, Processes
 from moe_bias.training.run_folder import begin, digests
-from moe_bias.training.trainer import Evaluations, FitReport, Trainer, Watch
+from moe_bias.training.trainer import Evaluations, FitReport, Trainer, Watch, refuse_endless
 
 NORMALISATION_TOKENS = 16384
 """The router's normalisation is measured on this many training tokens."""
@@ -143,6 +143,19 @@ def _prepared(head: Head, train: FeatureSource, held_out: Features, seconds: flo
     )
 
 
+def refuse_impossible(settings: StartSettings, head: Head, tokens: int | None = None) -> None:
+    """Raises UserError, before anything is computed, on a layer beyond the machine's memory and on endless training.
+
+    `tokens` are those to train on, where they are known.
+    """
+    own = settings.support == OWN_SUPPORT
+    support = 1 if own else parse_support(settings.support, head.vocab_size)
+    size = support if isinstance(support, int) else len(support)
+    refuse_layer_beyond_memory(settings.layer_config(range(size)), head.hidden_size, head.vocab_size)
+    if tokens is not None and isinstance(settings, TrainingSettings):
+        refuse_endless(settings, tokens)
+
+
 def parse_support(text: str, vocab_size: int) -> int | list[int]:
     """The size to choose for 'auto:M', all ids for 'all', or the ids that a JSON file lists.
 
@@ -151,7 +164,7 @@ def parse_support(text: str, vocab_size: int) -> int | list[int]:
     if text == "all":
         return list(range(vocab_size))
     kind, _, size = text.partition(":")
-    if kind == "auto" and size.isdecimal() and 1 <= int(size) <= vocab_size:
+    if kind == "auto" and size.isdecimal() and len(size) <= len(str(vocab_size)) and 1 <= int(size) <= vocab_size:
         return int(size)
     if kind == "auto" or not Path(text).is_file():
         raise UserError(

@@ -19,6 +19,7 @@ from moe_bias.config import TrainingSettings, UserError
 from moe_bias.features.extract import Features
 from moe_bias.features.source import FeatureSource, on_device
 from moe_bias.layer import MoEBiasLayer
+from moe_bias.limits import refuse_endless_steps
 from moe_bias.progress import Meter, meter
 from moe_bias.training.base_logits import BaseLogits
 from moe_bias.training.checkpoint import LAYER, Checkpoints, Position
@@ -83,6 +84,7 @@ class Trainer:
         self._watch = watch
         self._processes = processes
         self._steps_per_epoch = -(-len(source) // settings.batch_tokens)
+        refuse_endless(settings, len(source))
         self._steps = settings.epochs * self._steps_per_epoch
         self._optimisation = Optimisation(layer, settings, self._steps)
         self._logits = logits or BaseLogits(source, head, settings.logits_budget)
@@ -210,6 +212,13 @@ class Trainer:
             tensors = _with_prefix(self._layer.state_dict(), LAYER) | _with_prefix(self._best, _BEST)
             checkpoints.save(tensors | self._optimisation.tensors(), self._position)
         self._processes.wait()
+
+
+def refuse_endless(settings: TrainingSettings, tokens: int) -> None:
+    """Raises UserError where training on so many tokens takes more steps than anyone waits for."""
+    steps = settings.epochs * -(-tokens // settings.batch_tokens)
+    what = f"{settings.epochs:,} epochs over {tokens:,} tokens, {settings.batch_tokens:,} in a step,"
+    refuse_endless_steps(steps, what, "lower --epochs, or raise --batch-tokens")
 
 
 def batches(tokens: int, settings: TrainingSettings, first_step: int = 0) -> Iterator[Tensor]:
