@@ -35,6 +35,8 @@ SHIFTED = "reads_shifted_hidden_states"
 """Attribute of an output embedding while an adapter shifts what it reads; a copy of the model has it too."""
 _UNIT_VECTORS = 64
 """Columns of a packed or offloaded output embedding that are read at once."""
+_PACKED_LOGITS = 2**24
+"""Logits of a packed output embedding that are held at once where some of them are asked for."""
 _CAP_MARGIN = 1e-4
 """Adjusted logits are kept this relative distance inside the soft-cap, which float32 can still invert."""
 _BELOW_ONE = 1 - 2.0**-24
@@ -106,22 +108,21 @@ class OutputRows:
     @torch.no_grad()
     def __call__(self, token_M: Tensor | None) -> Tensor:
         """The rows of some tokens (M, D), of all for None; in float32 or better, on the module's device."""
-        weight = self._plain_weight()
-        if weight is None:
+        weight: Any = getattr(self._module, "weight", None)
+        if self.are_packed or (weight.is_meta and offload_hook(self._module) is not None):
             return self._products(token_M)
+        weight = weight.detach()
         return at_least_float32(weight if token_M is None else weight[token_M.to(weight.device)])
 
-    def _plain_weight(self) -> Tensor | None:
-        """The weight (V, D), where it is there as numbers."""
+    @property
+    def are_packed(self) -> bool:
+        """Whether the weight is no plain matrix of numbers: the module's product may then round what it multiplies."""
         module: Any = self._module
         weight: Any = getattr(module, "weight", None)
         if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
-            return None
-        if weight.dtype.itemsize < 2:  # numbers of 8 bits have a scale beside them
-            return None
-        elsewhere = weight.is_meta and offload_hook(module) is not None
-        whole = tuple(weight.shape) == (module.out_features, module.in_features)
-        return cast(Tensor, weight.detach()) if whole and not elsewhere else None
+            return True
+        # Numbers of 8 bits have a scale beside them.
+        return weight.dtype.itemsize < 2 or tuple(weight.shape) != (module.out_features, module.in_features)
 
     def _products(self, token_M: Tensor | None) -> Tensor:
         module: Any = self._module
@@ -154,14 +155,12 @@ class Head:
     @property
     def device(self) -> torch.device:
         """Where the output embedding computes."""
-        device: torch.device = next(self.module.parameters()).device
-        return device
+        return _computes_on(self.module)[0]
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type that the output embedding computes in."""
-        dtype: torch.dtype = next(self.module.parameters()).dtype
-        return dtype if dtype.is_floating_point else torch.float32
+        """The type that the output embedding takes hidden states in."""
+        return _computes_on(self.module)[1]
 
     @property
     def rows(self) -> OutputRows:
@@ -179,7 +178,12 @@ class Head:
 
     @torch.no_grad()
     def columns(self, support_M: Tensor) -> Callable[[Tensor], Tensor]:
-        """A function from hidden states (..., D) to the final logits of the support (..., M)."""
+        """A function from hidden states (..., D) to the final logits of the support (..., M).
+
+        Those of a packed weight are taken from the product with all of it, some hidden states at a time.
+        """
+        if self.rows.are_packed:
+            return lambda hidden: self._of_all(hidden, lambda logits_CV, _: logits_CV[:, support_M], len(support_M))
         weight_MD, bias_M = self._rows(support_M)
 
         @torch.no_grad()
@@ -191,14 +195,36 @@ class Head:
     @torch.no_grad()
     def token_logits(self, hidden_TD: Tensor, token_T: Tensor) -> Tensor:
         """The final logit (T,) of one token for each hidden state (T, D)."""
+        if self.rows.are_packed:
+            return self._of_all(hidden_TD, lambda logits_CV, rows: logits_CV.gather(-1, token_T[rows, None]), 1)[:, 0]
         weight_TD, bias_T = self._rows(token_T)
         raw_T = torch.linalg.vecdot(hidden_TD.to(weight_TD.dtype), weight_TD)
         return self.transform.apply(raw_T if bias_T is None else raw_T + bias_T)
 
+    @torch.no_grad()
+    def _of_all(self, hidden: Tensor, choose: Callable[[Tensor, slice], Tensor], count: int) -> Tensor:
+        """`count` final logits (..., count) that `choose` takes from all (C, V) of some hidden states, at a slice."""
+        hidden_TD = hidden.reshape(-1, self.hidden_size).to(self.dtype)
+        size = max(_PACKED_LOGITS // self.vocab_size, 1)
+        parts = [
+            choose(self.logits(hidden_TD[start : start + size]), slice(start, start + size))
+            for start in range(0, len(hidden_TD), size)
+        ]
+        chosen = torch.cat(parts) if parts else hidden_TD.new_empty(0, count, dtype=torch.float32)
+        return chosen.view(*hidden.shape[:-1], count)
+
     def _rows(self, token: Tensor) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of some tokens, in float32 or better."""
         bias = getattr(self.module, "bias", None)
-        return self.rows(token), None if bias is None else at_least_float32(bias[token])
+        return self.rows(token), None if bias is None else at_least_float32(self._bias()[token])
+
+    def _bias(self) -> Tensor:
+        """The output embedding's own bias (V,), wherever it is kept."""
+        bias: Any = self.module.bias
+        if not bias.is_meta or offload_hook(self.module) is None:
+            return cast(Tensor, bias)
+        zero: Tensor = self.module(torch.zeros(1, self.hidden_size, device=self.device, dtype=self.dtype))
+        return zero[0]
 
 
 def adapted_logits(

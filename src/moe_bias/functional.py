@@ -181,12 +181,11 @@ def _attached(model: nn.Module, support: Sequence[int] | None = None) -> _Attach
 
 
 def _like_model(layer: MoEBiasLayer, head: Head) -> MoEBiasLayer:
-    """The layer on the head's device; parameters in its type, where that is a floating one."""
-    weight = next(head.module.parameters())
-    layer.to(weight.device)
-    if weight.is_floating_point():
+    """The layer on the head's device; parameters in its type, where its weight is not packed."""
+    layer.to(head.device)
+    if not head.rows.are_packed:
         for parameter in layer.parameters():
-            parameter.data = parameter.data.to(weight.dtype)
+            parameter.data = parameter.data.to(head.dtype)
     return layer
 
 
@@ -231,7 +230,7 @@ def _moved(attached: _Attached, hidden: Tensor, logits: Tensor) -> Tensor:
 
 def _check_last_hidden_state(head: Head, hidden: Tensor, logits: Tensor) -> None:
     """On some architectures the last hidden state that is returned is not the one that the head reads."""
-    expected = head.logits(hidden.to(next(head.module.parameters()).device)).to(logits.device)
+    expected = head.logits(hidden.to(head.device)).to(logits.device)
     tolerance = max(16 * torch.finfo(hidden.dtype).eps, 1e-4) * (1 + float(logits.abs().max()))
     error = float((expected - logits).abs().max())
     if not error <= tolerance:

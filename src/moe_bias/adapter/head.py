@@ -256,8 +256,9 @@ def merged_bias(head: MoEBiasHead, adapter_name: str) -> Tensor:
     layer, base = head.moe_bias_layers[adapter_name], head.base_layer
     assert isinstance(layer, MoEBiasLayer)
     reason = _why_not_static(layer, head.transform)
-    if reason is None and not isinstance(base, nn.Linear):
-        reason = f"its output embedding is a {type(base).__name__}, which holds no plain bias"
+    if reason is None and (not isinstance(base, nn.Linear) or OutputRows(base).are_packed):
+        kind = f"{type(base).__name__} with a weight of type {type(base.weight).__name__}"
+        reason = f"its output embedding is a {kind}, no plain linear layer"
     if reason is not None:
         raise UserError(f"adapter {adapter_name!r} cannot be merged: {reason}")
     with torch.no_grad():

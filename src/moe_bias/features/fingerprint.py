@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedTokenizerBase
 
 from moe_bias.backbone import Head
@@ -72,18 +73,23 @@ def backbone_hash(model: Any) -> str:
     digest = hashlib.sha256(_json_bytes(_lasting(model.config.to_diff_dict())))
     for name, parameter in sorted(model.named_parameters()):
         digest.update(_json_bytes([name, list(parameter.shape)]))
-        digest.update(_bytes_of(parameter.flatten()[:: max(parameter.numel() // SAMPLED_VALUES, 1)]))
+        for part in _plain_parts(parameter):
+            digest.update(_bytes_of(part.flatten()[:: max(part.numel() // SAMPLED_VALUES, 1)]))
     return digest.hexdigest()
 
 
 @torch.no_grad()
 def head_hash(module: nn.Module) -> str:
-    """SHA-256 of every weight of the output embedding."""
+    """SHA-256 of every weight of the output embedding, packed ones as they are kept.
+
+    Take it before the first product: bitsandbytes then packs weights of 4 bits anew on a CPU.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(_json_bytes([name, list(tensor.shape)]))
-        for rows in tensor.split(ROWS_AT_ONCE) if tensor.ndim else [tensor]:
-            digest.update(_bytes_of(rows))
+        for part in _plain_parts(tensor):
+            for rows in part.split(ROWS_AT_ONCE) if part.ndim else [part]:
+                digest.update(_bytes_of(rows))
     return digest.hexdigest()
 
 
@@ -113,6 +119,15 @@ def _lasting(config: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in config.items()
         if key not in _VOLATILE
     }
+
+
+def _plain_parts(tensor: Any) -> Iterator[Tensor]:
+    """The tensor, or those that it is made of where it is packed: torchao's know neither `flatten` nor `split`."""
+    if is_traceable_wrapper_subclass(tensor):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _plain_parts(getattr(tensor, name))
+    else:
+        yield tensor
 
 
 def _bytes_of(tensor: Tensor) -> bytes:
