@@ -8,6 +8,7 @@ import torch
 from conftest import VOCABULARY, tiny_model
 from moe_bias.backbone import find_head
 from moe_bias.features.build import Choices, Plan, extract, make_plan
+from moe_bias.features.checked import CHECKED
 from moe_bias.features.fingerprint import ModelFacts
 from moe_bias.features.manifest import SECONDS, Manifest
 from moe_bias.tasks.conversations import Corpus, Example
@@ -53,8 +54,9 @@ def make_store(folder: Path, corpus: Corpus | None = None, name: str = "llama", 
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file with its bytes, apart from what says how long it took."""
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != SECONDS}
+    """Every file with its bytes, apart from what says how long it took and what was found whole."""
+    names = {path.name for path in folder.iterdir()} - {SECONDS, CHECKED}
+    return {name: (folder / name).read_bytes() for name in sorted(names)}
 
 
 def in_child(work) -> int:

@@ -194,8 +194,29 @@ def test_verify_names_the_damaged_shard(model, data, capsys):
     content[len(content) // 2] ^= 1
     shard.write_bytes(bytes(content))
     sentence = complaint(capsys, "verify", "store")
-    assert sentence.startswith("1 of 4 shards are damaged: 'store/shard-00001.safetensors'; delete it and run the same")
+    assert sentence.startswith("1 of 4 shards are damaged: 'store/shard-00001.safetensors'; run the command that made")
     assert complaint(capsys, "verify", "model").startswith("'model' holds no feature store")
+
+
+def test_extract_makes_a_damaged_shard_anew_and_leaves_the_others(model, data, capsys):
+    given = model, data, "store", "--support", "all", "--shard-tokens", "30"
+    extracted(capsys, *given)
+    before = contents(Path("store"))
+    written = {path.name: path.stat().st_mtime_ns for path in Path("store").iterdir()}
+    damaged = bytearray(before["shard-00001.safetensors"])
+    damaged[-5] ^= 8
+    Path("store/shard-00001.safetensors").write_bytes(damaged)
+    training = "train", "sft", "--model", model, "--store", "store", "--output", "adapter", "--device", "cpu"
+    assert complaint(capsys, *training).startswith(
+        "1 of 4 shards are damaged: 'store/shard-00001.safetensors'; run the"
+    )
+    assert not Path("adapter").exists()
+    assert "shards 1 of 4 are damaged or missing there, and made anew" in extracted(capsys, *given)
+    assert contents(Path("store")) == before
+    for number in (0, 2, 3):
+        name = f"shard-0000{number}.safetensors"
+        assert (Path("store") / name).stat().st_mtime_ns == written[name]
+    assert main([*training, "--epochs", "1", "--support", "own"]) == 0
 
 
 def test_a_process_killed_while_it_extracts_is_continued(folder, model, capsys):

@@ -196,7 +196,7 @@ def test_verify_names_the_damaged_shard(folder):
     store = FeatureStore.open(folder)
     store.verify()
     flip_a_bit(folder / "shard-00002.safetensors")
-    with pytest.raises(UserError, match=r"1 of \d+ shards are damaged: '.*shard-00002.safetensors'; delete it and run"):
+    with pytest.raises(UserError, match=r"1 of \d+ shards are damaged: '.*shard-00002.safetensors'; run the command"):
         store.verify()
 
 
@@ -207,30 +207,10 @@ def test_a_damaged_shard_is_made_again_after_it_was_deleted(folder):
     assert contents(folder) == before
 
 
-def cut_short(folder: Path) -> None:
-    path = folder / "shard-00001.safetensors"
-    path.write_bytes(path.read_bytes()[:-8])
-
-
-def replace_by_another(folder: Path) -> None:
-    (folder / "shard-00001.safetensors").write_bytes((folder / "shard-00002.safetensors").read_bytes())
-
-
-def remove(folder: Path) -> None:
-    (folder / "shard-00001.safetensors").unlink()
-
-
-@pytest.mark.parametrize("damage", [cut_short, remove, replace_by_another])
-def test_an_unreadable_shard_is_named(folder, damage):
-    damage(folder)
-    with pytest.raises(UserError, match=r"shard '.*shard-00001\.safetensors' .*; delete it and run the same"):
-        FeatureStore.open(folder).at(torch.arange(12, 20))
-
-
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ("{", "is not a manifest that can be read: content: invalid JSON"),
+        ("{", "is not JSON: Expecting property name"),
         ('{"format": "moe-bias features 2"}', "is not a manifest that can be read: format: input should be"),
     ],
 )

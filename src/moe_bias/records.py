@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from moe_bias.config import UserError
+
+_UNFINISHED = ".moe-bias-unfinished-"
+"""Stands between the name of what is being made and the machine and process that make it."""
+_MACHINE = re.sub(r"[^A-Za-z0-9]", "_", platform.node())[:32]
+_ABANDONED_SECONDS = 24 * 3600.0
+"""Nothing is made under such a name for as long."""
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -31,17 +45,109 @@ def write_whole(path: Path, content: bytes) -> None:
 def write_parts(path: Path, parts: Iterable[bytes]) -> None:
     """As `write_whole`, of content that comes in parts; the file may be read for them meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with unfinished(path) as beside:
         with beside.open("wb") as file:
             file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
     _sync_folder(path.parent)
+
+
+@contextmanager
+def unfinished(path: Path) -> Iterator[Path]:
+    """A name beside `path` to make it under, file or folder, until the block moves it there; else it is removed.
+
+    What killed processes have left under such names for the same path is removed first.
+    """
+    remove_left_overs(path.parent, path.name)
+    beside = path.with_name(f".{path.name}{_UNFINISHED}{_MACHINE}-{os.getpid()}")
+    try:
+        yield beside
+    finally:
+        _remove(beside)
+
+
+@contextmanager
+def temporary_folder(purpose: str, within: Path | None = None) -> Iterator[Path]:
+    """A folder of this process alone, in the system's place for such things; what killed processes left goes."""
+    with unfinished((within or Path(tempfile.gettempdir())) / purpose) as folder:
+        folder.mkdir(mode=0o700)
+        yield folder
+
+
+def remove_left_overs(folder: Path, name: str = "*") -> None:
+    """Removes what killed processes had begun to make in the folder, all of it or what was to have this name.
+
+    Only names of `unfinished` count, and of those none that a living process may still write to: on this machine
+    that is known, of another machine all are taken to be alive for a day.
+    """
+    pattern = name if name == "*" else glob.escape(name)
+    for left in folder.glob(f".{pattern}{_UNFINISHED}*"):
+        if _is_abandoned(left):
+            _remove(left)
+
+
+def _is_abandoned(left: Path) -> bool:
+    machine, _, process = left.name.rpartition(_UNFINISHED)[2].rpartition("-")
+    if not process.isdecimal():
+        return False
+    if machine == _MACHINE and os.name != "nt":
+        return int(process) == os.getpid() or not _is_alive(int(process))
+    try:
+        return time.time() - left.lstat().st_mtime > _ABANDONED_SECONDS
+    except OSError:
+        return False  # it is gone already
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
+def _remove(path: Path) -> None:
+    """File or folder, whatever there is of it; what this user may not remove stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(FileNotFoundError, PermissionError):
+            path.unlink()
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises UserError, in one sentence, where it is none: also where a key stands twice, of which one value would be
+    lost, where a number is NaN or infinite, and where it is nested too deep to be read.
+    """
+    try:
+        text = path.read_bytes().decode()
+        return json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
+    except OSError as error:
+        raise UserError(f"{str(path)!r} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{str(path)!r} is not JSON: byte {error.start} is not UTF-8") from error
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} is not JSON: {error}") from error
+    except RecursionError as error:
+        raise UserError(f"{str(path)!r} is not JSON that can be read: it is nested too deep") from error
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        key = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
+        raise ValueError(f"key {key[:80]!r} stands twice")
+    return found
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,8 +34,17 @@ def made(model: nn.Module, head: Head, plan: Plan, folder: Path, console: Consol
         return manifest
     store.check_disk(plan.bytes)
     say(console, f"{cost(plan)}, in {folder}")
+    if store.was_complete:
+        say(console, f"{_few(store.missing())} of {len(plan.shards)} are damaged or missing there, and made anew")
     with _alone_in(folder, console):
         return extract(model, head, plan, folder)
+
+
+def _few(numbers: Sequence[int]) -> str:
+    """Shards by number, those beyond the first few counted."""
+    named = ", ".join(str(number) for number in numbers[:5])
+    more = f" and {len(numbers) - 5} more" if len(numbers) > 5 else ""
+    return f"shards {named}{more}"
 
 
 def cost(plan: Plan) -> str:

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,7 @@ from moe_bias.features.fingerprint import corpus_hash, model_facts
 from moe_bias.features.manifest import TEMPERATURE, recipe_hash
 from moe_bias.features.store import FeatureStore
 from moe_bias.limits import in_bytes
+from moe_bias.records import temporary_folder
 from moe_bias.tasks.conversations import Conversation, Corpus, Example, encode_all, ends, read_conversations
 from moe_bias.training.processes import ALONE, Processes
 from moe_bias.training.sft import Prepared, parse_support, prepare_stored, refuse_impossible
@@ -114,15 +114,15 @@ def opened(
     extraction was, with what is whole.
     """
     if settings.store:
-        yield _stored(settings, settings.store, console)
+        yield _stored(settings, settings.store, console, processes)
     else:
         with _extracted(settings, texts or Texts.of_data(settings), console, processes) as material:
             yield material
 
 
-def _stored(settings: SupervisedSettings, folders: Sequence[str], console: Console) -> Material:
+def _stored(settings: SupervisedSettings, folders: Sequence[str], console: Console, processes: Processes) -> Material:
     """Says so where the store holds a part of its examples' tokens alone."""
-    store = FeatureStore.open(*folders)
+    store = _open(folders, processes)
     name = f"the feature store in {', '.join(folders)}"
     held_out = split(store.example.unique().tolist(), settings.held_out, settings.seed, name)
     model, tokenizer = load_model(settings)
@@ -139,6 +139,16 @@ def _stored(settings: SupervisedSettings, folders: Sequence[str], console: Conso
         raise UserError("the store left out tokens that LoRA would be trained on; extract again without --keep-top")
     corpus = texts_of(store, settings, model, tokenizer) if settings.data else None
     return Material(model, head, store, held_out, ends(tokenizer), corpus=corpus)
+
+
+def _open(folders: Sequence[str | Path], processes: Processes) -> FeatureStore:
+    """The first process compares checksums, before the others find written down that they fit."""
+    if not processes.is_first:
+        processes.wait()
+    store = FeatureStore.open(*folders)
+    if processes.is_first:
+        processes.wait()
+    return store
 
 
 def texts_of(store: FeatureStore, settings: TextSettings, model: PreTrainedModel, tokenizer: Any) -> Corpus:
@@ -185,8 +195,7 @@ def features_of(
     with _folder(settings, plan, processes) as folder:
         if processes.is_first:
             _make(model, head, plan, folder, settings, console)
-        processes.wait()
-        yield FeatureStore.open(folder)
+        yield _open([folder], processes)
 
 
 @contextmanager
@@ -196,8 +205,8 @@ def _folder(settings: TextSettings, plan: Plan, processes: Processes) -> Iterato
         name = recipe_hash(plan.recipe, versions())[:NAME_LENGTH]
         yield settings.features or cache_folder() / "features" / name
     elif processes.is_first:
-        with TemporaryDirectory(prefix="moe-bias-") as folder:
-            yield Path(processes.of_first(folder))
+        with temporary_folder("features") as folder:
+            yield Path(processes.of_first(str(folder)))
     else:
         yield Path(processes.of_first(""))
 

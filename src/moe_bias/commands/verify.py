@@ -11,8 +11,7 @@ from moe_bias.limits import in_bytes
 
 def run(settings: VerifySettings) -> None:
     """Raises UserError naming the damaged shards."""
-    store = FeatureStore.open(settings.store)
-    store.verify()
+    store = FeatureStore.open(settings.store, anew=True)
     manifest = store.manifest
     Console().print(
         f"{len(manifest.shards)} shards, {len(store):,} tokens, {in_bytes(manifest.bytes)}: every checksum fits.",

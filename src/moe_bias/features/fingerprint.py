@@ -11,10 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedTokenizerBase
@@ -30,6 +30,12 @@ _VOLATILE = frozenset({"_name_or_path", "dtype", "torch_dtype", "transformers_ve
 """Config keys that say how a model was loaded, not what it computes."""
 
 
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Size = Annotated[int, Field(ge=1, lt=2**63)]
+Width = Annotated[int, Field(ge=1, le=2**24)]
+"""Of a hidden state or a vocabulary; none is near the bound, and a list of so many ids can still be made."""
+
+
 class ModelFacts(BaseModel):
     """The model a store is made with. `name` and `revision` tell a reader; the other fields must fit.
 
@@ -37,7 +43,7 @@ class ModelFacts(BaseModel):
     embedding's weights, which a reader may load in another.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str
     revision: str | None
@@ -45,8 +51,8 @@ class ModelFacts(BaseModel):
     head: str
     head_scale: float
     head_cap: float | None
-    hidden_size: int
-    vocab_size: int
+    hidden_size: Width
+    vocab_size: Width
     tokenizer: str
     compute_dtype: str
 

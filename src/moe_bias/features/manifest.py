@@ -4,20 +4,26 @@ A store is a folder of `shard-00000.safetensors`, ... and one `manifest.json`. W
 the manifest is called `unfinished.json` and lists the shards that are whole; renaming it is the last
 step, so a folder with a `manifest.json` is complete. No time is in it: a run that was killed
 and continued ends with the same bytes as one that was not. What making it took is in `seconds.json`.
+
+A manifest that contradicts itself is refused by the field, and any other change by its own checksum: training
+would follow it without a word.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from moe_bias.config import UserError
-from moe_bias.features.fingerprint import ModelFacts
+from moe_bias.config import UserError, check_support
+from moe_bias.features.fingerprint import Count, ModelFacts, Size
+from moe_bias.records import read_json
 
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.json"
@@ -28,8 +34,16 @@ INFORMATIVE = frozenset({"name", "revision", "source"})
 """Fields that tell a reader where something came from; what must fit is in the hashes beside them."""
 
 
+_SCALAR_BYTES = 3 * 8 + 2 * 4 + 3 * 8
+"""Bytes a token of all but its hidden state, at least: three int64, two float32, three float64."""
+_CHECKSUM = "checksum"
+_RESTORE = "restore it from a copy, or remove the folder and extract again"
+
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Recipe(_Part):
@@ -45,25 +59,37 @@ class Recipe(_Part):
     model: ModelFacts
     source: str
     corpus: str
-    examples: int
-    part: tuple[int, int]
+    examples: Size
+    part: tuple[Size, Size]
     hidden_dtype: Literal["float32", "bfloat16", "float16"]
-    temperature: float = TEMPERATURE
+    temperature: Annotated[float, Field(gt=0)] = TEMPERATURE
     support: str
     held_out: str | None = None
-    keep_top: float | None
-    shard_tokens: int
-    batch_size: int
+    keep_top: Annotated[float, Field(gt=0, le=1)] | None
+    shard_tokens: Size
+    batch_size: Size
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.part[0] > self.part[1]:
+            raise ValueError(f"part {self.part[0]} of {self.part[1]} cannot be")
+        return self
+
+    @property
+    def token_bytes(self) -> int:
+        """What a token takes, its share of headers left out."""
+        dtype: torch.dtype = getattr(torch, self.hidden_dtype)
+        return self.model.hidden_size * dtype.itemsize + _SCALAR_BYTES
 
 
 class Shard(_Part):
     """One file: tokens that it holds, tokens that `keep_top` dropped from it, size in bytes, SHA-256."""
 
-    file: Annotated[str, Field(pattern=r"^shard-\d{5}\.safetensors$")]
-    tokens: int
-    dropped: int
-    bytes: int
-    sha256: str
+    file: Annotated[str, Field(pattern=r"^shard-[0-9]{5,8}\.safetensors$")]
+    tokens: Count
+    dropped: Count
+    bytes: Count
+    sha256: Digest
 
 
 class Manifest(_Part):
@@ -77,9 +103,41 @@ class Manifest(_Part):
     recipe: Recipe
     support: list[int] | None
     threshold: float | None
-    num_shards: int
+    num_shards: Annotated[int, Field(ge=1, le=10**8)]
     versions: dict[str, str]
     shards: list[Shard] = []
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Manifest:
+        self._check_support()
+        if (self.threshold is None) != (self.recipe.keep_top is None):
+            raise ValueError(f"threshold {self.threshold} does not go with keep_top {self.recipe.keep_top}")
+        numbers = [shard_number(shard.file) for shard in self.shards]
+        named = [shard.file for shard in self.shards] == [shard_file(number) for number in numbers]
+        if not named or sorted(set(numbers)) != numbers or (numbers and numbers[-1] >= self.num_shards):
+            raise ValueError(f"its shards are not {self.num_shards} different ones in their order")
+        for shard in self.shards:
+            if shard.bytes < shard.tokens * self.recipe.token_bytes:
+                raise ValueError(f"{shard.file} cannot hold {shard.tokens} tokens in {shard.bytes} bytes")
+            if shard.dropped and self.threshold is None:
+                raise ValueError(f"{shard.file} cannot have dropped {shard.dropped} tokens without a threshold")
+        return self
+
+    def _check_support(self) -> None:
+        """Against the vocabulary, and against how the support was asked for."""
+        ids, asked = self.support_ids(), self.recipe.support
+        if self.support is not None:
+            check_support(ids)
+            if max(ids) >= self.recipe.model.vocab_size:
+                raise ValueError(
+                    f"support id {max(ids)} is outside the vocabulary of {self.recipe.model.vocab_size} tokens"
+                )
+        if asked.startswith("auto:"):
+            fits = asked == f"auto:{len(ids)}" and ids == sorted(ids)
+        else:
+            fits = asked == ids_hash(ids)
+        if not fits:
+            raise ValueError(f"support has {len(ids)} ids, which are not the {shown(asked)} that was asked for")
 
     @property
     def tokens(self) -> int:
@@ -112,16 +170,37 @@ def recipe_hash(recipe: Recipe, versions: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def shard_file(number: int) -> str:
+    """The name of a store's shard, from 0."""
+    return f"shard-{number:05d}.safetensors"
+
+
+def shard_number(file: str) -> int:
+    """The number of the shard that has this name."""
+    return int(file.removeprefix("shard-").removesuffix(".safetensors"))
+
+
 def seconds_spent(folder: Path) -> float:
-    """Seconds that making the store took, a run that was killed up to its last whole shard; 0 where unknown."""
+    """Seconds that making the store took, a run that was killed up to its last whole shard; 0 where unknown.
+
+    Raises UserError where the file that tells it is damaged.
+    """
     path = folder / SECONDS
-    return float(json.loads(path.read_bytes())["seconds"]) if path.is_file() else 0.0
+    if not path.is_file():
+        return 0.0
+    content = read_json(path)
+    seconds = content.get("seconds") if isinstance(content, dict) else None
+    if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not 0 <= seconds < math.inf:
+        raise UserError(
+            f"{str(path)!r} does not tell how many seconds making the store took; remove it, nothing else needs it"
+        )
+    return float(seconds)
 
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a complete store.
 
-    Raises UserError where the folder holds none, an unfinished one, or one that cannot be read.
+    Raises UserError where the folder holds none, an unfinished one, or one that cannot be read or be right.
     """
     if (folder / MANIFEST).is_file():
         return load_manifest(folder / MANIFEST)
@@ -135,14 +214,40 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def load_manifest(path: Path) -> Manifest:
-    """Raises UserError where the file is no manifest of this format, naming the field."""
+    """Raises UserError where the file is no manifest of this format, naming the field, or is not as it was written."""
+    content = read_json(path)
+    checksum = content.pop(_CHECKSUM, None) if isinstance(content, dict) else None
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        manifest = Manifest.model_validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(map(str, first["loc"])) or "content"
-        reason = first["msg"][0].lower() + first["msg"][1:]
-        raise UserError(f"{str(path)!r} is not a manifest that can be read: {field}: {reason}") from error
+        raise UserError(f"{str(path)!r} is not a manifest that can be read: {_first(error)}; {_RESTORE}") from error
+    if path.name == MANIFEST and len(manifest.shards) < manifest.num_shards:
+        raise UserError(
+            f"{str(path)!r} lists {len(manifest.shards)} of the {manifest.num_shards} shards of its store; {_RESTORE}"
+        )
+    # Stores of before there was one have none.
+    if checksum is not None and checksum != _digest(content):
+        raise UserError(f"{str(path)!r} was changed after it was written: its checksum does not fit; {_RESTORE}")
+    return manifest
+
+
+def sealed(manifest: Manifest) -> dict[str, Any]:
+    """A manifest as its file holds it: with a checksum of all else."""
+    content = manifest.model_dump(mode="json")
+    return content | {_CHECKSUM: _digest(content)}
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _first(error: ValidationError) -> str:
+    """The first thing that is wrong, with the field that it is wrong in."""
+    first = error.errors(include_url=False)[0]
+    field = ".".join(map(str, first["loc"]))[:80]
+    reason = first["msg"].removeprefix("Value error, ")
+    reason = reason[0].lower() + reason[1:]
+    return f"{field}: {reason}" if field else reason
 
 
 def first_difference(

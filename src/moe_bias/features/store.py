@@ -4,16 +4,16 @@
     store.check(model_facts(model, head, tokenizer))
     batch = store.at(torch.randint(len(store), (512,)))
 
-Shards are mapped into memory, not read: `at` touches the rows that it is asked for, and a slice
-within one shard copies no hidden state. The small columns (all but the hidden states, about 60 bytes
-a token) are joined in memory the first time they are asked for.
+Opening a store compares the checksums of its shards, those apart that were found whole before and have not
+changed since (see `checked`). From then on they are mapped into memory, not read: `at` touches the
+rows that it is asked for, and a slice within one shard copies no hidden state. The small columns (all but
+the hidden states, about 60 bytes a token) are joined in memory the first time they are asked for.
 
 Shapes: T tokens, D hidden, M support.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,9 +25,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moe_bias.config import UserError
+from moe_bias.features.checked import damaged
 from moe_bias.features.extract import Features, support_columns
 from moe_bias.features.fingerprint import ModelFacts
-from moe_bias.features.manifest import Manifest, Shard, first_difference, read_manifest, seconds_spent, shown
+from moe_bias.features.manifest import Manifest, Recipe, Shard, first_difference, read_manifest, seconds_spent, shown
 from moe_bias.support import RestScalars
 
 HIDDEN = "hidden"
@@ -44,8 +45,11 @@ SMALL_COLUMNS = (
 """Columns of a shard beside the hidden states, each (T,)."""
 _OF_A_PART = frozenset({"part", "shard_tokens", "batch_size", "support"})
 """Fields of a recipe in which parts of one corpus may differ; of the support it is the ids that must agree."""
-_HASH_BYTES = 2**24
-REPAIR = "delete it and run the same command that made the store again, which makes missing shards anew"
+_SCALAR_TYPES = dict(zip(SMALL_COLUMNS, 3 * [torch.int64] + 2 * [torch.float32] + 3 * [torch.float64], strict=True))
+_FINITE = ("logit", "entropy", "log_partition")
+_NAMED = 5
+"""Damaged shards that a refusal names."""
+REPAIR = "run the command that made the store again, which makes damaged and missing shards anew, and those alone"
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class _MappedShard:
 
     folder: Path
     entry: Shard
+    recipe: Recipe
 
     @property
     def path(self) -> Path:
@@ -63,15 +68,46 @@ class _MappedShard:
     def tensors(self) -> dict[str, Tensor]:
         """Raises UserError where the file is missing, cut short or not what the manifest says."""
         try:
+            if not self.path.is_file():
+                raise FileNotFoundError("there is no such file")
             with safe_open(self.path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in (HIDDEN, *SMALL_COLUMNS)}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
         except (OSError, SafetensorError) as error:
             raise UserError(f"shard {str(self.path)!r} cannot be read ({error}); {REPAIR}") from error
-        if any(len(tensor) != self.entry.tokens for tensor in tensors.values()):
-            raise UserError(
-                f"shard {str(self.path)!r} has not the {self.entry.tokens} tokens of its manifest; {REPAIR}"
-            )
+        self._check_columns(tensors)
+        self._check_values(tensors)
         return tensors
+
+    def _check_columns(self, tensors: Mapping[str, Tensor]) -> None:
+        hidden = getattr(torch, self.recipe.hidden_dtype), (self.entry.tokens, self.recipe.model.hidden_size)
+        expected = {name: (dtype, (self.entry.tokens,)) for name, dtype in _SCALAR_TYPES.items()} | {HIDDEN: hidden}
+        for name in sorted({*expected, *tensors}):
+            found = (tensors[name].dtype, tuple(tensors[name].shape)) if name in tensors else None
+            if found != expected.get(name):
+                raise UserError(
+                    f"shard {str(self.path)!r} has column {name!r} as {_described(found)}, its manifest "
+                    f"says {_described(expected.get(name))}; {REPAIR}"
+                )
+
+    def _check_values(self, tensors: Mapping[str, Tensor]) -> None:
+        if not self.entry.tokens:
+            return
+        bounds = {"token": self.recipe.model.vocab_size, "example": 2**62, "position": 2**62}
+        for name, bound in bounds.items():
+            low, high = (int(value) for value in tensors[name].aminmax())
+            if low < 0 or high >= bound:
+                outside = low if low < 0 else high
+                raise UserError(f"shard {str(self.path)!r} has {name} {outside}, outside 0 to {bound - 1}; {REPAIR}")
+        for name in _FINITE:
+            if not torch.isfinite(tensors[name]).all():
+                raise UserError(
+                    f"shard {str(self.path)!r} has NaN or infinite values in its column {name!r}: the model overflowed "
+                    "when they were extracted; extract again in a wider type, with --dtype float32"
+                )
+
+
+def _described(column: tuple[torch.dtype, tuple[int, ...]] | None) -> str:
+    return "none" if column is None else f"{str(column[0]).removeprefix('torch.')} {list(column[1])}"
 
 
 class FeatureStore:
@@ -82,7 +118,7 @@ class FeatureStore:
         self.folders = tuple(folders)
         self.manifests = tuple(manifests)
         self._shards = [
-            _MappedShard(folder, entry)
+            _MappedShard(folder, entry, manifest.recipe)
             for folder, manifest in zip(folders, manifests, strict=True)
             for entry in manifest.shards
         ]
@@ -90,11 +126,12 @@ class FeatureStore:
         self._columns: dict[str, Tensor] = {}
 
     @classmethod
-    def open(cls, *folders: str | Path) -> FeatureStore:
-        """The store in these folders, in the order of their parts.
+    def open(cls, *folders: str | Path, anew: bool = False) -> FeatureStore:
+        """The store in these folders, in the order of their parts, its shards compared with their checksums.
 
+        Shards that were found whole before and have not changed since are read for that only if `anew`.
         Raises UserError where a folder holds no complete store, where two were not made alike
-        (naming the field), and where a part of the corpus is listed twice.
+        (naming the field), where a part of the corpus is listed twice, and on damaged shards by name.
         """
         if not folders:
             raise UserError("no folder of a feature store is given")
@@ -102,7 +139,9 @@ class FeatureStore:
         read.sort(key=lambda pair: pair[1].recipe.part)
         for (folder, manifest), (other_folder, other) in pairwise(read):
             _check_parts(folder, manifest, other_folder, other)
-        return cls([folder for folder, _ in read], [manifest for _, manifest in read])
+        store = cls([folder for folder, _ in read], [manifest for _, manifest in read])
+        store.verify(anew=anew)
+        return store
 
     def __len__(self) -> int:
         return sum(shard.entry.tokens for shard in self._shards)
@@ -170,7 +209,7 @@ class FeatureStore:
     def parts(self) -> Iterator[Features]:
         """All tokens in order, a shard at a time, whole examples in each: nothing of them is kept in memory."""
         for shard in self._shards:
-            tensors = _MappedShard(shard.folder, shard.entry).tensors
+            tensors = _MappedShard(shard.folder, shard.entry, shard.recipe).tensors
             yield self._features(tensors[HIDDEN], tensors)
 
     def _features(self, hidden_TD: Tensor, small: Mapping[str, Tensor]) -> Features:
@@ -212,15 +251,20 @@ class FeatureStore:
                 f"its {name} is {stored}, here it is {wanted}; extract again or name the model it was made with"
             )
 
-    def verify(self) -> None:
-        """Reads every shard and compares its checksum.
+    def verify(self, *, anew: bool = True) -> None:
+        """Reads every shard and compares its checksum; if not `anew`, only what was not found whole before.
 
         Raises UserError naming the damaged shards.
         """
-        damaged = [shard.path for shard in self._shards if not is_whole(shard.path, shard.entry)]
-        if damaged:
-            names = ", ".join(repr(str(path)) for path in damaged)
-            raise UserError(f"{len(damaged)} of {len(self._shards)} shards are damaged: {names}; {REPAIR}")
+        wrong = [
+            folder / shard.file
+            for folder, manifest in zip(self.folders, self.manifests, strict=True)
+            for shard in damaged(folder, manifest.shards, anew=anew)
+        ]
+        if wrong:
+            names = ", ".join(repr(str(path)) for path in wrong[:_NAMED])
+            more = f" and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
+            raise UserError(f"{len(wrong)} of {len(self._shards)} shards are damaged: {names}{more}; {REPAIR}")
 
     @cached_property
     def _column_of_token(self) -> Tensor:
@@ -258,17 +302,6 @@ class FeatureStore:
     def _hidden_dtype(self) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, self.manifest.recipe.hidden_dtype)
         return dtype
-
-
-def is_whole(path: Path, entry: Shard) -> bool:
-    """Whether the file has the size and the checksum of its entry."""
-    if not path.is_file() or path.stat().st_size != entry.bytes:
-        return False
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_HASH_BYTES):
-            digest.update(block)
-    return digest.hexdigest() == entry.sha256
 
 
 def _check_parts(folder: Path, manifest: Manifest, other_folder: Path, other: Manifest) -> None:

@@ -18,6 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from moe_bias.config import UserError
+from moe_bias.features.checked import damaged
 from moe_bias.features.manifest import (
     MANIFEST,
     SECONDS,
@@ -27,10 +28,12 @@ from moe_bias.features.manifest import (
     Shard,
     first_difference,
     load_manifest,
+    sealed,
     seconds_spent,
+    shard_file,
 )
 from moe_bias.limits import in_bytes
-from moe_bias.records import write_json, write_whole
+from moe_bias.records import remove_left_overs, write_json, write_whole
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
@@ -47,7 +50,7 @@ class StoreFolder:
 
     @classmethod
     def begun(cls, folder: Path, recipe: Recipe) -> StoreFolder:
-        """What is in the folder of the store with this recipe; changes nothing.
+        """What is in the folder of the store with this recipe, of its shards those that are what was written.
 
         Raises UserError where the folder holds a store made in another way, naming the field, or
         other files.
@@ -63,7 +66,8 @@ class StoreFolder:
                 f"{str(folder)!r} holds another feature store: its {wrong[0]} is {wrong[1]}, here it is "
                 f"{wrong[2]}; name another folder or remove it"
             )
-        whole = [shard for shard in manifest.shards if _has_size(folder / shard.file, shard.bytes)]
+        wrong_files = {shard.file for shard in damaged(folder, manifest.shards)}
+        whole = [shard for shard in manifest.shards if shard.file not in wrong_files]
         return cls(folder, manifest.model_copy(update={"shards": whole}))
 
     @property
@@ -73,14 +77,19 @@ class StoreFolder:
         return self.manifest
 
     @property
+    def was_complete(self) -> bool:
+        """Whether the store was finished once; shards may have been damaged or lost since."""
+        return (self.folder / MANIFEST).is_file()
+
+    @property
     def is_complete(self) -> bool:
         """Whether there is nothing left to do."""
-        return (self.folder / MANIFEST).is_file() and not self.missing()
+        return self.was_complete and not self.missing()
 
     def missing(self) -> list[int]:
         """Numbers of the shards still to be made."""
         there = {shard.file for shard in self.begun_manifest.shards}
-        return [number for number in range(self.begun_manifest.num_shards) if _file_of(number) not in there]
+        return [number for number in range(self.begun_manifest.num_shards) if shard_file(number) not in there]
 
     def check_disk(self, expected: int) -> None:
         """Raises UserError where a store of this many bytes does not fit beside what is on its disk."""
@@ -105,7 +114,7 @@ class StoreFolder:
         kept = columns if manifest.threshold is None else _kept(columns, manifest.threshold)
         content = save(dict(kept), metadata={"format": "pt"})
         entry = Shard(
-            file=_file_of(number),
+            file=shard_file(number),
             tokens=len(kept["token"]),
             dropped=len(columns["token"]) - len(kept["token"]),
             bytes=len(content),
@@ -117,15 +126,17 @@ class StoreFolder:
             write_whole(self.folder / entry.file, content)
             self._list(manifest.model_copy(update={"shards": shards}))
         except OSError as error:
-            if error.errno not in _FULL_DISK:
-                raise
-            raise UserError(f"the disk of {str(self.folder)!r} is full: {self.so_far()}") from error
+            full = error.errno in _FULL_DISK
+            reason = (
+                f"the disk of {str(self.folder)!r} is full" if full else f"{entry.file} cannot be written ({error})"
+            )
+            raise UserError(f"{reason}: {self.so_far()}") from error
 
     def finish(self) -> Manifest:
         """Makes the store complete, once no shard is missing; returns its manifest."""
         assert not self.missing()
         if not self.is_complete:
-            _remove_halves(self.folder)
+            remove_left_overs(self.folder)
             (self.folder / UNFINISHED).replace(self.folder / MANIFEST)
         return self.begun_manifest
 
@@ -139,7 +150,7 @@ class StoreFolder:
         )
 
     def _list(self, manifest: Manifest) -> None:
-        write_json(self.folder / UNFINISHED, manifest.model_dump(mode="json"))
+        write_json(self.folder / UNFINISHED, sealed(manifest))
         self.manifest = manifest
         spent = self._spent_before + time.perf_counter() - self._started
         write_json(self.folder / SECONDS, {"seconds": spent})
@@ -155,23 +166,8 @@ def _kept(columns: Mapping[str, Tensor], threshold: float) -> dict[str, Tensor]:
     return {name: column[rows] for name, column in columns.items()}
 
 
-def _file_of(number: int) -> str:
-    return f"shard-{number:05d}.safetensors"
-
-
-def _has_size(path: Path, size: int) -> bool:
-    return path.is_file() and path.stat().st_size == size
-
-
 def _refuse_other_files(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{str(folder)!r} is a file; name a folder")
     if folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
         raise UserError(f"{str(folder)!r} holds other files; name a new folder or an empty one")
-
-
-def _remove_halves(folder: Path) -> None:
-    """Removes what killed processes had begun to write."""
-    for pattern in (".shard-*", f".{UNFINISHED}.*", f".{SECONDS}.*"):
-        for path in folder.glob(pattern):
-            path.unlink()
