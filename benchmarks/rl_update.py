@@ -29,7 +29,7 @@ from moe_bias.layer import MoEBiasLayer
 from moe_bias.rollout.sampler import Rollouts, SamplingChoices
 from moe_bias.rollout.sampling import TransformersSampler
 from moe_bias.support import choose_support
-from moe_bias.tasks.conversations import ask, encode_prompt, end_of_turn
+from moe_bias.tasks.conversations import answer_ends, ask, encode_prompt
 from moe_bias.tasks.procedural import ProceduralTask
 from moe_bias.training.grpo_lora import sampler_trainer_gap, train_grpo_lora
 from moe_bias.training.grpo_trainer import GRPOChoices
@@ -136,7 +136,7 @@ class Bench:
         return seconds, metrics["sampler_gap"]
 
     def _sample(self, layer: MoEBiasLayer, seed: int) -> Rollouts:
-        stops = end_of_turn(ask(""), self.tokenizer)
+        stops = answer_ends(self.model, self.tokenizer)
         choices = SamplingChoices(1.0, self.options.max_new_tokens, self.options.group, self.options.prompts, stops)
         return self.sampler.sample(self.prompts, layer, choices, seed, "")
 

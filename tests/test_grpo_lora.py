@@ -117,6 +117,16 @@ def test_a_chats_template_is_applied_and_the_reward_gets_texts():
     assert all(prompt in CHATS and isinstance(text, str) for prompt, text in seen)
 
 
+def test_a_chats_answer_ends_with_its_turn():
+    """TRL reads the ends of its samples from the model, which has them from the tokenizer's template here."""
+    tokenizer, model = word_tokenizer(), tiny_model()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["w90"]})
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn['content'] }} w90 {% endfor %}"
+    for prompts, ends in ((CHATS, [2, 90]), (TEXTS, [2])):
+        with lora_on(model, 2, seed=0) as adapted, grpo_trainer(adapted, tokenizer, prompts, len, TINY) as trainer:
+            assert sorted(trainer.eos_token_ids) == ends
+
+
 def test_no_file_and_no_change_of_the_model_is_left(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

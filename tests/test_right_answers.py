@@ -72,7 +72,7 @@ def test_answers_are_learned_after_the_very_prompts_that_they_were_sampled_from(
         found = answer(model, head, prompts, *more)
         for prompt, (_, adapted) in zip(prompts, found, strict=True):
             texts = [tokenizer.decode(sampled.token_ids) for sampled in adapted if sampled.finished]
-            seen[tuple(prompt)] = [tokenizer(text).input_ids for text in texts]
+            seen[tuple(prompt)] = [tokenizer(text, split_special_tokens=True).input_ids for text in texts]
         return found
 
     monkeypatch.setattr(eval_model, "sampled_answers", kept)

@@ -102,6 +102,9 @@ embedding, or such a vector that depends linearly on the hidden state."""
 Kinds = Annotated[list[Experts], NoDecode, BeforeValidator(_split_at_commas), Field(min_length=1)]
 """A list of kinds of experts, written `directions,linear`."""
 Optimizer = Literal["adamw", "sgd"]
+TrainOn = Literal["last-turn", "all-turns"]
+"""Which of a conversation's turns of the assistant are answers to learn."""
+TRAIN_ON = "which of the assistant's turns in messages are answers to learn: 'last-turn', or 'all-turns'"
 Reach = Literal["support", "vocabulary"]
 """Where experts that are made through the output embedding act: on the tokens they were trained on, or on all."""
 
@@ -410,6 +413,7 @@ class TextSettings(Settings):
     )
     keep_features: bool = Field(True, description="keep hidden states of --data, which later runs then find")
     split: str = Field("train", description="split of a Hub data set")
+    train_on: TrainOn = Field("last-turn", description=TRAIN_ON)
     max_length: int = Field(2048, ge=2, description="longer examples are cut here, or at the model's context")
     batch_size: int = Field(16, ge=1, description="examples in one forward pass")
 
@@ -431,8 +435,10 @@ class DataSettings(TextSettings):
     held_out: float = Field(0.05, gt=0, lt=1, description="share of the examples kept out for measuring")
 
 
-_OF_EXTRACTION = ("split", "max_length", "batch_size", "features", "keep_features")
-"""What a feature store has settled: given beside one, these would have no effect."""
+_OF_TEXTS = ("split", "train_on", "max_length")
+"""What makes examples of data."""
+_OF_EXTRACTION = (*_OF_TEXTS, "batch_size", "features", "keep_features")
+"""What a feature store has settled: given beside one, these would have no effect, but those of texts beside `data`."""
 
 
 class SupervisedSettings(ModelSettings, RunSettings, DataSettings):
@@ -460,7 +466,7 @@ class SupervisedSettings(ModelSettings, RunSettings, DataSettings):
             listed = " and ".join(f"{_option(name)} {{{name}}}" for name in given)
             raise PydanticCustomError("source", f"{listed} exclude each other; give one", given)
         for name in _OF_EXTRACTION if self.store else ():
-            if name in self.model_fields_set:
+            if name in self.model_fields_set and not (self.data and name in _OF_TEXTS):
                 raise PydanticCustomError(
                     "source",
                     f"{_option(name)} {{{name}}} does not apply to --store, which was extracted with its own; leave it "
@@ -509,10 +515,13 @@ class TrainSFTSettings(SupervisedSettings):
             raise PydanticCustomError(
                 "source", "--samples-of {samples_of} needs --samples; give both", {"samples_of": self.samples_of}
             )
-        if self.samples and "split" in self.model_fields_set:
-            raise PydanticCustomError(
-                "source", "--split {split} does not apply to --samples; leave it out", {"split": self.split}
-            )
+        for name in ("split", "train_on") if self.samples else ():
+            if name in self.model_fields_set:
+                raise PydanticCustomError(
+                    "source",
+                    f"{_option(name)} {{{name}}} does not apply to --samples; leave it out",
+                    {name: str(getattr(self, name))},
+                )
         return self
 
 
@@ -550,6 +559,7 @@ class ExtractSettings(ModelSettings):
 
     data: str = Field(description="JSON Lines file or Hub data set of prompts and answers")
     split: str = Field("train", description="split of a Hub data set")
+    train_on: TrainOn = Field("last-turn", description=TRAIN_ON)
     output: Path = Field(description="folder of the feature store; one that was begun there is continued")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="type that hidden states are kept in; 'auto': the type the model computes in"
@@ -831,7 +841,7 @@ class AnalyzeSettings(ModelSettings, TextSettings, TaskSettings):
     def _idle(self) -> Sequence[str]:
         """Settings that would have no effect."""
         if self.samples_answers:
-            return ("held_out", "features", "keep_features", "max_length")
+            return ("held_out", "features", "keep_features", "max_length", "train_on")
         return ("features", "keep_features") if self.store else ()
 
 

@@ -30,7 +30,7 @@ from moe_bias.features.extract import Features
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.rollout.greedy import greedy_answers
 from moe_bias.rollout.policy import base_policy
-from moe_bias.tasks.conversations import ends
+from moe_bias.tasks.conversations import answer_ends
 
 
 def text_forks(
@@ -49,7 +49,7 @@ def text_forks(
             matter.head,
             prefixes,
             [base_policy, policy_of(layer, matter.head)],
-            stop_ids=ends(matter.tokenizer),
+            stop_ids=answer_ends(matter.model, matter.tokenizer),
             max_new_tokens=settings.continuation,
             batch_size=settings.batch_size,
             description="both ways from the forks",

@@ -32,7 +32,8 @@ from moe_bias.mistakes import as_kind, read_json
 from moe_bias.records import write_json
 from moe_bias.rollout.greedy import greedy_answers
 from moe_bias.rollout.policy import Policy, base_policy
-from moe_bias.tasks.conversations import Corpus, Example, read_conversations
+from moe_bias.tasks.columns import read_conversations
+from moe_bias.tasks.conversations import Corpus, Example
 from moe_bias.training.run_folder import begin, digest
 
 BASE_ANSWERS = "base-answers.json"
@@ -92,10 +93,7 @@ def greedy_answered(
         texts = [ground.tokenizer.decode(answer.token_ids) for answer in column]
         verdicts = ground.task.verify(ground.test.problems, texts)
         answered.append(
-            [
-                Answered(answer.token_ids + (ground.stop_ids if answer.finished else []), verdict.outcome)
-                for answer, verdict in zip(column, verdicts, strict=True)
-            ]
+            [Answered(answer.all_ids, verdict.outcome) for answer, verdict in zip(column, verdicts, strict=True)]
         )
     return answered
 
@@ -132,7 +130,7 @@ def _stored(settings: AnalyzeSettings, folders: Sequence[str], console: Console)
 
 @contextmanager
 def _extracted(settings: AnalyzeSettings, console: Console) -> Iterator[Matter]:
-    conversations = read_conversations(settings.data, settings.split)
+    conversations = read_conversations(settings.data, settings.split, settings.train_on)
     model, tokenizer = load_model(settings)
     head = find_head(model)[1]
     corpus = encoded(conversations, tokenizer, length_limit(model, settings.max_length), settings.data, console)

@@ -23,7 +23,7 @@ from moe_bias.rollout.answers import AnswerChoices, sampled_answers
 from moe_bias.rollout.decoding import Answer, TextAnswer
 from moe_bias.rollout.policy import Policy, base_policy
 from moe_bias.tasks.benchmarks import Protocol
-from moe_bias.tasks.conversations import ask, encode_prompt, end_of_turn
+from moe_bias.tasks.conversations import answer_ends, ask, encode_prompt
 
 
 def answer_by_model(settings: EvalSettings, protocol: Protocol, arms: Sequence[EvalArm], ledger: Ledger) -> None:
@@ -38,7 +38,7 @@ def answer_by_model(settings: EvalSettings, protocol: Protocol, arms: Sequence[E
         return
     model, tokenizer = load_model(settings)
     head = find_head(model)[1]
-    asker = Asker.of(protocol, tokenizer, ledger, settings.batch_size)
+    asker = Asker.of(protocol, model, tokenizer, ledger, settings.batch_size)
     asker.check_context(model)
     _check_fit(model, head, left)
     for group in _groups(left, missing):
@@ -80,7 +80,9 @@ class Asker:
     rows: int
 
     @classmethod
-    def of(cls, protocol: Protocol, tokenizer: PreTrainedTokenizerBase, ledger: Ledger, rows: int) -> Asker:
+    def of(
+        cls, protocol: Protocol, model: nn.Module, tokenizer: PreTrainedTokenizerBase, ledger: Ledger, rows: int
+    ) -> Asker:
         """Puts the problems into the prompt template, and that into the chat template."""
         problems = ledger.problems.problems
         asked = [ask(protocol.prompt(problem), is_chat=protocol.chat) for problem in problems]
@@ -89,7 +91,7 @@ class Asker:
             protocol.temperature,
             protocol.top_p,
             protocol.max_new_tokens,
-            end_of_turn(ask("", is_chat=protocol.chat), tokenizer),
+            answer_ends(model, tokenizer, protocol.chat),
         )
         prompts = [encode_prompt(conversation, tokenizer) for conversation in asked]
         return cls(prompts, [protocol.seed_of(problem) for problem in problems], choices, tokenizer, ledger, rows)
@@ -131,4 +133,4 @@ class Asker:
 
     def _text(self, answer: Answer) -> TextAnswer:
         text = str(self.tokenizer.decode(answer.token_ids))
-        return TextAnswer(text, len(answer.token_ids) + answer.finished, answer.finished)
+        return TextAnswer(text, len(answer.all_ids), answer.finished)

@@ -29,16 +29,25 @@ def encoded(
     source: str,
     console: Console,
 ) -> Corpus:
-    """The corpus; says how many rows have no room for an answer and how many answers are cut."""
+    """The corpus; says how many examples have no room for an answer, which are cut, and what else it lacks."""
     corpus = encode_all(conversations, tokenizer, limit)
+    noun = "rows" if len({conversation.row for conversation in conversations}) == len(conversations) else "answers"
     if corpus.left_out:
-        say(console, f"{corpus.left_out} of {len(conversations)} rows are left out: no answer fits in {limit} tokens")
+        say(console, f"{corpus.left_out} of {len(conversations)} {noun} are left out: no answer fits in {limit} tokens")
     if corpus.cut:
         say(console, f"{corpus.cut} of {len(corpus.examples)} answers are cut: with their prompts they exceed {limit}")
     if not corpus.examples:
         raise UserError(
             f"{source} has no usable row: each prompt fills the limit of {limit} tokens; raise --max-length"
         )
+    if corpus.unreasoned:
+        say(
+            console,
+            f"The reasoning of {corpus.unreasoned} of {len(conversations)} {noun} is left out where the chat template "
+            f"of {tokenizer.name_or_path} has no place for it",
+        )
+    if len(corpus.examples) > 1 and all(example == corpus.examples[0] for example in corpus.examples):
+        say(console, f"{source} has one distinct example, {len(corpus.examples)} times")
     return corpus
 
 

@@ -16,7 +16,8 @@ from moe_bias.features.build import Choices, make_plan
 from moe_bias.features.fingerprint import model_facts
 from moe_bias.features.manifest import Manifest, read_manifest
 from moe_bias.limits import in_bytes
-from moe_bias.tasks.conversations import ends, read_conversations
+from moe_bias.tasks.columns import read_conversations
+from moe_bias.tasks.conversations import answer_ends
 from moe_bias.training.sft import parse_support
 
 
@@ -26,11 +27,11 @@ def run(settings: ExtractSettings) -> None:
     Raises UserError on data or settings that cannot be used; Interrupted, with what is whole.
     """
     console = Console()
-    conversations = read_conversations(settings.data, settings.split)
+    conversations = read_conversations(settings.data, settings.split, settings.train_on)
     model, tokenizer = load_model(settings.model_copy(update={"dtype": "auto"}))
     head = find_head(model)[1]
     corpus = encoded(conversations, tokenizer, length_limit(model, settings.max_length), settings.data, console)
-    choices = _choices(settings, head, ends(tokenizer))
+    choices = _choices(settings, head, answer_ends(model, tokenizer))
     plan = make_plan(corpus, settings.data, model_facts(model, head, tokenizer), choices)
     say(console, _summary(made(model, head, plan, settings.output, console), settings.output))
 

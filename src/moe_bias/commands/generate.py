@@ -15,7 +15,7 @@ from moe_bias.backbone import load_model
 from moe_bias.commands.saved import adapter_folder, read_saved
 from moe_bias.config import GenerateSettings, UserError
 from moe_bias.layer import MoEBiasLayer
-from moe_bias.tasks.conversations import Conversation, encode_prompt
+from moe_bias.tasks.conversations import Conversation, answer_ends, encode_prompt
 
 
 def run(settings: GenerateSettings) -> None:
@@ -78,6 +78,7 @@ def _answer(
         Console().print(Rule(heading))
     torch.manual_seed(settings.seed)
     input_ids = torch.tensor([prompt_ids], device=model.device)
+    stop_ids = answer_ends(model, tokenizer, settings.chat)
     sampling: dict[str, Any] = {"do_sample": False}
     if settings.temperature > 0:
         sampling = {"do_sample": True, "temperature": settings.temperature, "top_p": 1.0, "top_k": 0}
@@ -86,6 +87,7 @@ def _answer(
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
             max_new_tokens=settings.max_new_tokens,
+            eos_token_id=stop_ids or None,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
             **sampling,

@@ -24,7 +24,7 @@ from moe_bias.report.inspector import InspectedAnswer, InspectedToken, Inspectio
 from moe_bias.rollout.greedy import greedy_answers
 from moe_bias.rollout.policy import base_policy, layer_policy
 from moe_bias.support import fork_threshold
-from moe_bias.tasks.conversations import Conversation, Example, encode_prompt, end_of_turn
+from moe_bias.tasks.conversations import Conversation, Example, answer_ends, encode_prompt
 
 NAMES = ("base", "adapted")
 SHOWN_ROWS = 24
@@ -68,18 +68,17 @@ def inspect(subject: Subject, settings: InspectTextSettings) -> Inspection:
     """Both greedy answers, their end token included, read by both models. Raises UserError as `run` does."""
     conversation = _conversation(subject.tokenizer, settings)
     prompt_ids = encode_prompt(conversation, subject.tokenizer)
-    stop_ids = end_of_turn(conversation, subject.tokenizer)
     columns = greedy_answers(
         subject.model,
         subject.head,
         [prompt_ids],
         [base_policy, layer_policy(subject.layer, subject.head.transform)],
-        stop_ids=stop_ids,
+        stop_ids=answer_ends(subject.model, subject.tokenizer, settings.chat),
         max_new_tokens=settings.max_new_tokens,
         batch_size=1,
     )
     answers = [column[0] for column in columns]
-    ids = [[*answer.token_ids, *stop_ids] if answer.finished else answer.token_ids for answer in answers]
+    ids = [answer.all_ids for answer in answers]
     read = [_read(subject, Example(prompt_ids, written), settings.top) for written in ids]
     entropy_T = torch.cat([readings.base_entropy for readings, _ in read])
     return Inspection(

@@ -29,7 +29,8 @@ from moe_bias.features.manifest import TEMPERATURE, recipe_hash
 from moe_bias.features.store import FeatureStore
 from moe_bias.limits import in_bytes
 from moe_bias.records import temporary_folder
-from moe_bias.tasks.conversations import Conversation, Corpus, Example, encode_all, ends, read_conversations
+from moe_bias.tasks.columns import read_conversations
+from moe_bias.tasks.conversations import Conversation, Corpus, Example, answer_ends, encode_all
 from moe_bias.training.processes import ALONE, Processes
 from moe_bias.training.sft import Prepared, parse_support, prepare_stored, refuse_impossible
 
@@ -41,7 +42,7 @@ NAME_LENGTH = 16
 class Texts:
     """Conversations to extract from, what they are called, and the unit that each belongs to.
 
-    A unit is held out whole; `noun` says what units are. By default each conversation is one.
+    A unit is held out whole; `noun` says what units are. Of data each row is one, whatever answers in it count.
     """
 
     conversations: Sequence[Conversation]
@@ -52,8 +53,8 @@ class Texts:
     @classmethod
     def of_data(cls, settings: TextSettings) -> Texts:
         """The rows of the settings' data. Raises UserError where they cannot be read."""
-        conversations = read_conversations(settings.data, settings.split)
-        return cls(conversations, settings.data, range(len(conversations)))
+        conversations = read_conversations(settings.data, settings.split, settings.train_on)
+        return cls(conversations, settings.data, [conversation.row for conversation in conversations])
 
     def held_out(self, rows: Sequence[int], settings: SupervisedSettings) -> list[int]:
         """The rows, of those that can be used, whose unit is held out. Raises UserError on too few units."""
@@ -138,7 +139,7 @@ def _stored(settings: SupervisedSettings, folders: Sequence[str], console: Conso
     if settings.data and store.dropped:
         raise UserError("the store left out tokens that LoRA would be trained on; extract again without --keep-top")
     corpus = texts_of(store, settings, model, tokenizer) if settings.data else None
-    return Material(model, head, store, held_out, ends(tokenizer), corpus=corpus)
+    return Material(model, head, store, held_out, answer_ends(model, tokenizer), corpus=corpus)
 
 
 def _open(folders: Sequence[str | Path], processes: Processes) -> FeatureStore:
@@ -153,9 +154,8 @@ def _open(folders: Sequence[str | Path], processes: Processes) -> FeatureStore:
 
 def texts_of(store: FeatureStore, settings: TextSettings, model: PreTrainedModel, tokenizer: Any) -> Corpus:
     """The examples that a store was extracted from. Raises UserError where the data gives others."""
-    corpus = encode_all(
-        read_conversations(settings.data, settings.split), tokenizer, length_limit(model, settings.max_length)
-    )
+    conversations = read_conversations(settings.data, settings.split, settings.train_on)
+    corpus = encode_all(conversations, tokenizer, length_limit(model, settings.max_length))
     if corpus_hash(corpus) != store.manifest.recipe.corpus:
         raise UserError(f"the store in {', '.join(settings.store or ())} was not extracted from {settings.data}")
     rows = set(store.example.unique().tolist())
@@ -173,7 +173,7 @@ def _extracted(
     limit = length_limit(model, settings.max_length)
     corpus = encoded(texts.conversations, tokenizer, limit, texts.source, console)
     held_out = texts.held_out(corpus.rows, settings)
-    always = ends(tokenizer)
+    always = answer_ends(model, tokenizer)
     choices = Choices(support, always, head.dtype, batch_size=settings.batch_size, held_out=held_out)
     plan = make_plan(corpus, texts.source, model_facts(model, head, tokenizer), choices)
     refuse_impossible(settings, head, plan.tokens)

@@ -26,7 +26,7 @@ from moe_bias.rollout.sampler import Rollouts, Sampler, SamplingChoices
 from moe_bias.rollout.sampling import TransformersSampler
 from moe_bias.support import choose_support
 from moe_bias.tasks.catalogue import make_task
-from moe_bias.tasks.conversations import ask, encode_prompt, end_of_turn, ends
+from moe_bias.tasks.conversations import answer_ends, ask, encode_prompt
 from moe_bias.tasks.mathematics import Columns, data_task
 from moe_bias.tasks.rewards import RewardRules, Rewards
 from moe_bias.tasks.task import Problem, Task
@@ -74,7 +74,7 @@ def prepare_ground(model_settings: ModelSettings, settings: TaskSettings, seed: 
         task,
         Curriculum(problems[:cut], prompts[:cut]),
         Curriculum(problems[cut:], prompts[cut:]),
-        end_of_turn(ask(""), tokenizer),
+        answer_ends(model, tokenizer),
     )
 
 
@@ -116,7 +116,7 @@ def judge_of(ground: Ground, rewards: Rewards, limit: int) -> Judge:
     def judge(problems: Sequence[Problem], rollouts: Rollouts) -> list[Judged]:
         texts = [ground.tokenizer.decode(answer.token_ids) for answer in rollouts.answers]
         verdicts = ground.task.verify(problems, texts)
-        lengths = [len(answer.token_ids) + answer.finished for answer in rollouts.answers]
+        lengths = [len(answer.all_ids) for answer in rollouts.answers]
         shaped = rewards.shaped(problems, texts, verdicts, lengths, limit)
         rows = zip(problems, texts, lengths, rollouts.answers, verdicts, shaped, strict=True)
         return [Judged(p, text, n, answer.finished, verdict, r) for p, text, n, answer, verdict, r in rows]
@@ -204,7 +204,7 @@ def fresh_policy_layer(ground: Ground, settings: PolicySettings) -> Beginning:
     first_half_T = features.example < len(rollouts.answers) // 2
     if isinstance(support, int):
         mass_V = measure_fork_mass(head, features.hidden[first_half_T]).mass
-        support = choose_support(mass_V, support, ends(ground.tokenizer))
+        support = choose_support(mass_V, support, ground.stop_ids)
     covered = fork_coverage(measure_fork_mass(head, features.hidden[~first_half_T]), support)
     whole = len(support) == head.vocab_size
     layer = fresh_layer(settings, None if whole else tuple(support), head)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from moe_bias.commands.policy import Ground
 from moe_bias.config import TrainingSettings, UserError, WarmPolicySettings
 from moe_bias.layer import MoEBiasLayer
-from moe_bias.tasks.conversations import Example, ask, encode, ends
+from moe_bias.tasks.conversations import Example, ask, encode
 from moe_bias.tasks.task import Problem
 from moe_bias.training.sft import Prepared, fit, fresh_layer, prepare
 
@@ -50,7 +50,7 @@ def prepare_warm_start(ground: Ground, settings: WarmPolicySettings) -> Prepared
         worked_examples(ground, ground.train.problems[: settings.warm_problems]),
         worked_examples(ground, ground.test.problems),
         warm_settings(settings),
-        always=ends(ground.tokenizer),
+        always=ground.stop_ids,
         batch_size=settings.batch_size,
     )
 

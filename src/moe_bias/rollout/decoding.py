@@ -26,10 +26,20 @@ Choose = Callable[[Tensor, Tensor, int], Tensor]
 
 @dataclass(frozen=True)
 class Answer:
-    """Generated token ids without the end token, and whether the end token came before the limit."""
+    """Generated token ids without the end token, and the end token; None where the limit came before one."""
 
     token_ids: list[int]
-    finished: bool
+    end: int | None
+
+    @property
+    def finished(self) -> bool:
+        """Whether an end token came before the limit."""
+        return self.end is not None
+
+    @property
+    def all_ids(self) -> list[int]:
+        """Every generated token, the end token included."""
+        return self.token_ids if self.end is None else [*self.token_ids, self.end]
 
 
 @dataclass(frozen=True)
@@ -80,13 +90,13 @@ def answer_batch(
     rows, hidden_BD = _prefill(model, prompts, copies)
     stops = torch.tensor(stop_ids, dtype=torch.int64, device=hidden_BD.device)
     written: list[list[int]] = [[] for _ in range(len(prompts) * copies)]
-    finished = [False] * len(written)
+    ends: list[int | None] = [None] * len(written)
     for step in range(limit):
         rows.token = choose(hidden_BD, rows.number, step)
         ended_B = torch.isin(rows.token, stops)
-        for number, token, end in torch.stack([rows.number, rows.token, ended_B]).T.tolist():
-            if end:
-                finished[number] = True
+        for number, token, ended in torch.stack([rows.number, rows.token, ended_B]).T.tolist():
+            if ended:
+                ends[number] = token
             else:
                 written[number].append(token)
         if ended_B.any():
@@ -96,7 +106,7 @@ def answer_batch(
             break
         hidden_BD = _decode(model, rows)
     bar.advance(len(rows.number))
-    return [Answer(ids, end) for ids, end in zip(written, finished, strict=True)]
+    return [Answer(ids, end) for ids, end in zip(written, ends, strict=True)]
 
 
 def _prefill(model: nn.Module, prompts: Sequence[list[int]], copies: int) -> tuple[_Rows, Tensor]:

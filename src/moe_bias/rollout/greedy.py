@@ -42,7 +42,7 @@ def greedy_answers(
         now = policies if step == 0 else later
         return tokens_by_policy(head, hidden_BD, number_B % len(policies), now, _most_likely)
 
-    answers: list[list[Answer]] = [[Answer([], False)] * len(prompts) for _ in policies]
+    answers: list[list[Answer]] = [[Answer([], None)] * len(prompts) for _ in policies]
     with meter(description, len(prompts) * len(policies), "answers") as bar:
         for batch in longest_first(prompts, batch_size):
             found = answer_batch(

@@ -124,7 +124,7 @@ def rollouts_of(
 
     `kept_T` bool: see `Rollouts` (None: all).
     """
-    length_N = torch.tensor([len(answer.token_ids) + answer.finished for answer in answers])
+    length_N = torch.tensor([len(answer.all_ids) for answer in answers])
     example_T = torch.arange(len(answers)).repeat_interleave(length_N)
     support_M = layer.support_or_all().cpu()
     features = Features(

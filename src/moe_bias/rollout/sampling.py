@@ -66,7 +66,7 @@ class TransformersSampler:
         samples = len(prompts) * choices.group
         generator = torch.Generator().manual_seed(seed)
         uniform_NL = torch.rand(samples, choices.max_new_tokens, dtype=torch.float64, generator=generator)
-        answers = [Answer([], False)] * samples
+        answers = [Answer([], None)] * samples
         kept: list[_Kept] = []
         with meter(description, samples, "samples", visible=bool(description)) as bar:
             for batch in longest_first(prompts, choices.batch_size):
@@ -158,7 +158,7 @@ def _split_of(layer: MoEBiasLayer, head: Head) -> VocabularySplit:
 
 def _in_order(kept: list[_Kept], answers: list[Answer], layer: MoEBiasLayer, choices: SamplingChoices) -> Rollouts:
     """The tokens sample after sample. Empties the list as it goes: hidden states are held once."""
-    length_N = torch.tensor([len(answer.token_ids) + answer.finished for answer in answers])
+    length_N = torch.tensor([len(answer.all_ids) for answer in answers])
     start_N = length_N.cumsum(0) - length_N
     tokens = int(length_N.sum())
     hidden_TD = kept[0].hidden.new_empty(tokens, kept[0].hidden.shape[-1])

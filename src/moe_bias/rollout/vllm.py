@@ -185,5 +185,6 @@ def _acting(layer: MoEBiasLayer) -> MoEBiasLayer:
 
 
 def _answer(token_ids: list[int], stop_ids: Sequence[int]) -> Answer:
-    finished = token_ids[-1] in stop_ids
-    return Answer(token_ids[:-1] if finished else token_ids, finished)
+    if token_ids[-1] in stop_ids:
+        return Answer(token_ids[:-1], token_ids[-1])
+    return Answer(token_ids, None)

@@ -1,43 +1,57 @@
-"""Prompts and completions: reading them from files or the Hub, and turning them into tokens.
+"""Prompts and completions as tokens, and where an answer ends.
 
-A row is one of: `messages` (a chat whose last turn is the assistant's), `prompt` and `completion`
-(text, or lists of messages), or a pair of the Hub's usual column names (`COLUMN_PAIRS`).
+The chat template decides what a model sees. An answer that is text is tokenised as text, whatever it spells: of the
+special tokens a completion has the one alone that ends its turn. An answer that calls tools, or has reasoning before
+it, is written by the template. What a template has no place for is never dropped without a word.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from moe_bias.config import UserError
-from moe_bias.mistakes import reason_of
+from moe_bias.tasks.rows import reason, shown
 
-COLUMN_PAIRS = (
-    ("prompt", "completion"),
-    ("prompt", "response"),
-    ("question", "answer"),
-    ("instruction", "output"),
-    ("instruction", "response"),
-    ("problem", "solution"),
-    ("problem", "answer"),
-    ("query", "response"),
-    ("input", "output"),
-)
-Message = dict[str, str]
+Message = dict[str, Any]
+"""`role`, `content`, and perhaps `reasoning_content`, `tool_calls` and what templates take besides."""
+_MARK = "\u241f"
+_PLAIN_ROLES = ("user", "assistant")
+"""What every template has a place for."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns before the answer, and the answer. `is_chat` is False for plain text to be continued."""
+    """Turns before the answer, and the answer. `is_chat` is False for plain text to be continued.
+
+    `reply` is the answer as a message where it is more than the text `completion`; `tools` are descriptions for
+    the template. `row` is the row of `source` that it comes from, from 0.
+    """
 
     turns: tuple[Message, ...]
     completion: str
     is_chat: bool = True
+    reply: Message | None = None
+    tools: tuple[Any, ...] = ()
+    row: int = field(default=0, compare=False)
+    source: str = field(default="", compare=False)
+
+    def at_row(self, row: int, source: str) -> Conversation:
+        """The same, from a row of a source."""
+        return replace(self, row=row, source=source)
+
+    @property
+    def where(self) -> str:
+        """Where it stands, as a sentence says it."""
+        return f"row {self.row + 1} of {self.source}" if self.source else "a conversation"
+
+    @property
+    def messages(self) -> list[Message]:
+        """All turns, the answer last."""
+        return [*self.turns, self.reply or {"role": "assistant", "content": self.completion}]
 
 
 @dataclass(frozen=True)
@@ -54,11 +68,15 @@ class Example:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Encoded examples, the row (from 0) each comes from, and how many rows gave none for lack of room."""
+    """Encoded examples, the conversation (from 0) each comes from, and how many gave none for lack of room.
+
+    `unreasoned` counts the conversations whose reasoning the chat template has no place for.
+    """
 
     examples: list[Example]
     rows: list[int]
     left_out: int
+    unreasoned: int = 0
 
     @property
     def cut(self) -> int:
@@ -71,35 +89,13 @@ def ask(question: str, answer: str = "", is_chat: bool = True) -> Conversation:
     return Conversation(({"role": "user", "content": question},), answer, is_chat)
 
 
-def read_conversations(source: str, split: str) -> list[Conversation]:
-    """Conversations of a JSON Lines file or of a Hub data set's split.
-
-    Raises UserError on a file that is missing, empty or not JSON Lines, on a row without known
-    columns, and on an empty completion, naming the row.
-    """
-    rows = read_rows(source, split)
-    return [_conversation(row, f"row {number} of {source}") for number, row in enumerate(rows, 1)]
-
-
-def read_rows(source: str, split: str, configuration: str | None = None) -> Sequence[Any]:
-    """The rows of a JSON Lines file or of a Hub data set's split, whatever stands in them.
-
-    `configuration` names a part of a Hub data set that has several.
-    Raises UserError on a source that is missing or empty, and on a file that is not JSON Lines.
-    """
-    rows = _file_rows(Path(source)) if Path(source).is_file() else _hub_rows(source, split, configuration)
-    if not len(rows):
-        raise UserError(f"{source} has no rows")
-    return rows
-
-
 def prompt_text(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> str:
     """The prompt as the model is to see it. Raises UserError without a chat template for a chat."""
     if not conversation.is_chat:
-        return conversation.turns[0]["content"]
+        text: str = conversation.turns[0]["content"]
+        return text
     _require_chat_template(tokenizer)
-    text: str = tokenizer.apply_chat_template(list(conversation.turns), tokenize=False, add_generation_prompt=True)
-    return text
+    return _rendered(conversation, conversation.turns, tokenizer, add_generation_prompt=True)
 
 
 def encode_prompt(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -114,11 +110,13 @@ def encode(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_l
     """Token ids of prompt and completion, cut to `max_length` together.
 
     None where the prompt alone leaves no room for a completion. Without any prompt token nothing
-    predicts the completion's first token, which then stands as the prompt.
+    predicts the completion's first token, which then stands as the prompt. Raises UserError where the chat
+    template has no place for a turn or a call of tools.
     """
     prompt_ids = encode_prompt(conversation, tokenizer)
-    completion_ids: list[int] = tokenizer(conversation.completion, add_special_tokens=False).input_ids
-    completion_ids = completion_ids + end_of_turn(conversation, tokenizer)
+    if conversation.is_chat:
+        _check_places(conversation, tokenizer)
+    completion_ids = _completion_ids(conversation, tokenizer)
     if not prompt_ids:
         prompt_ids, completion_ids = completion_ids[:1], completion_ids[1:]
     room = max_length - len(prompt_ids)
@@ -128,18 +126,18 @@ def encode(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_l
 
 
 def encode_all(conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Corpus:
-    """Every conversation that has room for a completion."""
+    """Every conversation that has room for a completion. Raises UserError as `encode` does."""
     encoded = [encode(conversation, tokenizer, max_length) for conversation in conversations]
     found = [(row, example) for row, example in enumerate(encoded) if example is not None]
-    return Corpus([example for _, example in found], [row for row, _ in found], len(encoded) - len(found))
+    unreasoned = sum(_loses_reasoning(conversation, tokenizer) for conversation in conversations)
+    return Corpus([example for _, example in found], [row for row, _ in found], len(encoded) - len(found), unreasoned)
 
 
 def end_of_turn(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The token that ends an answer: what the chat template puts after one, else EOS."""
+    """The token that ends an answer to learn: what the chat template puts after one, else EOS."""
     if conversation.is_chat:
-        mark = "\u241f"
-        turns = [*conversation.turns, {"role": "assistant", "content": mark}]
-        after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(mark)[2]
+        turns = [*conversation.turns, {"role": "assistant", "content": _MARK}]
+        after = _rendered(conversation, turns, tokenizer).rpartition(_MARK)[2]
         ids: list[int] = tokenizer(after, add_special_tokens=False).input_ids
         special = [token for token in ids if token in tokenizer.all_special_ids]
         if special:
@@ -147,11 +145,18 @@ def end_of_turn(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) 
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
-def ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ends of an answer in a chat and of a text, ascending: what every chosen support must hold."""
-    of_answer = end_of_turn(ask(""), tokenizer) if tokenizer.chat_template else []
-    found = {*of_answer, tokenizer.eos_token_id}
-    return sorted(token for token in found if token is not None)
+def answer_ends(model: Any, tokenizer: PreTrainedTokenizerBase, is_chat: bool = True) -> list[int]:
+    """The tokens that end an answer, ascending: whatever generates stops at any of them.
+
+    They are the model's own ends of text (a list of its `generation_config`), the tokenizer's, and in a chat the end
+    of a turn that adapters learn. Every chosen support must hold them.
+    """
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    found = {tokenizer.eos_token_id, *([own] if own is None or isinstance(own, int) else own)}
+    if is_chat and tokenizer.chat_template:
+        found.update(end_of_turn(ask(""), tokenizer))
+    vocab_size = model.config.get_text_config().vocab_size
+    return sorted(token for token in found if token is not None and 0 <= token < vocab_size)
 
 
 def _require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -162,69 +167,127 @@ def _require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def _file_rows(path: Path) -> list[Mapping[str, Any]]:
+def _rendered(
+    conversation: Conversation,
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    add_generation_prompt: bool = False,
+) -> str:
+    """The template's text of messages; a template is code of the model's, and refuses a turn by any error."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}") from error
-    rows = []
-    # Not `splitlines`, which also breaks a line at U+2028 and others that may stand in a JSON string.
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise UserError(f"line {number} of {path} is not JSON: {error}") from error
-    return rows
-
-
-def _hub_rows(name: str, split: str, configuration: str | None) -> Sequence[Mapping[str, Any]]:
-    if name.endswith((".jsonl", ".json")):
-        raise UserError(f"{name} is not a file")
-    from datasets import load_dataset
-
-    try:
-        rows: Sequence[Mapping[str, Any]] = load_dataset(name, configuration, split=split)
-    except Exception as error:  # a folder or data set that is none makes its loaders raise anything
+        text: str = tokenizer.apply_chat_template(
+            list(messages),
+            tools=list(conversation.tools) or None,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
+    except Exception as error:
+        roles = ", ".join(message["role"] for message in messages)
         raise UserError(
-            f"{name!r} is neither a file nor a data set that the Hub delivered ({reason_of(error)})"
+            f"{conversation.where}: the chat template of {tokenizer.name_or_path!r} refuses its turns of "
+            f"{shown(roles)} ({reason(error)})"
         ) from error
-    return rows
+    return text
 
 
-def _conversation(row: Any, where: str) -> Conversation:
-    if not isinstance(row, Mapping):
-        raise UserError(f"{where} is not an object with columns but {row!r}")
-    found = _from_messages(row) or _from_pair(row)
-    if found is None:
-        pairs = ", ".join(f"{prompt}/{completion}" for prompt, completion in COLUMN_PAIRS)
-        raise UserError(f"{where} has columns {sorted(row)}; needed are messages, or one of {pairs}")
-    if not isinstance(found.completion, str):
-        raise UserError(f"{where}: its completion is not text but {found.completion!r}")
-    if not found.completion.strip():
-        raise UserError(f"{where} has an empty completion")
-    return found
+def _completion_ids(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The answer's token ids and the end of its turn."""
+    end = end_of_turn(conversation, tokenizer)
+    if conversation.reply is None:
+        # split: a text that spells a special token is still a text
+        ids: list[int] = tokenizer(
+            conversation.completion, add_special_tokens=False, split_special_tokens=True
+        ).input_ids
+        return ids + end
+    ids = tokenizer(_reply_text(conversation, tokenizer), add_special_tokens=False).input_ids
+    if end and end[0] in ids:
+        return ids[: len(ids) - ids[::-1].index(end[0])]
+    return ids + end
 
 
-def _from_messages(row: Mapping[str, Any]) -> Conversation | None:
-    messages = row.get("messages")
-    if not messages or messages[-1].get("role") != "assistant":
-        return None
-    return Conversation(tuple(messages[:-1]), messages[-1]["content"])
+def _reply_text(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the template writes for the reply, after the prompt."""
+    _refuse_special_tokens(conversation, tokenizer)
+    prompt = prompt_text(conversation, tokenizer)
+    whole = _rendered(conversation, conversation.messages, tokenizer)
+    if not whole.startswith(prompt):
+        raise UserError(
+            f"{conversation.where}: the chat template of {tokenizer.name_or_path!r} does not write the answer after "
+            "the prompt that it gives for one; leave its reasoning or its tool calls out"
+        )
+    return whole[len(prompt) :]
 
 
-def _from_pair(row: Mapping[str, Any]) -> Conversation | None:
-    for prompt_key, completion_key in COLUMN_PAIRS:
-        if prompt_key in row and completion_key in row:
-            return _paired(prompt_key, row[prompt_key], row[completion_key], str(row.get("input") or ""))
-    return None
+def _refuse_special_tokens(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A reply is tokenised with the template's special tokens, so its own texts must not spell any."""
+    for text in texts_in(conversation.reply):
+        for token in tokenizer.all_special_tokens:
+            if token in text:
+                raise UserError(
+                    f"{conversation.where}: an answer with reasoning or tool calls spells the special token {token!r}, "
+                    "which could not be told from the template's own"
+                )
 
 
-def _paired(prompt_key: str, prompt: Any, completion: Any, context: str) -> Conversation:
-    if isinstance(prompt, list):
-        return Conversation(tuple(prompt), completion if isinstance(completion, str) else completion[-1]["content"])
-    if prompt_key == "prompt":
-        return ask(prompt, completion, is_chat=False)
-    if prompt_key == "instruction" and context:
-        prompt = f"{prompt}\n\n{context}"
-    return ask(prompt, completion)
+def _check_places(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UserError where leaving a turn, its calls or the tools away would change nothing that the model sees."""
+    for place, message in enumerate(conversation.messages):
+        if "tool_calls" in message and not _matters(conversation, place, tokenizer, _without_calls):
+            _refuse(conversation, tokenizer, "tool calls")
+        if message["role"] not in _PLAIN_ROLES and not _matters(conversation, place, tokenizer, _marked):
+            _refuse(conversation, tokenizer, f"turns of {shown(message['role'])}")
+    if conversation.tools:
+        bare = replace(conversation, tools=())
+        if prompt_text(bare, tokenizer) == prompt_text(conversation, tokenizer):
+            _refuse(conversation, tokenizer, "tools")
+
+
+def _refuse(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, what: str) -> None:
+    raise UserError(
+        f"{conversation.where}: the chat template of {tokenizer.name_or_path!r} has no place for {what}; leave the row "
+        "out, or take a model whose template has one"
+    )
+
+
+def _loses_reasoning(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> bool:
+    return conversation.is_chat and any(
+        "reasoning_content" in message and not _matters(conversation, place, tokenizer, _without_reasoning)
+        for place, message in enumerate(conversation.messages)
+    )
+
+
+def _matters(
+    conversation: Conversation,
+    place: int,
+    tokenizer: PreTrainedTokenizerBase,
+    change: Callable[[Message], Message],
+) -> bool:
+    """Whether the template's text changes with the message at a place."""
+    messages = conversation.messages
+    changed = [*messages[:place], change(messages[place]), *messages[place + 1 :]]
+    return _rendered(conversation, messages, tokenizer) != _rendered(conversation, changed, tokenizer)
+
+
+def _without_calls(message: Message) -> Message:
+    return {"role": message["role"], "content": message["content"] or ""}
+
+
+def _without_reasoning(message: Message) -> Message:
+    return {key: value for key, value in message.items() if key != "reasoning_content"}
+
+
+def _marked(message: Message) -> Message:
+    return {**message, "content": f"{message['content'] or ''}{_MARK}"}
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """Every text in a value of JSON, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, entry in value.items():
+            yield from texts_in(key)
+            yield from texts_in(entry)
+    elif isinstance(value, Sequence):
+        for entry in value:
+            yield from texts_in(entry)

@@ -19,8 +19,8 @@ from typing import Any
 
 from moe_bias.config import UserError
 from moe_bias.tasks.answers import last_boxed
-from moe_bias.tasks.conversations import read_rows
 from moe_bias.tasks.grader import Grader
+from moe_bias.tasks.rows import read_rows
 from moe_bias.tasks.task import Problem, too_few
 from moe_bias.tasks.verdict import Verdict
 

@@ -12,6 +12,7 @@ gradients clipped to norm 1, a rate that falls linearly to 0.
 
 TRL's config turns bfloat16 on unless told otherwise; here the update is in the model's own type. It
 also leaves changes on the model (a forward of its own, no KV cache, tags), which are taken back.
+An answer ends where the adapter's own end: TRL takes the ends from the model's `generation_config`.
 TRL counts its users on the Hub unless HF_HUB_DISABLE_TELEMETRY=1 is set.
 """
 
@@ -30,6 +31,7 @@ from datasets import Dataset
 from transformers import PrinterCallback
 
 from moe_bias.config import UserError
+from moe_bias.tasks.conversations import answer_ends
 from moe_bias.training.policy_objective import EPS_HIGH, EPS_LOW
 
 Prompt = str | list[dict[str, str]]
@@ -86,6 +88,8 @@ def grpo_trainer(
     import trl
 
     with tempfile.TemporaryDirectory() as folder, _as_found(adapted):
+        is_chat = not isinstance(prompts[0], str)
+        adapted.get_base_model().generation_config.eos_token_id = answer_ends(adapted, tokenizer, is_chat) or None
         trainer = trl.GRPOTrainer(
             adapted,
             reward_funcs=reward,
