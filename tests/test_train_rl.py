@@ -20,7 +20,7 @@ def first_letters(prompt, completion, gold):
 
 def raises(prompt, completion, gold):
     if len(completion) % 2:
-        raise KeyError(completion)
+        raise KeyError("[/b][link=x]" + completion)
     return 1.0
 
 def too_much(prompt, completion, gold):
@@ -121,6 +121,7 @@ def test_a_reward_that_raises_is_counted_and_shown(ground, capsys):
     said = capsys.readouterr()
     assert code == 0 or "failed on a first sample" in said.err
     assert "rewards:raises failed on" in said.out + said.err
+    assert "[/b][link=x]w" in said.out + said.err
     assert "KeyError" in said.out + said.err
 
 

@@ -1,14 +1,20 @@
-"""Progress bars with a rate and an expected end, on standard error."""
+"""What goes to the terminal: text as it is, and progress bars with a rate and an expected end on standard error."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+
+def text_console(**options: Any) -> Console:
+    """A console that prints every text as it is: what models and data write may look like rich's markup."""
+    return Console(markup=False, emoji=False, **options)
 
 
 class RateColumn(ProgressColumn):
@@ -45,12 +51,12 @@ class Meter:
 def meter(description: str, total: float, unit: str, visible: bool = True) -> Iterator[Meter]:
     """A bar over `total` units of work, drawn while the block runs, or not at all."""
     columns = (
-        TextColumn("{task.description:<34}"),
+        TextColumn("{task.description:<34}", markup=False),
         BarColumn(bar_width=24),
         TextColumn("{task.percentage:>3.0f}%"),
         RateColumn(),
         TimeRemainingColumn(elapsed_when_finished=True),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=not visible) as progress:
+    with Progress(*columns, console=text_console(stderr=True), disable=not visible) as progress:
         yield Meter(progress, progress.add_task(description, total=total, unit=unit, note=""))

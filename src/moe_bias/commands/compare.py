@@ -37,7 +37,7 @@ def run(settings: CompareSettings) -> None:
             stage = prepare_stage(settings, names)
             for name, seed in wanted:
                 if records.load(name, seed) is None:
-                    console.print(f"\n[bold]{name}, seed {seed}[/bold]")
+                    console.print(f"\n{name}, seed {seed}", style="bold")
                     arm = stage.run(name, with_changes(settings, {"seed": seed}))
                     records.save(arm, settings.model_dump(mode="json"))
     except KeyboardInterrupt as interrupt:

@@ -18,6 +18,7 @@ from moe_bias.config import DemoSettings
 from moe_bias.evaluation.comparison import Arm
 from moe_bias.evaluation.statistics import Estimate
 from moe_bias.layer import MoEBiasLayer
+from moe_bias.progress import text_console
 
 WIDTH_OF_A_FILE = 108
 """Columns where standard output is no terminal, which would give 80."""
@@ -63,7 +64,7 @@ class DemoReport:
 
 def report_console() -> Console:
     """A console on standard output, wide enough for the tables where it is no terminal."""
-    return Console(width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE)
+    return text_console(width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE)
 
 
 def announce(console: Console, settings: DemoSettings, head: Head, model_parameters: int) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from moe_bias.backbone import Head, find_head, load_model
 from moe_bias.commands.examples import encoded, length_limit, say
@@ -16,6 +15,7 @@ from moe_bias.features.build import Choices, make_plan
 from moe_bias.features.fingerprint import model_facts
 from moe_bias.features.manifest import Manifest, read_manifest
 from moe_bias.limits import in_bytes
+from moe_bias.progress import text_console
 from moe_bias.tasks.columns import read_conversations
 from moe_bias.tasks.conversations import answer_ends
 from moe_bias.training.sft import parse_support
@@ -26,7 +26,7 @@ def run(settings: ExtractSettings) -> None:
 
     Raises UserError on data or settings that cannot be used; Interrupted, with what is whole.
     """
-    console = Console()
+    console = text_console()
     conversations = read_conversations(settings.data, settings.split, settings.train_on)
     model, tokenizer = load_model(settings.model_copy(update={"dtype": "auto"}))
     head = find_head(model)[1]

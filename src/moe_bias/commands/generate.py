@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from rich.console import Console
 from rich.rule import Rule
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
@@ -15,6 +14,7 @@ from moe_bias.backbone import load_model
 from moe_bias.commands.saved import adapter_folder, read_saved
 from moe_bias.config import GenerateSettings, UserError
 from moe_bias.layer import MoEBiasLayer
+from moe_bias.progress import text_console
 from moe_bias.tasks.conversations import Conversation, answer_ends, encode_prompt
 
 
@@ -75,7 +75,7 @@ def _answer(
     mode: AbstractContextManager[Any] | None = None,
 ) -> None:
     if heading:
-        Console().print(Rule(heading))
+        text_console().print(Rule(heading))
     torch.manual_seed(settings.seed)
     input_ids = torch.tensor([prompt_ids], device=model.device)
     stop_ids = answer_ends(model, tokenizer, settings.chat)

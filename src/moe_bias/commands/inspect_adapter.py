@@ -20,6 +20,7 @@ from moe_bias.commands.saved import read_saved
 from moe_bias.commands.saved_embedding import embedding_rows
 from moe_bias.config import InspectSettings, ModelSettings, UserError
 from moe_bias.layer import EmbeddingRows, MoEBiasLayer
+from moe_bias.progress import text_console
 
 WIDTH_OF_A_FILE = 100
 """Columns where standard output is no terminal, which would give 80."""
@@ -32,7 +33,7 @@ def run(settings: InspectSettings) -> None:
     says why.
     """
     config, tensors = read_saved(settings.adapter)
-    console = Console(width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE)
+    console = text_console(width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE)
     console.print(_config_table(config))
     console.print(_tensor_table(tensors))
     try:

@@ -19,6 +19,7 @@ from moe_bias.commands.saved import adapter_folder
 from moe_bias.config import InspectTextSettings, UserError
 from moe_bias.features.extract import run_backbone
 from moe_bias.layer import MoEBiasLayer
+from moe_bias.progress import text_console
 from moe_bias.records import provenance, write_json
 from moe_bias.report.inspector import InspectedAnswer, InspectedToken, Inspection, shared_length, write_page
 from moe_bias.rollout.greedy import greedy_answers
@@ -51,7 +52,7 @@ def run(settings: InspectTextSettings) -> None:
     write_json(record, {"inspection": asdict(inspection), **made_with})
     write_page(settings.output, inspection)
     print_inspection(report_console(), inspection)
-    Console().print(f"The page is {settings.output}, its record {record}.", soft_wrap=True, highlight=False)
+    text_console().print(f"The page is {settings.output}, its record {record}.", soft_wrap=True, highlight=False)
 
 
 @dataclass(frozen=True)

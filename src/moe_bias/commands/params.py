@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from moe_bias.backbone import model_sizes
 from moe_bias.config import LayerConfig, ModelSettings, ParamsSettings, UserError
+from moe_bias.progress import text_console
 
 FLOAT32_BYTES = 4
 
@@ -30,7 +30,7 @@ def run(settings: ParamsSettings) -> None:
     """Prints the table. Raises UserError on a support that is larger than the vocabulary."""
     model = ModelSettings(model=settings.model, trust_remote_code=settings.trust_remote_code)
     hidden_size, vocab_size, total = model_sizes(model)
-    console = Console()
+    console = text_console()
     sizes_of_model = f"{total:,} parameters, hidden size {hidden_size:,}, vocabulary {vocab_size:,}"
     console.print(Text(f"{settings.model}: {sizes_of_model}"), soft_wrap=True)
     console.print(_table(costs(settings, hidden_size, vocab_size), vocab_size, total))

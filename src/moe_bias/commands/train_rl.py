@@ -27,6 +27,7 @@ from moe_bias.commands.saved import refuse_overwriting
 from moe_bias.config import Interrupted, TrainRLSettings
 from moe_bias.evaluation.statistics import Estimate, mean, wilson
 from moe_bias.layer import MoEBiasLayer
+from moe_bias.progress import text_console
 from moe_bias.records import provenance, write_json
 from moe_bias.training.checkpoint import Checkpoints
 from moe_bias.training.metrics import FILE, MetricsLog, SampleLog
@@ -53,7 +54,7 @@ def run(settings: TrainRLSettings) -> None:
 
 
 def _run(settings: TrainRLSettings, checkpoints: Checkpoints) -> None:
-    console = Console(highlight=False, soft_wrap=True)
+    console = text_console(highlight=False, soft_wrap=True)
     rewards = rewards_of(settings)
     ground = prepare_ground(settings, settings, settings.seed)
     if settings.adapter is None:

@@ -22,6 +22,7 @@ from moe_bias.config import Interrupted, TrainSFTSettings
 from moe_bias.evaluation.likelihood import per_example, token_nll
 from moe_bias.evaluation.statistics import Estimate, ratio_of_sums
 from moe_bias.layer import MoEBiasLayer
+from moe_bias.progress import text_console
 from moe_bias.records import provenance, write_json
 from moe_bias.training.checkpoint import Checkpoints
 from moe_bias.training.processes import Processes
@@ -49,7 +50,7 @@ def run(settings: TrainSFTSettings) -> None:
 
 def _run(settings: TrainSFTSettings) -> None:
     processes = Processes.join(settings.device)
-    console = Console(quiet=not processes.is_first)
+    console = text_console(quiet=not processes.is_first)
     answers = None if settings.samples is None else RightAnswers.of(settings.samples, settings.samples_of)
     if answers is not None:
         say(console, f"{answers.summary()}; measure the adapter on other problems")

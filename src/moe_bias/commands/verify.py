@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-
 from moe_bias.config import VerifySettings
 from moe_bias.features.store import FeatureStore
 from moe_bias.limits import in_bytes
+from moe_bias.progress import text_console
 
 
 def run(settings: VerifySettings) -> None:
     """Raises UserError naming the damaged shards."""
     store = FeatureStore.open(settings.store, anew=True)
     manifest = store.manifest
-    Console().print(
+    text_console().print(
         f"{len(manifest.shards)} shards, {len(store):,} tokens, {in_bytes(manifest.bytes)}: every checksum fits.",
         highlight=False,
         soft_wrap=True,

@@ -29,6 +29,7 @@ NUMBERED = 24
 _THEMED = {INK: "currentColor", MUTED: "var(--muted)", LINE: "var(--line)", MAIN: "var(--accent)"}
 _STYLE: Any = {
     "font.size": 9,
+    "text.parse_math": False,  # names hold dollar signs as they are
     "text.color": INK,
     "axes.edgecolor": MUTED,
     "axes.labelcolor": MUTED,

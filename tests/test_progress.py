@@ -1,0 +1,44 @@
+"""The terminal shows what models and data wrote as it is."""
+
+import ast
+from pathlib import Path
+
+from rich.rule import Rule
+from rich.table import Table
+
+import moe_bias
+from moe_bias.progress import meter, text_console
+
+ODD = "[/b] [link=x]y[/link] [bold] :smile: \\[a] [@click=z]"
+
+
+def test_every_text_is_printed_as_it_is(capsys):
+    table = Table(ODD, title=ODD, caption=ODD)
+    table.add_row(ODD)
+    console = text_console(width=80)
+    for shown in (ODD, Rule(ODD), table):
+        console.print(shown)
+    assert capsys.readouterr().out.count(ODD) == 6
+
+
+def test_a_bar_shows_text_as_it_is(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with meter(ODD, 2, "answers") as bar:
+        bar.advance(2)
+        bar.note(ODD)
+        bar.say(ODD)
+    assert capsys.readouterr().err.count(ODD) >= 3
+
+
+SOURCES = sorted(Path(moe_bias.__file__).parent.rglob("*.py"))
+
+
+def called(path):
+    """Names of the functions that a file calls."""
+    calls = [node.func for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    return {getattr(function, "id", getattr(function, "attr", "")) for function in calls}
+
+
+def test_no_other_console_is_made_and_no_markup_read():
+    assert [path.name for path in SOURCES if "Console" in called(path)] == ["progress.py"]
+    assert [path.name for path in SOURCES if "from_markup" in called(path)] == []
