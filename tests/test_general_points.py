@@ -79,6 +79,8 @@ def test_the_plainest_way_is_taken():
         "First 3 + 3 = 6, but then: 8 ÷ (3 − 8 ÷ 3) = 24",
         "The answer is [8 / (3 - 8 / 3)] = 24, and I am sure of it.",
         "8 / (3 - 8 / 3) = 8 / (1 / 3) = 24",
+        "3 * 8 = 24? No.\n<answer>8 / (3 - 8 / 3)</answer>",
+        "<answer>The answer is \\boxed{8 / (3 - 8 / 3) = 24}</answer>",
     ],
 )
 def test_right_answers(said):

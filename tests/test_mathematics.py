@@ -13,7 +13,7 @@ import time
 import pytest
 
 from moe_bias.config import UserError
-from moe_bias.tasks.answers import last_boxed
+from moe_bias.tasks.answers import answer_place, last_boxed
 from moe_bias.tasks.catalogue import make_task
 from moe_bias.tasks.grader import Grader
 from moe_bias.tasks.mathematics import INSTRUCTION, Columns, data_task, gold_answer
@@ -87,6 +87,55 @@ y=2x+1 | \boxed{y-2x=1}
 3+4i | \boxed{4i+3}
 2516_8 | \boxed{2516_{8}}
 3:2 | \boxed{\frac{3}{2}}
+73 | \boxed{\textbf{(073)}}
+82 | \boxed{\text{082}}
+082 | \boxed{\text{82}}
+\text{(073)} | \boxed{73}
+73 | \boxed{73.}
+\frac{1}{2} | So $x = \boxed{\frac{1}{2}.}$
+73 | <think>71?</think> <answer>73</answer>
+73 | The answer is 71. <answer> 73 </answer>
+73 | <answer>The answer is 73.</answer>
+73 | <answer>73 eggs</answer>
+\frac{1}{2} | <answer>\boxed{\frac{2}{4}}</answer>
+\text{Evelyn} | <answer>Evelyn</answer>
+72 | Her answer to 5 of them is no.\n#### 72
+72 | The answer is 48 + 24.\n#### 72
+1200 | They say the answer: 5.\n#### 1,200\n
+18 | Her answer is 5 a day.\n#### $18
+6 m | \boxed{6 m}
+6 m | \boxed{6\text{ m}}
+6 m | \boxed{6}
+6 m | The answer is 6 meters.
+6 m | \boxed{600\text{ cm}}
+6 m | There are 6 in all.
+6\text{ km} | \boxed{6000\ \mathrm{m}}
+6 m^2 | \boxed{6\text{ m}^2}
+6 m^2 | \boxed{6}
+6\text{ square meters} | \boxed{6 \mathrm{~m}^{2}}
+36 \text{ km/h} | \boxed{10\text{ m/s}}
+36 km/h | The answer is 36 kilometers per hour.
+52_8 | \boxed{52_8}
+52_8 | \boxed{52_{\text{eight}}}
+52_{\text{eight}} | \boxed{52_{8}}
+52_8 | The answer is 52_8.
+-52_8 | \boxed{-52_{8}}
+a_1 + b_2 | \boxed{b_2 + a_1}
+x_1 | \boxed{x_1}
+1A3_{16} | \boxed{1a3_{\text{base }16}}
+a + b + c | \boxed{c + b + a}
+\sin^2 t | \boxed{\sin^2 t}
+1e-5 | 0.00001
+1e-5 | \boxed{10^{-5}}
+2.5E3 | 2,500
+0.00001 | 1e-05
+0.00001 | The answer is 1E-5.
+0.00001 | \boxed{1 \times 10^{-5}}
+602000000000000000000000 | \boxed{6.02 \times 10^{23}}
+602000000000000000000000 | The answer is 6.02 x 10^23.
+602000000000000000000000 | 6.02e23
+10000000000000000 | 10^{16}
+0.0000005 | \frac{1}{2000000}
 """
 LENIENT = r"""
 12 | \boxed{3 \times 4}
@@ -97,13 +146,15 @@ LENIENT = r"""
 25\% | 25
 25 | 25\%
 12 | \boxed{12\text{ kg}}
-12 \text{ cm} | \boxed{12\text{ kg}}
+12 \text{ apples} | \boxed{12\text{ pears}}
 (1,2) | \boxed{1,2}
 2516_8 | \boxed{2516}
+2516 | \boxed{2516_8}
 2x+1 | \boxed{y=2x+1}
 """
-"""Counted as correct though one may object: sums left to do, six decimals, a lost percent sign, any unit or none, a
-point without parentheses, a number without its base, an equation for an expression."""
+"""Counted as correct though one may object: sums left to do, six decimals, a lost percent sign, a unit that the gold
+answer does not have or that is none of physics, a point without parentheses, a number without its base, an equation for
+an expression."""
 WRONG = r"""
 72 | 71
 72 | The answer is -72.
@@ -126,6 +177,29 @@ x^2+2x+1 | \boxed{x^2+2x}
 \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} | \boxed{\begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix}}
 3+4i | \boxed{3-4i}
 0 | \boxed{0.0000001}
+73 | <answer>71</answer> or \boxed{73}
+72 | The answer is 72.\n#### 48
+12 \text{ cm} | \boxed{12\text{ kg}}
+6 m | \boxed{6\text{ cm}}
+6 m | The answer is 6 km.
+6 m | \boxed{600}
+6 m^2 | \boxed{6\text{ m}}
+36 km/h | \boxed{36\text{ m/s}}
+52_8 | \boxed{52_9}
+52_8 | \boxed{53_8}
+52_8 | \boxed{-52_8}
+a_1 + b_2 | \boxed{a_3 + b_2}
+x_1 | \boxed{x_2}
+52_8 | The answer is 52_{10}.
+1A3_{16} | \boxed{1A4_{16}}
+a + b + c | \boxed{a + b}
+0.00001 | 0.00002
+0.00001 | 1
+0.0000005 | 0.0000004
+0.0000005 | 0
+\frac{1}{2000000} | 0.0000004
+602000000000000000000000 | 6.02e22
+602000000000000000000000 | 602000000000000000000001
 """
 STRICT = r"""
 \frac{7}{2} | 3 1/2
@@ -162,7 +236,7 @@ BAD_GOLD = r"""
 def rows(table: str, outcome: str) -> list[tuple[str, str, str]]:
     """Gold answer, completion and outcome of each line."""
     parted = (line.partition("|") for line in table.strip("\n").split("\n"))
-    return [(gold.strip(), completion.strip(), outcome) for gold, _, completion in parted]
+    return [(gold.strip(), completion.strip().replace("\\n#", "\n#"), outcome) for gold, _, completion in parted]
 
 
 CASES = [
@@ -171,6 +245,10 @@ CASES = [
     *rows(UNPARSEABLE, "unparseable"),
     *rows(BAD_GOLD, "bad gold"),
 ]
+
+
+def graded(grader, *pairs):
+    return grader.grade("mathematics", [{"gold": gold, "completion": completion} for gold, completion in pairs])
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +260,7 @@ def grader():
 
 @pytest.fixture(scope="module")
 def verdicts(grader):
-    return grader.grade([(gold, completion) for gold, completion, _ in CASES])
+    return graded(grader, *[(gold, completion) for gold, completion, _ in CASES])
 
 
 def test_the_table_holds_more_than_a_hundred_cases():
@@ -198,18 +276,18 @@ def test_answers(verdicts, number):
 
 
 def test_the_answer_is_kept_as_text(grader):
-    one, both = grader.grade([("1/2", r"so \boxed{\frac{2}{4}} of it"), ("1,2", r"$x=1$ or $x=2$")])
+    one, both = graded(grader, ("1/2", r"so \boxed{\frac{2}{4}} of it"), ("1,2", r"$x=1$ or $x=2$"))
     assert (one.answer, both.answer) == (r"\frac{2}{4}", "x=1 and x=2")
 
 
 def test_a_process_that_was_killed_is_replaced_and_so_is_one_that_hangs():
     grader = Grader(limit=1.0, workers=1)
-    assert grader.grade([("12", "12")])[0].is_correct
+    assert graded(grader, ("12", "12"))[0].is_correct
     process = grader._workers[0]._process
     process.kill()
     process.wait()
     started = time.monotonic()
-    hung, *others = grader.grade([("12", r"\boxed{9^{9^{9^9}}}"), ("12", "12"), ("13", "12")])
+    hung, *others = graded(grader, ("12", r"\boxed{9^{9^{9^9}}}"), ("12", "12"), ("13", "12"))
     assert (hung.outcome, hung.answer) == ("timed out", r"9^{9^{9^9}}")
     assert [verdict.outcome for verdict in others] == ["correct", "wrong"]
     assert time.monotonic() - started > 1  # it had its whole second
@@ -217,11 +295,10 @@ def test_a_process_that_was_killed_is_replaced_and_so_is_one_that_hangs():
 
 
 def test_the_process_ends_with_its_input_and_knows_no_torch():
-    stand_in = "import sys, types; take = lambda *words, **more: []; "
-    stand_in += "sys.modules['math_verify'] = types.SimpleNamespace(parse=take, verify=take); sys.stdin = []; "
-    run = "sys.argv = ['', '1']; import moe_bias.tasks.grading_worker as worker; worker.main(); "
-    seen = "print([name for name in ('torch', 'transformers', 'reasoning_gym') if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", stand_in + run + seen], capture_output=True, text=True, timeout=60)
+    run = "import sys; sys.argv, sys.stdin = ['', '1'], []; from moe_bias.tasks import grading_worker as worker; "
+    run += "worker.main(); "
+    seen = "print([name for name in ('torch', 'transformers', 'reasoning_gym', 'sympy') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", run + seen], capture_output=True, text=True, timeout=60)
     assert done.stdout == '{"ready": true}\n[]\n'
 
 
@@ -252,6 +329,43 @@ def test_each_data_set_is_read_by_its_usual_columns(tmp_path, grader):
     assert [bool(problem.worked) for problem in problems] == [True, True, True, False, False, False]
     assert problems[2].worked == "They are 2 * 600 = 1,200.\nThe answer is \\boxed{1200}."
     assert all(verdict.is_correct for verdict in task.verify(problems[:3], [p.worked for p in problems[:3]]))
+
+
+@pytest.mark.parametrize(
+    ("number", "gold", "spellings"),
+    [
+        ("1e-05", "0.00001", ["1e-5", r"\boxed{10^{-5}}", r"$\frac{1}{100000}$", "0.00001"]),
+        ("5e-07", "0.0000005", ["5E-7", r"\boxed{5 \times 10^{-7}}", r"\boxed{0.5 \cdot 10^{-6}}"]),
+        ("1e+16", "10000000000000000", ["1e16", r"\boxed{10^{16}}", "10,000,000,000,000,000"]),
+        ("6.02e23", "602000000000000000000000", ["6.02e23", r"\boxed{6.02 \times 10^{23}}", "6.02 x 10^23"]),
+        ("3.0", "3", ["3", "3.0", r"\boxed{3}"]),
+        ("10000000000000000000000", "10000000000000000000000", ["1e22", r"\boxed{10^{22}}"]),
+        ("0.3333333333333333", "0.333333333333333", ["1/3", r"\boxed{\frac{1}{3}}", "0.3333333333333333"]),
+        ("0.30000000000000004", "0.3", ["0.3", r"\boxed{\frac{3}{10}}", "0.30000000000000004"]),
+        ("-0.1", "-0.1", ["-0.1", "-1/10"]),
+        ("true", r"\text{True}", [r"\boxed{\text{True}}", r"\boxed{true}", "<answer>True</answer>"]),
+        ('"1e-5"', "1e-5", ["0.00001", "1e-05", r"\boxed{10^{-5}}"]),
+        ('"2.5E3"', "2.5E3", ["2500", "2,500", r"\boxed{2.5 \times 10^3}"]),
+    ],
+)
+def test_numbers_as_gold_answers_are_matched_in_every_usual_spelling(tmp_path, grader, number, gold, spellings):
+    source = tmp_path / "numbers.jsonl"
+    source.write_text(f'{{"question": "Which number?", "answer": {number}}}\n')
+    task = data_task(str(source), grader=grader)
+    (problem,) = task.all_problems
+    assert problem.gold == gold
+    verdicts = task.verify([problem] * len(spellings), spellings)
+    assert [text for text, verdict in zip(spellings, verdicts, strict=True) if not verdict.is_correct] == []
+    wrong = task.verify([problem] * 3, ["7", r"\boxed{\text{False}}", r"\boxed{-8 \times 10^{-7}}"])
+    assert not any(verdict.is_correct for verdict in wrong)
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+def test_gold_answers_that_are_no_numbers_are_refused_by_their_row(tmp_path, number):
+    source = tmp_path / "numbers.jsonl"
+    source.write_text(f'{{"question": "Which number?", "answer": {number}}}\n')
+    with pytest.raises(UserError, match=r"row 1 of .* has a gold answer that is neither text nor a number: "):
+        data_task(str(source))
 
 
 def test_columns_can_be_named_by_their_paths(tmp_path, grader):
@@ -288,10 +402,41 @@ def test_rows_that_cannot_be_read_are_named(tmp_path, row, said):
 
 @pytest.mark.parametrize(
     ("text", "inside"),
-    [(r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\boxed{1} \boxed{2", "1"), ("none", None), (r"\boxed{}", "")],
+    [
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{1} \boxed{2", "1"),
+        (r"\boxed{1} } \boxed{{2}} {", "{2}"),
+        (r"\boxed{1 \boxed{2} 3}", "2"),
+        (r"\boxed{1 {2}", None),
+        ("none", None),
+        (r"\boxed{}", ""),
+        (r"\boxed{" * 2000 + "7", None),
+        (r"\boxed{" * 2000 + "7" + "}" * 2000, "7"),
+        (r"\boxed{7}" + r"\boxed{" * 2000, "7"),
+    ],
+    ids=lambda text: str(text)[:20],
 )
 def test_last_boxed(text, inside):
     assert last_boxed(text) == inside
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("The answer is 4.", " 4."),
+        ("**Final answer:** 4", " 4"),
+        ("The answer is: 4. Its answer is: 5", " 5"),
+        (r"\boxed{4}, so the answer is 5", "4"),
+        (r"\boxed{5} <answer>\boxed{4}</answer> <answer>", "4"),
+        ("<answer>3</answer><answer>4</answer>", "4"),
+        ("<answer>the answer is 4</answer>", " 4"),
+        ("</answer> 4 <answer>", None),
+        ("The answer isn't known", None),
+        ("4", None),
+    ],
+)
+def test_where_a_completion_states_its_answer(text, place):
+    assert answer_place(text) == place
 
 
 def test_gold_answers_of_data_sets():

@@ -1,12 +1,24 @@
-"""Where a completion states its answer."""
+r"""Where a completion states its answer: in `<answer>` tags, in a `\boxed{}`, or after the last "answer is"."""
 
 from __future__ import annotations
 
 import re
 
 CLAUSE_END = re.compile(r"[,;.](?:\s|$)")
-_STATED = re.compile(r"answer(?: is|:)", re.IGNORECASE)
-_BOX = "\\boxed{"
+_STATED = re.compile(r"answer\**(?: is\b|:):?\**", re.IGNORECASE)
+_BRACES = re.compile(r"\\boxed\{|[{}]")
+_OPEN_TAG, _CLOSE_TAG = "<answer>", "</answer>"
+
+
+def answer_place(completion: str) -> str | None:
+    r"""The text in the last `<answer>` tags, in that the last `\boxed{}`, else what follows the last "answer is"."""
+    text = last_tagged(completion)
+    if text is None:
+        text = completion
+    for place in (last_boxed(text), stated_answer(text)):
+        if place is not None:
+            return place
+    return None if text is completion else text
 
 
 def stated_answer(completion: str) -> str | None:
@@ -15,14 +27,22 @@ def stated_answer(completion: str) -> str | None:
     return last if before else None
 
 
+def last_tagged(completion: str) -> str | None:
+    """What stands between the last `<answer>` and the `</answer>` after it, or None without a pair."""
+    end = completion.rfind(_CLOSE_TAG)
+    start = completion.rfind(_OPEN_TAG, 0, max(end, 0))
+    return None if start < 0 else completion[start + len(_OPEN_TAG) : end]
+
+
 def last_boxed(text: str) -> str | None:
     r"""What stands in the last `\boxed{...}`, or None without one that is closed."""
-    before, box, rest = text.rpartition(_BOX)
-    if not box:
-        return None
-    depth = 1
-    for place, character in enumerate(rest):
-        depth += {"{": 1, "}": -1}.get(character, 0)
-        if depth == 0:
-            return rest[:place]
-    return last_boxed(before)
+    open_braces: list[int | None] = []  # where the text in a box begins; None for a brace of other kinds
+    last: tuple[int, int] | None = None
+    for brace in _BRACES.finditer(text):
+        if brace.group() != "}":
+            open_braces.append(brace.end() if brace.group() != "{" else None)
+        elif open_braces:
+            start = open_braces.pop()
+            if start is not None and (last is None or start > last[0]):
+                last = start, brace.start()
+    return None if last is None else text[slice(*last)]

@@ -8,8 +8,8 @@ target, so that a part of them held out is new in its numbers.
 Worked answers name the cards, then their numbers, then the steps, as the answers there do: what a number is
 has to be read off its card before it can be used.
 
-An answer is an expression, with or without `= target` after it, in the last `\boxed{}`, after the
-last "the answer is", or in the last line that has one. It is correct where it uses the numbers and
+An answer is an expression, with or without `= target` after it, where a completion states its answer
+(`answers.answer_place`), or in the last line that has one. It is correct where it uses the numbers and
 + - * / alone and equals the target in exact fractions.
 """
 
@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from moe_bias.config import UserError
-from moe_bias.tasks.answers import CLAUSE_END, last_boxed, stated_answer
+from moe_bias.tasks.answers import CLAUSE_END, answer_place
 from moe_bias.tasks.arithmetic import NotArithmetic, reachable, read
+from moe_bias.tasks.grader import shared_grader
 from moe_bias.tasks.task import Problem, too_few
 from moe_bias.tasks.verdict import Verdict, failed, judged
 
@@ -80,7 +81,7 @@ class GeneralPoints:
     def verify(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Verdict]:
         """Verdicts on the equations in the completions."""
         pairs = zip(problems, completions, strict=True)
-        return [_verdict(problem.entry["numbers"], problem.entry["target"], text) for problem, text in pairs]
+        return shared_grader().grade("general_points", [{**p.entry, "completion": text} for p, text in pairs])
 
     def _number(self, card: Card) -> int:
         return min(card[0], 10) if str(self.face) == "10" else card[0]
@@ -118,6 +119,16 @@ def _check_choice(option: str, value: int | str, choices: Collection[int | str])
         raise UserError(f"{option} = {value!r} is no option of {GeneralPoints.name}; give one of {known}")
 
 
+def load(case: Mapping[str, Any]) -> None:
+    """Nothing: a case has all that is needed."""
+
+
+def verdicts(case: Mapping[str, Any]) -> Iterator[Verdict]:
+    """The verdicts on the completion of a case, stage by stage."""
+    yield failed("timed out")
+    yield _verdict(case["numbers"], case["target"], case["completion"])
+
+
 def _verdict(numbers: Sequence[int], target: int, completion: str) -> Verdict:
     equation = read_equation(completion)
     if equation is None:
@@ -150,9 +161,7 @@ _SIGNS = (
 
 def read_equation(completion: str) -> str | None:
     """The equation that a completion ends with, in plain signs, or None."""
-    place = last_boxed(completion)
-    if place is None:
-        place = stated_answer(completion)
+    place = answer_place(completion)
     if place is not None:
         return next(_equations(next((line for line in place.split("\n") if line.strip(" :*$")), "")), None)
     for line in reversed(completion.split("\n")):

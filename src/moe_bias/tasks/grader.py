@@ -1,7 +1,8 @@
-"""Mathematical answers graded by math-verify in processes of their own, each under a time limit.
+"""Answers graded in processes of their own, each under a time limit.
 
-The processes speak JSON over pipes (`grading_worker`), know nothing of torch or of the program that
-started them, and are started anew when one has ended itself over an answer.
+Scorers that others wrote, a computer algebra system among them, can hang on an answer or take the process with
+them. The processes (`grading_worker`) speak JSON over pipes, know nothing of torch or of the program that
+started them, are kept for the next answers, and are started anew when one has ended itself over an answer.
 """
 
 from __future__ import annotations
@@ -11,41 +12,54 @@ import os
 import subprocess
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from queue import SimpleQueue
+from functools import cache
+from queue import LifoQueue
 from typing import Any
 
-from moe_bias.tasks.verdict import Verdict, failed, judged
+from moe_bias.tasks.verdict import Verdict
 
-Pair = tuple[str, str]
+Case = Mapping[str, Any]
+"""What a scorer needs to know of one answer, as JSON can say it."""
 MOST_WORKERS = 4
+_WORTH_A_PROCESS = 16
+"""Answers; reasoning-gym takes seconds to load in another process, and a millisecond to grade most of them."""
+_STARTS = 3
+"""A process that ends before it has looked at the case, as one that was killed, is started anew so often."""
+
+
+@cache
+def shared_grader() -> Grader:
+    """The grader of all tasks of this program, whose processes are kept until it ends."""
+    return Grader()
 
 
 class Grader:
-    """A pool of grading processes, started with the first answers; `limit` is in seconds for each answer."""
+    """A pool of grading processes, started as they are needed; `limit` is in seconds for each stage of an answer."""
 
     def __init__(self, limit: float = 5.0, workers: int | None = None) -> None:
         count = workers or min(MOST_WORKERS, os.cpu_count() or 1)
-        self._idle: SimpleQueue[_Worker] = SimpleQueue()
         self._workers = [_Worker(limit) for _ in range(count)]
+        self._idle: LifoQueue[_Worker] = LifoQueue()  # one that has started and loaded is taken first
         for worker in self._workers:
             self._idle.put(worker)
 
-    def grade(self, pairs: Sequence[Pair]) -> list[Verdict]:
-        """A verdict for each (gold answer, completion), in order."""
-        with ThreadPoolExecutor(len(self._workers)) as threads:  # each waits for a process
-            return list(threads.map(self._grade_one, pairs))
+    def grade(self, scorer: str, cases: Sequence[Case]) -> list[Verdict]:
+        """A verdict by one of `grading_worker.SCORERS` for each case, in order."""
+        count = min(len(self._workers), -(-len(cases) // _WORTH_A_PROCESS)) or 1
+        with ThreadPoolExecutor(count) as threads:  # each waits for a process
+            return list(threads.map(lambda case: self._grade_one(scorer, case), cases))
 
     def close(self) -> None:
         """Ends the processes; the next answers start new ones."""
         for worker in self._workers:
             worker.stop()
 
-    def _grade_one(self, pair: Pair) -> Verdict:
+    def _grade_one(self, scorer: str, case: Case) -> Verdict:
         worker = self._idle.get()
         try:
-            return worker.grade(*pair)
+            return worker.grade(scorer, case)
         finally:
             self._idle.put(worker)
 
@@ -57,33 +71,31 @@ class _Worker:
         self._limit = limit
         self._process: subprocess.Popen[str] | None = None
 
-    def grade(self, gold: str, completion: str) -> Verdict:
-        """The verdict, after which a process that ended over it is gone."""
+    def grade(self, scorer: str, case: Case) -> Verdict:
+        """The last verdict that the process gave, after which a process that ended over the case is gone."""
+        request = json.dumps({"scorer": scorer, "case": case}) + "\n"
+        for _ in range(_STARTS):
+            verdict = self._asked(request)
+            if verdict is not None:
+                return verdict
+        raise RuntimeError("the grading process ended before it looked at an answer; its error is above")
+
+    def _asked(self, request: str) -> Verdict | None:
         process = self._running()
-        request = json.dumps({"gold": gold, "completion": completion})
         assert process.stdin is not None
-        process.stdin.write(request + "\n")
-        process.stdin.flush()
-        return self._verdict(process)
-
-    def _verdict(self, process: subprocess.Popen[str]) -> Verdict:
-        gold = _listen(process)
-        if gold is None or not gold["gold"]:
-            return self._after(gold, failed("bad gold"))
-        read = _listen(process)
-        if read is None:
-            return self._after(read, failed("timed out"))
-        if not read["readable"]:
-            return failed("unparseable", read["answer"])
-        compared = _listen(process)
-        if compared is None:
-            return self._after(compared, failed("timed out", read["answer"]))
-        return judged(compared["correct"], read["answer"])
-
-    def _after(self, last: dict[str, Any] | None, verdict: Verdict) -> Verdict:
-        if last is None:  # the process has ended
+        try:
+            process.stdin.write(request)
+            process.stdin.flush()
+        except BrokenPipeError:
             self.stop()
-        return verdict
+            return None
+        last = None
+        for message in _messages(process):
+            if message.get("settled"):
+                return last
+            last = Verdict(**message)
+        self.stop()
+        return last
 
     def _running(self) -> subprocess.Popen[str]:
         if self._process is None or self._process.poll() is not None:
@@ -102,16 +114,16 @@ class _Worker:
 def _start(limit: float) -> subprocess.Popen[str]:
     command = [sys.executable, "-P", "-m", "moe_bias.tasks.grading_worker", str(limit)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    if _listen(process) is None:  # its time to import is no answer's
+    if next(_messages(process), None) is None:
         raise RuntimeError(f"the grading process ended at once with exit code {process.wait()}; its error is above")
     return process
 
 
-def _listen(process: subprocess.Popen[str]) -> dict[str, Any] | None:
-    """The next message, or None from a process that has ended."""
+def _messages(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
+    """What the process says until it ends."""
     assert process.stdout is not None
-    line = process.stdout.readline()
-    return json.loads(line) if line.endswith("\n") else None
+    while (line := process.stdout.readline()).endswith("\n"):
+        yield json.loads(line)
 
 
 def _stop(process: subprocess.Popen[str]) -> None:

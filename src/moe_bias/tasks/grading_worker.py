@@ -1,12 +1,11 @@
-"""A program that grades mathematical answers, one JSON line at a time, and ends itself when one takes too long.
+"""A program that grades answers, one JSON line at a time, and ends itself when one takes too long.
 
-In: `{"gold": text, "completion": text}`. Out, as soon as each is known: `{"gold": readable?}`, then
-`{"answer": text or null, "readable": ...}`, then `{"correct": ...}`, until one settles the matter. An
-end before the line that settles it says which stage was too much.
+In: `{"scorer": name, "case": what that scorer needs}`. Out: first the verdict that holds if this process ends
+over the answer, then, stage by stage, the verdict that holds from then on, and `{"settled": true}` after the last.
 
-It is started by `grader.Grader` as a process of its own, without torch: a computer algebra system
-asked for 9^(9^9) cannot be stopped from within, so a watchdog of the C level ends the process. Reading
-the gold answer has one limit, the completion another.
+It is started by `grader.Grader` as a process of its own, without torch: a computer algebra system asked for
+9^(9^9), or a fraction of 1e9999999999, cannot be stopped from within, so a watchdog of the C level ends the
+process. Each stage has the limit; loading a scorer has none, since that is no answer's time.
 """
 
 from __future__ import annotations
@@ -17,51 +16,58 @@ import logging
 import os
 import signal
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import lru_cache
-from typing import Any, TextIO
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict
+from importlib import import_module
+from typing import Any, Protocol, TextIO, cast
 
-from math_verify import parse, verify
+from moe_bias.tasks.verdict import Verdict
 
-Message = dict[str, Any]
+SCORERS = {
+    "mathematics": "moe_bias.tasks.equality",
+    "procedural": "moe_bias.tasks.reading",
+    "general_points": "moe_bias.tasks.general_points",
+}
+"""The module of each scorer, imported when it is first asked for."""
+
+
+class Scorer(Protocol):
+    """What such a module offers."""
+
+    def load(self, case: Mapping[str, Any]) -> None:
+        """Loads what the first case of its kind needs."""
+
+    def verdicts(self, case: Mapping[str, Any]) -> Iterator[Verdict]:
+        """At once what holds if the next stage ends this process, then so after each stage; last the verdict."""
 
 
 def main() -> None:
     """Grades what standard input asks until it ends; the argument is the limit in seconds."""
     logging.disable()  # math-verify warns that its own limit is off; the watchdog is the limit here
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the parent, whose end closes the input
-    limit = float(sys.argv[1])
-    with open(os.devnull, "w") as nowhere:
-        verify(parse("1/2", parsing_timeout=None), parse("$0.5$", parsing_timeout=None), timeout_seconds=None)
-        _say({"ready": True})  # and what is loaded at the first use is no answer's time
+    limit, messages = float(sys.argv[1]), sys.stdout
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # some scorers print
+        _say({"ready": True}, messages)
         for line in sys.stdin:
-            for message in _stages(json.loads(line), limit, nowhere):
-                _say(message)
+            request = json.loads(line)
+            scorer = cast(Scorer, import_module(SCORERS[request["scorer"]]))
+            scorer.load(request["case"])
+            stages = scorer.verdicts(request["case"])
+            while (verdict := _next(stages, limit, nowhere)) is not None:
+                _say(asdict(verdict), messages)
+            _say({"settled": True}, messages)
 
 
-def _say(message: Message) -> None:
-    sys.stdout.write(json.dumps(message) + "\n")
-    sys.stdout.flush()
+def _say(message: Mapping[str, Any], messages: TextIO) -> None:
+    messages.write(json.dumps(message) + "\n")
+    messages.flush()
 
 
-def _stages(request: dict[str, str], limit: float, nowhere: TextIO) -> Iterator[Message]:
-    """The stages of one grading; the watchdog never watches while a message is handed on."""
+def _next(stages: Iterator[Verdict], limit: float, nowhere: TextIO) -> Verdict | None:
+    """The next verdict; the watchdog never watches while one is handed on."""
     with _within(limit, nowhere):
-        gold = read_gold(request["gold"])
-    yield {"gold": bool(gold)}
-    if not gold:
-        return
-    started = time.monotonic()
-    with _within(limit, nowhere):
-        answer = parse(request["completion"], parsing_timeout=None)
-    is_readable = any(not isinstance(part, str) for part in answer)
-    yield {"answer": next((part for part in answer if isinstance(part, str)), None), "readable": is_readable}
-    if is_readable:
-        with _within(max(limit - (time.monotonic() - started), 0.01), nowhere):
-            is_correct = verify(list(gold), answer, timeout_seconds=None)
-        yield {"correct": bool(is_correct)}
+        return next(stages, None)
 
 
 @contextmanager
@@ -72,13 +78,6 @@ def _within(seconds: float, nowhere: TextIO) -> Iterator[None]:
         yield
     finally:
         faulthandler.cancel_dump_traceback_later()
-
-
-@lru_cache(maxsize=4096)
-def read_gold(gold: str) -> tuple[Any, ...]:
-    """What math-verify makes of a gold answer, LaTeX or plain; empty where that is no expression."""
-    read = parse(f"\\boxed{{{gold}}}", parsing_timeout=None) if gold.strip() else []
-    return tuple(read) if any(not isinstance(part, str) for part in read) else ()
 
 
 if __name__ == "__main__":

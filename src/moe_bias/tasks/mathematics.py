@@ -5,21 +5,23 @@ Read as they are: MATH and MATH-500 (`problem`, `answer` or a `\boxed{}` in `sol
 (`prompt` as a message, the gold answer in `reward_model.ground_truth`). Other columns are named by
 their paths.
 
-What counts as equal is math-verify's decision, over sympy: 1/2 is 0.5, x = 3 is 3, a percentage is
-its number with or without the sign. tests/test_mathematics.py holds a hundred cases of it.
+What counts as equal is decided in `equality`, by math-verify over sympy: 1/2 is 0.5, x = 3 is 3, a percentage is
+its number with or without the sign. tests/test_mathematics.py holds two hundred cases of it.
 """
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 from moe_bias.config import UserError
 from moe_bias.tasks.answers import last_boxed
-from moe_bias.tasks.grader import Grader
+from moe_bias.tasks.grader import Grader, shared_grader
 from moe_bias.tasks.rows import read_rows
 from moe_bias.tasks.task import Problem, too_few
 from moe_bias.tasks.verdict import Verdict
@@ -47,7 +49,7 @@ class MathematicsTask:
 
     name: str
     all_problems: Sequence[Problem] = field(repr=False)
-    grader: Grader = field(repr=False, compare=False, default_factory=Grader)
+    grader: Grader = field(repr=False, compare=False, default_factory=shared_grader)
 
     def problems(self, count: int, seed: int) -> list[Problem]:
         """`count` problems drawn by the seed. Raises UserError where there are fewer."""
@@ -57,7 +59,8 @@ class MathematicsTask:
 
     def verify(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Verdict]:
         """Verdicts by math-verify, at most the grader's limit for each."""
-        return self.grader.grade([(p.gold, text) for p, text in zip(problems, completions, strict=True)])
+        pairs = zip(problems, completions, strict=True)
+        return self.grader.grade("mathematics", [{"gold": p.gold, "completion": text} for p, text in pairs])
 
 
 def data_task(
@@ -77,7 +80,7 @@ def data_task(
     chosen = columns or Columns()
     problems = [read_problem(row, f"row {number} of {source}", chosen, instruction) for number, row in rows]
     different = {problem.question: problem for problem in reversed(problems)}
-    return MathematicsTask(source, tuple(reversed(different.values())), grader or Grader())
+    return MathematicsTask(source, tuple(reversed(different.values())), grader or shared_grader())
 
 
 def read_problem(row: Any, where: str, columns: Columns, instruction: str) -> Problem:
@@ -129,9 +132,18 @@ def _question(value: Any, where: str, instruction: str) -> str:
 def _text(value: Any, where: str) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 1:
         value = value[0]
-    if isinstance(value, str | int | float):
+    if isinstance(value, bool):
+        return f"\\text{{{value}}}"  # math-verify reads words in LaTeX alone
+    if isinstance(value, float) and math.isfinite(value):
+        return _decimal(value)
+    if isinstance(value, str | int):
         return str(value)
     raise UserError(f"{where} has a gold answer that is neither text nor a number: {value!r}")
+
+
+def _decimal(value: float) -> str:
+    """A number as people write it, to the 15 digits that a float holds: 0.00001, 0.3 for 0.1 + 0.2, 3 for 3.0."""
+    return format(Decimal(f"{value:.15g}").normalize(), "f")
 
 
 def _worked(value: Any) -> str:

@@ -1,31 +1,27 @@
 """Problems made on the spot by reasoning-gym, with worked answers and its own scorers.
 
 An answer is correct where the scorer gives full marks, else wrong: its partial marks, often given
-for the form alone, are no reward.
+for the form alone, are no reward. Tasks whose scorers cannot be relied on are refused (`REFUSED`).
 
-A worked answer leads to the result in steps and ends with "The answer is X."; `extract_answer`
+A worked answer leads to the result in steps and ends with "The answer is X."; `reading.readings`
 reads that form, and is generous to models that answer in their own words.
 """
 
 from __future__ import annotations
 
-import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from io import StringIO
 from typing import Any
 
 from moe_bias.config import UserError
-from moe_bias.tasks.answers import CLAUSE_END, stated_answer
+from moe_bias.tasks.grader import shared_grader
+from moe_bias.tasks.reading import make_dataset, packed
 from moe_bias.tasks.task import Entry, Problem, too_few
-from moe_bias.tasks.verdict import Verdict, failed, judged
-
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
-_AROUND_ANSWERS = " :.*\"'`"
-_UNREADABLE = (ValueError, TypeError, ArithmeticError, LookupError, RecursionError)
-"""What scorers raise on answers that are not of the form they expect, such as words for a list of factors."""
-
+from moe_bias.tasks.verdict import Verdict
 
 SMALL_OPTIONS: dict[str, dict[str, Any]] = {
     "products": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1},
@@ -40,18 +36,30 @@ SMALL_OPTIONS: dict[str, dict[str, Any]] = {
 }
 """Options that bring a task into the reach of a model of 135M parameters, where it has any."""
 
-RUN_ANSWERS = {
-    "binary_matrix",
-    "countdown",
-    "intermediate_integration",
-    "n_queens",
-    "polynomial_multiplication",
-    "puzzle24",
-    "simple_integration",
-    "spiral_matrix",
-    "string_insertion",
+_RUNS_ANSWERS = "its scorer runs the model's answers as code"
+_HAS_NO_ANSWER = "its problems come without a right answer to show or to compare with"
+REFUSED: dict[str, str] = {
+    **dict.fromkeys(
+        (
+            "binary_matrix",
+            "countdown",
+            "intermediate_integration",
+            "n_queens",
+            "polynomial_multiplication",
+            "puzzle24",
+            "simple_integration",
+            "spiral_matrix",
+            "string_insertion",
+        ),
+        _RUNS_ANSWERS,
+    ),
+    **dict.fromkeys(("boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"), _HAS_NO_ANSWER),
+    "codeio": "its problems are made by running programs of others, which write files into the current folder",
+    "coin_flip": "its scorer holds 0 for right wherever the probability is small, which it mostly is",
+    "composite": "it is a mixture of other tasks",
+    "game_of_life_halting": "its scorer holds every answer for right that is not empty",
 }
-"""Tasks whose scorers evaluate the answer as Python: a completion could run any code, or never end."""
+"""Tasks that cannot serve as a reward, and why not."""
 
 
 @dataclass(frozen=True)
@@ -69,67 +77,57 @@ class ProceduralTask:
     def problems(self, count: int, seed: int) -> list[Problem]:
         """`count` problems, no question twice.
 
-        Raises UserError on an unknown task and where the options allow too few different problems.
+        Raises UserError on a task that is unknown or refused, and where the options allow too few different problems.
         """
         seen: dict[str, Problem] = {}
         for size in (count * 2, count * 8):
-            for entry in self._dataset(size, seed):
-                seen.setdefault(entry["question"], self._problem(entry))
+            for entry in _entries(self._dataset(size, seed)):
+                if entry["answer"] is None:
+                    raise _refused(self.name, _HAS_NO_ANSWER)
+                if str(entry["answer"]).strip():  # an empty answer cannot be told from none
+                    seen.setdefault(entry["question"], self._problem(entry))
                 if len(seen) == count:
                     return list(seen.values())
         raise too_few(self.name, len(seen), count)
 
     def verify(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Verdict]:
-        """Verdicts by reasoning-gym's scorer on the answers that `extract_answer` finds."""
-        score = self._dataset(1, 0).score_answer
-        return [_verdict(problem, text, score) for problem, text in zip(problems, completions, strict=True)]
+        """Verdicts by reasoning-gym's scorer on the answers that `reading.readings` finds."""
+        shared = {"task": self.name, "options": packed(self.options)}
+        pairs = zip(problems, completions, strict=True)
+        cases = [{**shared, "entry": packed(problem.entry), "completion": text} for problem, text in pairs]
+        return shared_grader().grade("procedural", cases)
 
     def _problem(self, entry: Entry) -> Problem:
         worked = WORKED.get(self.name, _bare)(entry)
         return Problem(entry["question"], str(entry["answer"]), worked, entry)
 
     def _dataset(self, size: int, seed: int) -> Any:
+        if self.name in REFUSED:
+            raise _refused(self.name, REFUSED[self.name])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)
-            import reasoning_gym
             from reasoning_gym.factory import DATASETS
         if self.name not in DATASETS:
             near = get_close_matches(self.name, DATASETS, n=3, cutoff=0.0)
             raise UserError(f"reasoning-gym has no task {self.name!r}; near names are {', '.join(near)}")
-        if self.name in RUN_ANSWERS:
-            raise UserError(f"task {self.name!r} is refused: its scorer runs the model's answers as code; take another")
         try:
-            return reasoning_gym.create_dataset(self.name, size=size, seed=seed, **self.options)
+            return make_dataset(self.name, self.options, size, seed)
         except (ValueError, TypeError, AssertionError) as error:
             raise UserError(
                 f"reasoning-gym cannot make task {self.name!r} with {dict(self.options)}: {error}"
             ) from error
 
 
-def _verdict(problem: Problem, completion: str, score: Callable[..., float]) -> Verdict:
-    answer = extract_answer(completion, problem.gold)
-    if answer is None:
-        return failed("unparseable")
-    try:
-        return judged(score(answer=answer, entry=dict(problem.entry)) >= 1.0, answer)
-    except _UNREADABLE:
-        return failed("unparseable", answer)
+def _refused(name: str, reason: str) -> UserError:
+    return UserError(f"task {name!r} is refused: {reason}; take another")
 
 
-def extract_answer(completion: str, gold: str) -> str | None:
-    """What a completion gives as its answer, or None where there is nothing to read.
-
-    Read is the line after its last "answer is"; without one, all of it. Of the numbers of a clause
-    the last counts, as in "the answer is 3 * 6 = 18"; the gold answer only says whether it is a number.
-    """
-    stated = stated_answer(completion)
-    last = completion if stated is None else stated
-    lines = [line.strip(_AROUND_ANSWERS) for line in last.splitlines() if line.strip(_AROUND_ANSWERS)]
-    if not _NUMBER.fullmatch(gold):
-        return lines[-1 if stated is None else 0] if lines else None
-    text = CLAUSE_END.split(lines[0])[0] if stated is not None and lines else last
-    numbers = _NUMBER.findall(text)
-    return str(numbers[-1]).replace(",", "") if numbers else None
+def _entries(dataset: Any) -> Iterator[Entry]:
+    """The data set's entries one by one, without what some generators print."""
+    for number in range(len(dataset)):
+        with redirect_stdout(StringIO()):
+            entry: Entry = dataset[number]
+        yield entry
 
 
 def _bare(entry: Entry) -> str:
