@@ -2,12 +2,10 @@
 
 import copy
 
-import bitsandbytes
 import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
-from torchao import quantization
 
 from conftest import randomise, tiny_model, token_ids
 from moe_bias import MoEBiasConfig, apply_moe_bias, find_adapter_head, get_moe_bias_layer
@@ -19,6 +17,9 @@ from moe_bias.features.fingerprint import head_hash, model_facts
 from moe_bias.support import full_log_prob
 from moe_bias.tasks.conversations import Example
 from moe_bias.training.sft import fit
+
+bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs uv run --group quantised")
+quantization = pytest.importorskip("torchao.quantization", reason="needs uv run --group quantised")
 
 WIDTH, VOCABULARY = 64, 128
 """Multiples of the blocks that these libraries pack by."""
