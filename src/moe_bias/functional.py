@@ -44,7 +44,7 @@ from moe_bias.adapter import (
 from moe_bias.adapter.shift import InsertedShift
 from moe_bias.backbone import Head, HeadTransform, find_head
 from moe_bias.config import LayerSettings, UserError, describe_error
-from moe_bias.layer import MoEBiasLayer, at_least_float32, load_balance_loss
+from moe_bias.layer import MoEBiasLayer, at_least_float32, in_type, load_balance_loss
 
 
 @dataclass
@@ -225,7 +225,7 @@ def _moved(attached: _Attached, hidden: Tensor, logits: Tensor) -> Tensor:
     attached.last.routing = output.routing
     move = layer.on_vocabulary(layer.strength * output.bias)
     final = at_least_float32(logits)
-    return (final + attached.head.transform.reachable(final, move)).to(logits.dtype)
+    return in_type(final + attached.head.transform.reachable(final, move), logits.dtype)
 
 
 def _check_last_hidden_state(head: Head, hidden: Tensor, logits: Tensor) -> None:

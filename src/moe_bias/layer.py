@@ -40,6 +40,11 @@ from moe_bias.limits import in_short, refuse_beyond_memory
 LOWEST_LOG_PROB = -1e4
 """Log-probabilities are raised to this before `p log p`: exp(-1e4) is 0 in float32 and in float64,
 so no value changes, and 0 * -inf cannot arise."""
+LARGEST_INPUT = 65504.0
+"""The largest number of half precision: hidden states and weights of a model are not beyond it."""
+LARGEST_OUTPUT = 1e38
+"""Moves beyond it are not finite in float32 or bfloat16, or no longer so once they are added to a logit."""
+_TINY = torch.finfo(torch.float32).tiny
 _PIECE = 2**26
 """Numbers of an output embedding that a frozen layer's table is made from at once: 256 MiB of float32."""
 
@@ -99,6 +104,14 @@ def entropy_from_logits(logits: Tensor) -> Tensor:
         total = mass.sum(-1)
         entropy: Tensor = total.log() - torch.linalg.vecdot(mass, centred) / total
         return entropy
+
+
+def in_type(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounded to a type; what is finite stays finite also in half precision, which ends at 65504."""
+    if dtype != torch.float16:
+        return exact.to(dtype)
+    bounded = exact.clamp(-LARGEST_INPUT, LARGEST_INPUT)
+    return torch.where(exact.isfinite(), bounded, exact).to(dtype)
 
 
 def itself(tensor: Tensor) -> Tensor:
@@ -247,7 +260,13 @@ class MoEBiasLayer(nn.Module):
         return torch.sigmoid(entropy * alpha.to(entropy.dtype).squeeze() + beta.to(entropy.dtype).squeeze())
 
     def mix(self, hidden: Tensor, entropy: Tensor) -> Mixture:
-        """Each token's coefficients of the table, for hidden states (..., D) and base entropies (...,)."""
+        """Each token's coefficients of the table, for hidden states (..., D) and base entropies (...,).
+
+        Raises ValueError where the layer's values are such that its bias could be infinite or NaN for finite hidden
+        states up to `LARGEST_INPUT`. That is looked at once for each state of them, and not in training, where it is
+        the loss that is looked at: a look at every token would make a GPU wait.
+        """
+        self._refuse_overflow()
         normed = self.normed(hidden)
         routing = self._routed(normed)
         weight = self.gate_weight(entropy.to(routing.gates.dtype))
@@ -259,6 +278,18 @@ class MoEBiasLayer(nn.Module):
             return shares
         read = F.linear(normed, self.reads.flatten(0, 1).to(normed.dtype)).unflatten(-1, self.reads.shape[:2])
         return torch.cat([shares, (shares.unsqueeze(-1) * read).flatten(-2)], dim=-1)
+
+    def _refuse_overflow(self) -> None:
+        trained = torch.is_grad_enabled() and self.router.weight.requires_grad
+        if trained or torch.compiler.is_compiling():
+            return
+        names = ("directions", "writes", "reads", "experts", "hidden_mean", "hidden_scale")
+        tensors = {name: getattr(self, name) for name in names} | {"router.weight": self.router.weight}
+        tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        state = (self.strength, *map(_state_of, tensors.values()))
+        if state != self._kept.checked_state:
+            check_layer_values(tensors, self.strength)
+            self._kept.checked_state = state
 
     def table(self) -> Tensor:
         """P (C, M): what one unit of each coefficient adds to each token's logit. C = E (1 + R); float32 or better
@@ -385,6 +416,7 @@ class _Kept:
         self.rows_state: tuple[object, ...] = ()
         self._table_state: tuple[object, ...] = ()
         self._made_of: list[Tensor] = []
+        self.checked_state: tuple[object, ...] = ()
 
     def table_of(self, state: tuple[object, ...], trained: list[nn.Parameter], make: Callable[[], Tensor]) -> Tensor:
         """The table of this state and of these contents of what is being trained.
@@ -436,11 +468,45 @@ def _state_of(tensor: Tensor) -> tuple[object, ...]:
 
 
 def check_layer_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises ValueError naming the first tensor that has another shape or is not finite."""
+    """Raises ValueError naming the first tensor of another type or shape, or with values that no layer has."""
     for name, tensor in tensors.items():
+        if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(f"adapter tensor {name!r} has type {kind}; it must be a float of 16 bits or more")
         if tuple(tensor.shape) != shapes[name]:
             raise UserError(
                 f"adapter tensor {name!r} has shape {tuple(tensor.shape)}, this model and config need {shapes[name]}"
             )
         if not tensor.is_meta and not torch.isfinite(tensor).all():
             raise UserError(f"adapter tensor {name!r} holds NaN or infinite values; the file is damaged")
+    router = tensors.get("router.weight")
+    if router is not None and not router.is_meta and 0 < at_least_float32(router).abs().max() < _TINY:
+        raise UserError("adapter tensor 'router.weight' holds numbers below 1e-37 alone; the file is damaged")
+
+
+@torch.no_grad()
+def check_layer_values(tensors: Mapping[str, Tensor], strength: float = 1.0) -> None:
+    """Raises ValueError where a layer of these tensors, by their names in it, could give more than `LARGEST_OUTPUT`.
+
+    The bound is of hidden states and an output embedding up to `LARGEST_INPUT`, each number at its worst sign.
+    """
+    if any(tensor.is_meta for tensor in tensors.values()):
+        return
+    if not (tensors["hidden_scale"] > 0).all():
+        raise UserError("adapter tensor 'hidden_scale', which hidden states are divided by, is not above 0 throughout")
+    of = {name: at_least_float32(tensor).abs() for name, tensor in tensors.items()}
+    router_ED = of["router.weight"]
+    normed_D = (LARGEST_INPUT + of["hidden_mean"]) / of["hidden_scale"]
+    bias_E = router_ED.new_zeros(len(router_ED))
+    if "experts" in of:
+        bias_E = bias_E + of["experts"].amax(-1)
+    if "directions" in of:
+        bias_E = bias_E + LARGEST_INPUT * of["directions"].sum(-1)
+    if "reads" in of:
+        bias_E = bias_E + LARGEST_INPUT * ((of["reads"] @ normed_D) * of["writes"].sum(-1)).sum(-1)
+    for what, largest in (("router", router_ED @ normed_D), ("bias", bias_E * max(abs(strength), 1.0))):
+        if not bool((largest <= LARGEST_OUTPUT).all()):
+            raise UserError(
+                f"the adapter's values are so large, or its hidden_scale so small, that its {what} could overflow "
+                f"({float(largest.max()):.3g} for hidden states of {LARGEST_INPUT:g}); the file or the layer is damaged"
+            )

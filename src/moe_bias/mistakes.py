@@ -101,12 +101,24 @@ def read_text(path: Path, what: str) -> str:
 
 
 def read_json(path: Path, what: str, remedy: str = "") -> Any:
-    """The JSON document in a file that the user named. Raises UserError, calling it `what`, where there is none."""
+    """The JSON document in a file that the user named.
+
+    Raises UserError, calling it `what`, where there is none: also where a key stands twice, of which one value would be
+    lost, and where it is nested too deep to be read.
+    """
     text = read_text(path, what)
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
         raise damaged(f"{what} {str(path)!r}", f"it is not JSON: {reason_of(error)}", remedy) from error
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        key = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
+        raise ValueError(f"key {key!r} stands twice")
+    return found
 
 
 def as_kind(kind: type[Kind], value: object, what: str, remedy: str = "") -> Kind:

@@ -20,8 +20,6 @@ from typing import Any
 
 import torch
 
-from moe_bias.config import UserError
-
 _UNFINISHED = ".moe-bias-unfinished-"
 """Stands between the name of what is being made and the machine and process that make it."""
 _MACHINE = re.sub(r"[^A-Za-z0-9]", "_", platform.node())[:32]
@@ -117,37 +115,6 @@ def _remove(path: Path) -> None:
     else:
         with suppress(FileNotFoundError, PermissionError):
             path.unlink()
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file.
-
-    Raises UserError, in one sentence, where it is none: also where a key stands twice, of which one value would be
-    lost, where a number is NaN or infinite, and where it is nested too deep to be read.
-    """
-    try:
-        text = path.read_bytes().decode()
-        return json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
-    except OSError as error:
-        raise UserError(f"{str(path)!r} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{str(path)!r} is not JSON: byte {error.start} is not UTF-8") from error
-    except ValueError as error:
-        raise UserError(f"{str(path)!r} is not JSON: {error}") from error
-    except RecursionError as error:
-        raise UserError(f"{str(path)!r} is not JSON that can be read: it is nested too deep") from error
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        key = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
-        raise ValueError(f"key {key[:80]!r} stands twice")
-    return found
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number")
 
 
 def _sync_folder(folder: Path) -> None:

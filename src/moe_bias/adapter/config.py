@@ -19,7 +19,7 @@ from moe_bias.adapter.card import write_card
 from moe_bias.adapter.embedding import check_embedding, embedding_sample
 from moe_bias.config import LayerConfig, UserError, describe_error
 from moe_bias.layer import EmbeddingRows
-from moe_bias.mistakes import reading
+from moe_bias.mistakes import read_json, reading
 
 Size = Annotated[int, Field(ge=1, lt=2**31)]
 """A side of the output embedding."""
@@ -50,10 +50,10 @@ class _Facts(BaseModel):
     base_model_name_or_path: str | None
     revision: str | None
     inference_mode: bool
-    fork_coverage: float | None
+    fork_coverage: Annotated[float, Field(ge=0, le=1)] | None
     hidden_size: Size | None
     vocab_size: Size | None
-    embedding_sample: list[float] | None
+    embedding_sample: Annotated[list[float], Field(min_length=1)] | None
 
 
 PEFT_TYPE = _MoEBiasType("MOE_BIAS")
@@ -150,6 +150,14 @@ class MoEBiasConfig(PeftConfig):
             else:
                 check_embedding(self.embedding_sample, found, self.layer_config().through_embedding)
         return config
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """The fields of a config file. Raises ValueError where it is no JSON object, or a field stands twice."""
+        if not isinstance(read_json(Path(path_json_file), "config"), dict):
+            raise UserError(f"{str(path_json_file)!r} holds no JSON object")
+        fields: dict[str, Any] = super().from_json_file(path_json_file, **kwargs)
+        return fields
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Writes the config, and a model card beside it that says what the adapter is."""

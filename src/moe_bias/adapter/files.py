@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from huggingface_hub import hf_hub_download
-from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -16,8 +14,9 @@ from torch import Tensor, nn
 from moe_bias.adapter.config import MoEBiasConfig
 from moe_bias.backbone import OutputRows, output_embedding, unwrapped
 from moe_bias.config import LayerConfig, UserError
-from moe_bias.layer import MoEBiasLayer, at_least_float32, check_layer_tensors
+from moe_bias.layer import MoEBiasLayer, at_least_float32, check_layer_tensors, check_layer_values
 from moe_bias.mistakes import reading
+from moe_bias.records import unfinished
 
 LAYERS = "moe_bias_layers"
 """The head's container of layers. Its name is part of every key in an adapter file."""
@@ -37,7 +36,7 @@ def layer_tensors(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_adapter_file(state_dict: Mapping[str, Tensor], config: MoEBiasConfig) -> None:
-    """Raises ValueError, in one sentence, on an adapter file with a missing, misshapen or non-finite tensor."""
+    """Raises ValueError, in one sentence, on an adapter file with a missing, misshapen or damaged tensor."""
     assert config.hidden_size is not None
     assert config.vocab_size is not None
     shapes = layer_shapes(config.layer_config(), config.hidden_size, config.vocab_size)
@@ -46,6 +45,7 @@ def check_adapter_file(state_dict: Mapping[str, Tensor], config: MoEBiasConfig) 
         if names:
             raise UserError(f"the adapter file {what} tensor {min(names)!r}")
     check_layer_tensors(tensors, shapes)
+    check_layer_values(tensors, config.strength)
 
 
 def save_layer(
@@ -53,7 +53,7 @@ def save_layer(
 ) -> MoEBiasConfig:
     """Writes a layer that stands alone as an adapter folder that PEFT loads; returns its config.
 
-    The files are written beside the folder and moved into it, the config last: until it is there,
+    The files are written in a folder of their own and moved out of it, the config last: until it is there,
     there is no adapter to be found.
     """
     head = output_embedding(model)
@@ -69,8 +69,8 @@ def save_layer(
     }
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=target.parent) as scratch:
-        beside = Path(scratch) / target.name
+    with unfinished(target / "adapter") as scratch:
+        beside = scratch / target.name
         config.save_pretrained(str(beside))
         save_file(tensors, beside / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         for file in sorted(beside.iterdir(), key=lambda file: file.name == CONFIG_NAME):
@@ -81,10 +81,9 @@ def save_layer(
 def read_adapter(source: str | Path) -> tuple[MoEBiasConfig, dict[str, Tensor]]:
     """Config and tensors of an adapter folder or Hub id, the tensors named as in its file.
 
-    Raises ValueError where there is no MoE-Bias adapter.
+    Raises ValueError where there is no MoE-Bias adapter, or a file that cannot be read.
     """
-    with reading(f"the config of the adapter {str(source)!r}"):
-        config = PeftConfig.from_pretrained(str(source))
+    config = MoEBiasConfig.from_pretrained(str(source))
     if not isinstance(config, MoEBiasConfig):
         raise UserError(f"{str(source)!r} holds an adapter of {type(config).__name__}, not a MoE-Bias one")
     path = Path(source) / SAFETENSORS_WEIGHTS_NAME

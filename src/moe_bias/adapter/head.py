@@ -23,7 +23,7 @@ from moe_bias.adapter.config import MoEBiasConfig
 from moe_bias.adapter.files import LAYERS, layer_shapes
 from moe_bias.backbone import HeadTransform, OutputRows, offload_hook
 from moe_bias.config import UserError
-from moe_bias.layer import LayerOutput, MoEBiasLayer, Routing, check_layer_tensors, entropy_from_logits
+from moe_bias.layer import LayerOutput, MoEBiasLayer, Routing, check_layer_tensors, entropy_from_logits, in_type
 
 if TYPE_CHECKING:
     from moe_bias.adapter.shift import InsertedShift
@@ -243,9 +243,14 @@ def move_logits(raw: Tensor, layer: MoEBiasLayer, output: LayerOutput, transform
     """
     move = output.bias if layer.strength == 1.0 else layer.strength * output.bias
     if layer.support is None:
-        return raw.add_(transform.raw_move(raw, move))
+        return _add(raw, transform.raw_move(raw, move))
     columns = raw.index_select(-1, layer.support)
-    return raw.index_copy_(-1, layer.support, columns.add_(transform.raw_move(columns, move)))
+    return raw.index_copy_(-1, layer.support, _add(columns, transform.raw_move(columns, move)))
+
+
+def _add(raw: Tensor, move: Tensor) -> Tensor:
+    """The sum, in place where its type has room for it."""
+    return in_type(raw + move, raw.dtype) if raw.dtype == torch.float16 else raw.add_(move)
 
 
 def merged_bias(head: MoEBiasHead, adapter_name: str) -> Tensor:

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from moe_bias.config import UserError, check_support
 from moe_bias.features.fingerprint import Count, ModelFacts, Size
-from moe_bias.records import read_json
+from moe_bias.mistakes import read_json
 
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.json"
@@ -188,7 +188,7 @@ def seconds_spent(folder: Path) -> float:
     path = folder / SECONDS
     if not path.is_file():
         return 0.0
-    content = read_json(path)
+    content = read_json(path, "file")
     seconds = content.get("seconds") if isinstance(content, dict) else None
     if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not 0 <= seconds < math.inf:
         raise UserError(
@@ -215,7 +215,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 def load_manifest(path: Path) -> Manifest:
     """Raises UserError where the file is no manifest of this format, naming the field, or is not as it was written."""
-    content = read_json(path)
+    content = read_json(path, "manifest")
     checksum = content.pop(_CHECKSUM, None) if isinstance(content, dict) else None
     try:
         manifest = Manifest.model_validate_json(json.dumps(content), strict=True)

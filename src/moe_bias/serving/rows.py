@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_bias.backbone import HeadTransform
-from moe_bias.layer import MoEBiasLayer, at_least_float32, entropy_from_logits
+from moe_bias.layer import MoEBiasLayer, at_least_float32, entropy_from_logits, in_type
 
 _CACHED = 2**18
 """Logits, of which temporaries stay in a CPU's cache."""
@@ -65,7 +65,7 @@ def move_rows(
         adapted_RM = logits_RM + transform.reachable(logits_RM, move_RM)
         if transform.cap is not None:
             adapted_RM = torch.where(logits_RM == -torch.inf, logits_RM, adapted_RM)
-        logits_BV[moved] = adapted_RM.to(logits_BV.dtype)
+        logits_BV[moved] = in_type(adapted_RM, logits_BV.dtype)
 
 
 def row_entropy(logits_BV: Tensor, row_R: Tensor) -> Tensor:
