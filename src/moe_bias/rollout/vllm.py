@@ -22,7 +22,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from uuid import uuid4
 
 import torch
@@ -34,6 +33,7 @@ from moe_bias.backbone import Head
 from moe_bias.config import UserError
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.progress import meter
+from moe_bias.records import temporary_folder
 from moe_bias.rollout.decoding import Answer
 from moe_bias.rollout.engines import Engine, EngineChoices, SampledTokens, SampleRequest, local_engine
 from moe_bias.rollout.sampler import (
@@ -158,13 +158,13 @@ def local_sampler(
     """
     memory = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
     with (
-        TemporaryDirectory(prefix="moe-bias-") as adapters,
-        TemporaryDirectory(prefix="moe-bias-", dir=memory) as records,
+        temporary_folder("adapters") as adapters,
+        temporary_folder("records", memory) as records,
     ):
-        engine = local_engine(choices, Path(adapters), Path(records))
+        engine = local_engine(choices, adapters, records)
         layout = RowLayout.of_model(head.hidden_size, head.dtype)
         try:
-            yield VllmSampler(engine, model, head, Path(adapters), Spool(Path(records), layout), buffer_bytes)
+            yield VllmSampler(engine, model, head, adapters, Spool(records, layout), buffer_bytes)
         finally:
             engine.close()
 

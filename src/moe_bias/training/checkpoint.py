@@ -1,30 +1,34 @@
 """Checkpoints of a run: one safetensors file each, whole or absent, the last few kept.
 
 A file holds the layer, the optimiser's moments and, where one is looked for, the best layer so far;
-where the run stands is JSON in the file's header. The order of the tokens and all that is drawn
-follow from seed and step, so nothing of them is kept.
+where the run stands is JSON in the file's header, with a checksum: a run would go on with damaged numbers
+without a word. The order of the tokens and all that is drawn follow from seed and step, so nothing of them is kept.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_bias.config import UserError
+from moe_bias.records import remove_left_overs, unfinished
 
 FOLDER = "checkpoints"
 LAYER = "layer."
 """What the names of the layer's tensors begin with."""
-_SUFFIX = ".safetensors"
-_BESIDE = ".unfinished-"
+_CHECKSUM = "sha256"
+_NAME = re.compile(r"step-[0-9]{8,}\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Checkpoints:
 
     def save(self, tensors: Mapping[str, Tensor], position: Standing) -> None:
         """Writes one. Raises UserError where it cannot be written; the ones before it stay."""
-        path = self.folder / f"step-{position.step:08d}{_SUFFIX}"
+        path = self.folder / f"step-{position.step:08d}.safetensors"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             _write_whole(path, tensors, position)
@@ -71,20 +75,28 @@ class Checkpoints:
                 f"the checkpoint {str(path)!r} cannot be written ({error}); make room and run the same command again, "
                 f"which goes on {self.where()}"
             ) from error
-        for old in _in_order(self.folder)[: -self._keep]:
-            old.unlink()
+        self._remove_old()
 
     def load(self, kind: type[Where]) -> tuple[dict[str, Tensor], Where] | None:
-        """Tensors (on the CPU) and position of the newest one, or None. Raises UserError on a damaged file."""
+        """Tensors (on the CPU) and position of the newest one, or None. Raises UserError on a damaged file.
+
+        What a killed run left beyond the last `keep`, or half written, is removed.
+        """
+        self._remove_old()
         path = self.latest()
         if path is None:
             return None
+        tensors, position = _read(path, "to go on from the one before")
         try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                return tensors, kind(**json.loads(file.metadata()["position"]))
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
-            raise UserError(f"checkpoint {str(path)!r} is damaged; remove it to go on from the one before") from error
+            return tensors, kind(**position)
+        except TypeError as error:
+            raise UserError(f"checkpoint {str(path)!r} is of another kind of training ({error})") from error
+
+    def _remove_old(self) -> None:
+        """Several processes may do so at once."""
+        remove_left_overs(self.folder)
+        for old in _in_order(self.folder)[: -self._keep]:
+            old.unlink(missing_ok=True)
 
     def where(self) -> str:
         """Where a run that is started again goes on: 'from ...' or 'from the beginning'."""
@@ -98,27 +110,49 @@ def saved_layers(run: Path) -> Iterator[tuple[int, dict[str, Tensor]]]:
     Raises UserError on a damaged file.
     """
     for path in _in_order(run / FOLDER):
-        try:
-            with safe_open(path, framework="pt") as file:
-                names = [name for name in file.keys() if name.startswith(LAYER)]  # noqa: SIM118
-                tensors = {name.removeprefix(LAYER): file.get_tensor(name) for name in names}
-                step = json.loads(file.metadata()["position"])["step"]
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
-            raise UserError(f"checkpoint {str(path)!r} is damaged ({error}); remove it to go on without") from error
-        yield step, tensors
+        tensors, position = _read(path, "to go on without")
+        names = [name for name in tensors if name.startswith(LAYER)]
+        yield position["step"], {name.removeprefix(LAYER): tensors[name] for name in names}
 
 
 def _in_order(folder: Path) -> list[Path]:
-    return sorted(folder.glob(f"step-*{_SUFFIX}"))
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted((path for path in found if _NAME.fullmatch(path.name)), key=lambda path: (len(path.name), path.name))
+
+
+def _read(path: Path, otherwise: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All tensors and the position of a checkpoint. Raises UserError on a damaged file, which to remove `otherwise`."""
+    try:
+        if not path.is_file():
+            raise OSError("it is no file")
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        position = json.loads(metadata["position"])
+        if not isinstance(position, dict) or type(position.get("step")) is not int:
+            raise ValueError("it does not say where the run stands")
+        # Those of before there was a checksum have none.
+        if metadata.get(_CHECKSUM, _digest(tensors, metadata["position"])) != _digest(tensors, metadata["position"]):
+            raise ValueError("its checksum does not fit")
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"checkpoint {str(path)!r} is damaged ({error}); remove it {otherwise}") from error
+    return tensors, position
+
+
+def _digest(tensors: Mapping[str, Tensor], position: str) -> str:
+    found = hashlib.sha256(position.encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def _write_whole(path: Path, tensors: Mapping[str, Tensor], position: Standing) -> None:
     """Writes the file beside its place, to the disk itself, and then moves it there."""
-    for left in path.parent.glob(f"{_BESIDE}*"):
-        left.unlink()
-    beside = path.with_name(_BESIDE + path.name)
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(whole, beside, metadata={"position": json.dumps(asdict(position))})
-    with beside.open("rb") as file:
-        os.fsync(file.fileno())
-    beside.replace(path)
+    stands = json.dumps(asdict(position))
+    with unfinished(path) as beside:
+        save_file(whole, beside, metadata={"position": stands, _CHECKSUM: _digest(whole, stands)})
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
+        beside.replace(path)

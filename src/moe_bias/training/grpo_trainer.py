@@ -19,7 +19,6 @@ TRL counts its users on the Hub unless HF_HUB_DISABLE_TELEMETRY=1 is set.
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from datasets import Dataset
 from transformers import PrinterCallback
 
 from moe_bias.config import UserError
+from moe_bias.records import temporary_folder
 from moe_bias.tasks.conversations import answer_ends
 from moe_bias.training.policy_objective import EPS_HIGH, EPS_LOW
 
@@ -87,13 +87,13 @@ def grpo_trainer(
         raise UserError(f"{len(prompts)} prompts are too few for steps of {choices.prompts} prompts")
     import trl
 
-    with tempfile.TemporaryDirectory() as folder, _as_found(adapted):
+    with temporary_folder("trl") as folder, _as_found(adapted):
         is_chat = not isinstance(prompts[0], str)
         adapted.get_base_model().generation_config.eos_token_id = answer_ends(adapted, tokenizer, is_chat) or None
         trainer = trl.GRPOTrainer(
             adapted,
             reward_funcs=reward,
-            args=trl.GRPOConfig(folder, **_arguments(adapted, choices)),
+            args=trl.GRPOConfig(str(folder), **_arguments(adapted, choices)),
             train_dataset=Dataset.from_dict({"prompt": list(prompts)}),
             processing_class=copy.deepcopy(tokenizer),
         )

@@ -45,6 +45,7 @@ from typing import Any, TextIO
 import torch
 
 from moe_bias.layer import MoEBiasLayer, Routing
+from moe_bias.records import write_whole
 from moe_bias.training.objective import SupervisedLoss
 from moe_bias.training.optimisation import EXPERTS, ROUTER, GradientNorms
 from moe_bias.training.processes import Processes
@@ -142,7 +143,7 @@ class SampleLog:
 def _continued(path: Path, after: int) -> TextIO:
     """The file, open to go on after step `after`: what a killed run wrote of later steps is dropped."""
     kept = _lines_up_to(path, after) if after else []
-    path.write_text("".join(kept), encoding="utf-8")
+    write_whole(path, "".join(kept).encode())
     return path.open("a", encoding="utf-8")
 
 
