@@ -6,20 +6,23 @@ import textwrap
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast, pipeline
 from transformers.cache_utils import Cache
 
-from conftest import VOCABULARY, randomise, tiny_model, token_ids
+from conftest import HIDDEN, VOCABULARY, randomise, tiny_model, token_ids
 from moe_bias import (
     LayerConfig,
     MoEBiasConfig,
     MoEBiasLayer,
     find_adapter_head,
     get_load_balance_loss,
+    get_moe_bias_layer,
+    load_moe_bias_layer,
     push_to_hub,
 )
 from moe_bias.adapter import read_adapter, save_layer
+from moe_bias.config import UserError
 
 SUPPORT = [2, 3, 5, 8, 40, 96]
 GENERATE = {"max_new_tokens": 8, "pad_token_id": 0}
@@ -89,12 +92,40 @@ def test_support_outside_the_vocabulary_is_refused():
         get_peft_model(tiny_model(), MoEBiasConfig(experts="free", support=[97]))
 
 
-def test_config_is_not_changed_by_use_and_fits_a_second_model():
+def test_the_config_is_the_models_own_and_fits_a_second_model():
     config = MoEBiasConfig(experts="free", num_experts=16)
-    for width in (16, 32):
-        peft_model = get_peft_model(tiny_model(hidden_size=width), config)
-        assert peft_model.peft_config["default"].hidden_size == width
-    assert config.hidden_size is None
+    first, second = (get_peft_model(tiny_model(hidden_size=width), config).peft_config["default"] for width in (16, 32))
+    assert first is config
+    assert (first.hidden_size, second.hidden_size) == (16, 32)
+    assert first.embedding_sample != second.embedding_sample
+    assert "_given" not in first.to_dict()
+
+
+def test_a_config_for_other_sizes_stays_so():
+    config = MoEBiasConfig(hidden_size=32, vocab_size=97)
+    for _ in range(2):
+        with pytest.raises(UserError, match="made for hidden_size 32, the model has 16"):
+            get_peft_model(tiny_model(), config)
+
+
+@pytest.mark.parametrize("experts", ["free", "linear"])
+def test_a_single_expert_has_no_router_and_files_that_have_one_load(tmp_path, experts):
+    config = MoEBiasConfig(experts=experts, num_experts=1, top_k=1)
+    peft_model = get_peft_model(tiny_model(), config)
+    layer = find_adapter_head(peft_model).active_layer
+    assert not [name for name, _ in layer.named_parameters() if "router" in name]
+    assert sum(p.numel() for p in layer.parameters()) == config.layer_config().num_parameters(HIDDEN, VOCABULARY)
+    randomise(layer)
+    expected = logits_of(peft_model)
+    peft_model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert not [name for name in tensors if "router" in name]
+    place = next(iter(tensors)).partition("moe_bias_layers")[0]
+    tensors[f"{place}moe_bias_layers.router.weight"] = torch.ones(1, HIDDEN)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    assert torch.equal(logits_of(PeftModel.from_pretrained(tiny_model(), tmp_path)), expected)
+    load_moe_bias_layer(plain := tiny_model(), tmp_path)
+    assert torch.equal(get_moe_bias_layer(plain).table(), layer.table())
 
 
 def test_trainable_parameters_are_those_of_the_layer():

@@ -3,11 +3,13 @@ import math
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import get_peft_model
 
-from conftest import ARCHITECTURES, HIDDEN, VOCABULARY, tiny_model, token_ids
-from moe_bias import backbone
+from conftest import ARCHITECTURES, HIDDEN, VOCABULARY, randomise, tiny_model, token_ids
+from moe_bias import MoEBiasConfig, backbone, find_adapter_head
 from moe_bias.backbone import (
     BUNDLED_HUB_ID,
     HeadTransform,
@@ -108,6 +110,77 @@ def test_finding_the_head_works_without_weights():
     with torch.device("meta"):
         model = tiny_model("granite")
     assert find_head(model)[1].transform.scale == pytest.approx(0.25)
+
+
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": 32, "num_attention_heads": 2}
+TEXT = {
+    **SIZES,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_local_experts": 2,
+    "bos_token_id": 1,
+}
+LAYERS = {"d_model": HIDDEN, "vocab_size": VOCABULARY, "encoder_layers": 1, "decoder_layers": 1, "is_decoder": True}
+HEADS = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+VISION = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "image_size": 28,
+}
+PROJECTED = {"vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16}
+ENCODER = {**SIZES, "num_hidden_layers": 2, "is_decoder": True}
+UNUSUAL = {
+    "llama4": lambda: transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**TEXT, intermediate_size_mlp=32)),
+    "llama4-images": lambda: transformers.Llama4ForConditionalGeneration(
+        transformers.Llama4Config(
+            text_config={**TEXT, "intermediate_size_mlp": 32}, vision_config={**VISION, **PROJECTED, "patch_size": 14}
+        )
+    ),
+    "electra": lambda: transformers.ElectraForCausalLM(transformers.ElectraConfig(**ENCODER, embedding_size=8)),
+    "rembert": lambda: transformers.RemBertForCausalLM(
+        transformers.RemBertConfig(**ENCODER, input_embedding_size=8, output_embedding_size=24)
+    ),
+    "bert": lambda: transformers.BertLMHeadModel(transformers.BertConfig(**ENCODER)),
+    "bart": lambda: transformers.BartForCausalLM(transformers.BartConfig(**LAYERS, **HEADS)),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_models_whose_backbone_is_not_as_usual(name):
+    torch.manual_seed(0)
+    model, ids = UNUSUAL[name]().eval(), token_ids()
+    head = find_head(model)[1]
+    hidden = hidden_states(model, ids, torch.ones_like(ids))
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+    torch.testing.assert_close(head.logits(hidden), logits, rtol=1e-5, atol=1e-5)
+    layer_head = find_adapter_head(adapted := get_peft_model(model, MoEBiasConfig(experts="free")))
+    randomise(layer_head.active_layer)
+    with torch.no_grad():
+        assert not torch.equal(adapted(input_ids=ids).logits, logits)
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_they_are_found_without_weights_too_or_refused_by_name(name):
+    with torch.device("meta"):
+        model = UNUSUAL[name]()
+    if name == "bart":  # the forward reaches into its backbone, which then runs and has no numbers
+        with pytest.raises(UserError, match="the forward of BartForCausalLM cannot be checked without its backbone"):
+            find_head(model)
+    else:
+        assert find_head(model)[1].transform == HeadTransform()
+
+
+def test_a_forward_that_cannot_be_checked_is_refused_by_name():
+    config = transformers.ProphetNetConfig(
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, num_decoder_layers=1, is_decoder=True, is_encoder_decoder=False
+    )
+    sentence = r"the forward of ProphetNetForCausalLM cannot be .* \(its output embedding reads \(1, 2, 1, 16\) for one"
+    with pytest.raises(UserError, match=sentence):
+        find_head(transformers.ProphetNetForCausalLM(config))
 
 
 @pytest.fixture

@@ -1,6 +1,9 @@
 """What an adapter's model card says of each kind of experts."""
 
 import pytest
+from huggingface_hub import ModelCard
+from peft import get_peft_model
+from transformers import Trainer, TrainingArguments
 
 from conftest import HIDDEN, VOCABULARY, tiny_model
 from moe_bias import MoEBiasConfig
@@ -64,3 +67,16 @@ def test_a_config_that_knows_no_model_has_a_card_without_a_count(tmp_path):
     card = (tmp_path / "adapter" / "README.md").read_text()
     assert "trainable parameters" not in card
     assert "rank 7" in card
+
+
+def test_a_card_that_is_written_anew_keeps_the_tag(tmp_path):
+    model = tiny_model()
+    peft_model = get_peft_model(model, MoEBiasConfig())
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    peft_model.save_pretrained(tmp_path)
+    Trainer(peft_model, arguments).create_model_card()
+    assert "moe-bias" in ModelCard.load(tmp_path / "README.md").data.tags
+    peft_model.create_or_update_model_card(str(tmp_path))
+    assert "moe-bias" in ModelCard.load(tmp_path / "README.md").data.tags
+    peft_model.unload()
+    assert model.model_tags is None

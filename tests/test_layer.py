@@ -51,7 +51,8 @@ def bias_of_one_token(layer: MoEBiasLayer, hidden_D: Tensor, entropy: float) -> 
     """The definition of the layer in plain Python: SPEC 1 for one token, with loops."""
     values = zip(hidden_D, layer.hidden_mean, layer.hidden_scale, strict=True)
     normed = [(float(h) - float(m)) / float(s) for h, m, s in values]
-    scores = [math.exp(sum(float(g) * n for g, n in zip(row_D, normed, strict=True))) for row_D in layer.router.weight]
+    router = [[0.0] * len(normed)] if layer.router is None else layer.router.weight
+    scores = [math.exp(sum(float(g) * n for g, n in zip(row_D, normed, strict=True))) for row_D in router]
     probs = [score / sum(scores) for score in scores]
     chosen = sorted(range(len(probs)), key=lambda expert: -probs[expert])[: layer.config.top_k]
     gate = {expert: probs[expert] / sum(probs[other] for other in chosen) for expert in chosen}

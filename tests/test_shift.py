@@ -201,7 +201,7 @@ def test_a_model_that_changes_hidden_states_before_its_head_is_refused_by_name(k
 def test_a_model_without_a_backbone_is_refused():
     model = tiny_model()
     peft_model = adapted(model)
-    model.base_model_prefix = "nothing"
+    model.base_model_prefix, model._modules["inner"] = "nothing", model._modules.pop("model")
     with pytest.raises(UserError, match="LlamaForCausalLM has no separate backbone"):
         shift_hidden_states(peft_model)
 

@@ -436,22 +436,56 @@ class _EmptyBackboneOutput(BaseModelOutputWithPast):
             raise AttributeError(name)
 
 
+def backbone_of(model: nn.Module) -> nn.Module | None:
+    """The module whose hidden states the output embedding reads; None where it is not apart from the model.
+
+    Llama 4's `base_model` names no module of its text model, and the model with images has that one inside.
+    """
+    for name in ("base_model", "model"):
+        found = getattr(model, name, None)
+        if isinstance(found, nn.Module) and found is not model:
+            return found
+    inner = getattr(model, "language_model", None)
+    return backbone_of(inner) if isinstance(inner, nn.Module) else None
+
+
 def _forward_of_known_logits(model: nn.Module, raw_V: Tensor) -> Tensor:
-    head: Any = output_embedding(model)
-    backbone = getattr(model, "base_model", None)
-    if backbone is None or backbone is model:
+    """The final logits (V,) float32 on the CPU that the model's own forward makes of raw ones."""
+    backbone = backbone_of(model)
+    if backbone is None:
         raise UserError(f"{_class_of(model)} has no separate backbone, so its forward cannot be checked")
-    hidden = torch.zeros(1, 1, int(head.in_features))
-    output = _EmptyBackboneOutput(last_hidden_state=hidden)
-    with (
-        _replaced_forward(backbone, lambda *args, **kwargs: output),
-        _replaced_forward(head, lambda *args, **kwargs: raw_V.expand(1, 1, -1).clone()),
-    ):
-        final = model(input_ids=torch.zeros(1, 1, dtype=torch.int64)).logits
-    if final.numel() != raw_V.numel():
-        raise UserError(f"{_class_of(model)} cuts its logits from {raw_V.numel()} to {final.numel()} entries")
-    flat: Tensor = final.detach().float().flatten()
-    return flat
+    head: Any = output_embedding(model)
+    config = getattr(model, "config", None)
+    wider = getattr(config.get_text_config(), "hidden_size", head.in_features) if config is not None else 0
+    reason = ""
+    # Most backbones end as wide as the head; after others (ELECTRA, RemBERT) the model goes down to its width.
+    for width in dict.fromkeys((int(head.in_features), int(wider))):
+        try:
+            final = _forward_without_backbone(model, backbone, width, raw_V)
+        except Exception as error:  # of the model's own code, on a backbone's output that is not its own
+            reason = reason or reason_of(error)
+            continue
+        if final.numel() != raw_V.numel():
+            raise UserError(f"{_class_of(model)} cuts its logits from {raw_V.numel()} to {final.numel()} entries")
+        return final.detach().float().flatten().cpu()
+    raise UserError(f"the forward of {_class_of(model)} cannot be checked without its backbone ({reason})")
+
+
+def _forward_without_backbone(model: nn.Module, backbone: nn.Module, width: int, raw_V: Tensor) -> Tensor:
+    head = output_embedding(model)
+    device, dtype = _computes_on(unwrapped(head))
+    output = _EmptyBackboneOutput(last_hidden_state=torch.zeros(1, 1, width, device=device, dtype=dtype))
+    raw_11V = raw_V.to("cpu" if device.type == "meta" else device).expand(1, 1, -1)
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
+
+    def known(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if hidden.numel() != hidden.shape[-1]:
+            raise UserError(f"its output embedding reads {tuple(hidden.shape)} for one token")
+        return raw_11V.clone()
+
+    with _replaced_forward(backbone, lambda *args, **kwargs: output), _replaced_forward(head, known):
+        final: Tensor = model(input_ids=ids).logits
+    return final
 
 
 @contextmanager

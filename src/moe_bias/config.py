@@ -144,6 +144,11 @@ class LayerConfig(BaseModel):
         return self.expert_rank if self.experts == "linear" else 0
 
     @property
+    def has_router(self) -> bool:
+        """Whether there is anything to choose: a single expert takes every token."""
+        return self.num_experts > 1
+
+    @property
     def through_embedding(self) -> bool:
         """Whether the experts are made through the output embedding."""
         return self.experts != "free"
@@ -163,10 +168,14 @@ class LayerConfig(BaseModel):
             raise ValueError(f"support id {max(self.support)} is outside the vocabulary of {vocab_size} tokens")
 
     def num_parameters(self, hidden_size: int, vocab_size: int) -> int:
-        """Trainable parameters: the router's `E D`, the experts' `E (D + 2 r D)` or `E M`, 2 with the entropy gate."""
+        """Trainable parameters: the router's `E D`, the experts' `E (D + 2 r D)` or `E M`, 2 with the entropy gate.
+
+        A single expert has no router.
+        """
+        router = hidden_size if self.has_router else 0
         vectors = (1 + 2 * self.rank) * hidden_size if self.through_embedding else 0
         entries = self.support_size(vocab_size) if self.has_entries else 0
-        return self.num_experts * (hidden_size + vectors + entries) + (2 if self.entropy_gate else 0)
+        return self.num_experts * (router + vectors + entries) + (2 if self.entropy_gate else 0)
 
 
 def _check_top_k(top_k: int, num_experts: int) -> None:

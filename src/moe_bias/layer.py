@@ -45,6 +45,8 @@ LARGEST_INPUT = 65504.0
 LARGEST_OUTPUT = 1e38
 """Moves beyond it are not finite in float32 or bfloat16, or no longer so once they are added to a logit."""
 _TINY = torch.finfo(torch.float32).tiny
+ROUTER = "router.weight"
+"""Files of before have it of a single expert too, where it had no effect."""
 _PIECE = 2**26
 """Numbers of an output embedding that a frozen layer's table is made from at once: 256 MiB of float32."""
 
@@ -142,10 +144,10 @@ def load_balance_loss(
 class MoEBiasLayer(nn.Module):
     """Router, experts and entropy gate, as the module docstring defines them.
 
-    Parameters: `router.weight` (E, D); `directions` (E, D), `writes` and `reads` (E, R, D), the rows of U and V;
-    `experts` (E, M), the free entries; `entropy_gate` alpha and beta. Those that the config does not ask for are
-    None. Buffers: `hidden_mean` and `hidden_scale` (D,), the fixed normalisation that router and linear experts
-    see h through; `support_ids` (M,) int64 (None: all tokens).
+    Parameters: `router.weight` (E, D), of several experts, as a single one takes every token; `directions` (E, D),
+    `writes` and `reads` (E, R, D), the rows of U and V; `experts` (E, M), the free entries; `entropy_gate` alpha and
+    beta. Those that the config does not ask for are None. Buffers: `hidden_mean` and `hidden_scale` (D,), the fixed
+    normalisation that router and linear experts see h through; `support_ids` (M,) int64 (None: all tokens).
 
     `reach` tells where the experts act: 'support', or 'vocabulary' for all tokens, whatever the support that they
     were trained on.
@@ -158,6 +160,7 @@ class MoEBiasLayer(nn.Module):
     writes: nn.Parameter | None
     reads: nn.Parameter | None
     experts: nn.Parameter | None
+    router: nn.Linear | None
 
     def __init__(
         self, config: LayerConfig, hidden_size: int, vocab_size: int, embedding: EmbeddingRows | None = None
@@ -177,7 +180,7 @@ class MoEBiasLayer(nn.Module):
         self.embedding = embedding
         self._kept = _Kept()
         experts, rank = config.num_experts, config.rank
-        self.router = nn.Linear(hidden_size, experts, bias=False)
+        self.router = nn.Linear(hidden_size, experts, bias=False) if config.has_router else None
         has_entries, through = config.has_entries, config.through_embedding
         self.experts = _zeros(experts, config.support_size(vocab_size)) if has_entries else None
         self.directions = _zeros(experts, hidden_size) if through else None
@@ -202,7 +205,12 @@ class MoEBiasLayer(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the layer's parameters are."""
-        return self.router.weight.device
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the layer's parameters."""
+        return next(self.parameters()).dtype
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -210,7 +218,8 @@ class MoEBiasLayer(nn.Module):
         for parameter in (self.experts, self.directions, self.writes):
             if parameter is not None:
                 parameter.zero_()
-        nn.init.normal_(self.router.weight, std=1 / math.sqrt(self.hidden_size))
+        if self.router is not None:
+            nn.init.normal_(self.router.weight, std=1 / math.sqrt(self.hidden_size))
         if self.reads is not None:
             nn.init.normal_(self.reads, std=1 / math.sqrt(self.hidden_size))
         if self.entropy_gate is not None:
@@ -247,6 +256,9 @@ class MoEBiasLayer(nn.Module):
         return self._routed(self.normed(hidden))
 
     def _routed(self, normed: Tensor) -> Routing:
+        if self.router is None:
+            all_of_it = normed.new_ones(*normed.shape[:-1], 1)
+            return Routing(all_of_it, all_of_it)
         probs = F.linear(normed, self.router.weight.to(normed.dtype)).softmax(-1)
         top_probs, top_experts = probs.topk(self.config.top_k, dim=-1)
         kept = top_probs / top_probs.sum(-1, keepdim=True)
@@ -280,12 +292,13 @@ class MoEBiasLayer(nn.Module):
         return torch.cat([shares, (shares.unsqueeze(-1) * read).flatten(-2)], dim=-1)
 
     def _refuse_overflow(self) -> None:
-        trained = torch.is_grad_enabled() and self.router.weight.requires_grad
+        names = ("directions", "writes", "reads", "experts", "hidden_mean", "hidden_scale")
+        found = {name: getattr(self, name) for name in names}
+        found[ROUTER] = None if self.router is None else self.router.weight
+        tensors = {name: tensor for name, tensor in found.items() if tensor is not None}
+        trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values())
         if trained or torch.compiler.is_compiling():
             return
-        names = ("directions", "writes", "reads", "experts", "hidden_mean", "hidden_scale")
-        tensors = {name: getattr(self, name) for name in names} | {"router.weight": self.router.weight}
-        tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         state = (self.strength, *map(_state_of, tensors.values()))
         if state != self._kept.checked_state:
             check_layer_values(tensors, self.strength)
@@ -343,7 +356,7 @@ class MoEBiasLayer(nn.Module):
 
     def _rows(self) -> Tensor:
         """W_S (M, D) on the layer's device; those of a support are kept."""
-        state = (self.reach, self.device, self.router.weight.dtype, self._embedding_state())
+        state = (self.reach, self.device, self.dtype, self._embedding_state())
         if self._kept.rows is not None and self._kept.rows_state == state:
             return self._kept.rows
         rows_MD = self._read_rows(self.support)
@@ -354,7 +367,7 @@ class MoEBiasLayer(nn.Module):
     def _read_rows(self, token_M: Tensor | None) -> Tensor:
         assert self.embedding is not None
         rows_MD = self.embedding(token_M).to(self.device)
-        return rows_MD.to(torch.promote_types(rows_MD.dtype, self.router.weight.dtype))
+        return rows_MD.to(torch.promote_types(rows_MD.dtype, self.dtype))
 
     def _embedding_state(self) -> tuple[object, ...]:
         if self.embedding is None:
@@ -382,7 +395,9 @@ class MoEBiasLayer(nn.Module):
             return bias
         return bias.new_zeros(*bias.shape[:-1], self.vocab_size).index_copy(-1, self.support_ids, bias)
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.router is None:
+            state_dict.pop(prefix + ROUTER, None)
         own = self.state_dict()
         check_layer_tensors(
             {name: state_dict[prefix + name] for name in own if prefix + name in state_dict},
@@ -479,9 +494,9 @@ def check_layer_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tupl
             )
         if not tensor.is_meta and not torch.isfinite(tensor).all():
             raise UserError(f"adapter tensor {name!r} holds NaN or infinite values; the file is damaged")
-    router = tensors.get("router.weight")
+    router = tensors.get(ROUTER)
     if router is not None and not router.is_meta and 0 < at_least_float32(router).abs().max() < _TINY:
-        raise UserError("adapter tensor 'router.weight' holds numbers below 1e-37 alone; the file is damaged")
+        raise UserError(f"adapter tensor {ROUTER!r} holds numbers below 1e-37 alone; the file is damaged")
 
 
 @torch.no_grad()
@@ -495,16 +510,18 @@ def check_layer_values(tensors: Mapping[str, Tensor], strength: float = 1.0) -> 
     if not (tensors["hidden_scale"] > 0).all():
         raise UserError("adapter tensor 'hidden_scale', which hidden states are divided by, is not above 0 throughout")
     of = {name: at_least_float32(tensor).abs() for name, tensor in tensors.items()}
-    router_ED = of["router.weight"]
     normed_D = (LARGEST_INPUT + of["hidden_mean"]) / of["hidden_scale"]
-    bias_E = router_ED.new_zeros(len(router_ED))
+    bias_E = normed_D.new_zeros(1)
     if "experts" in of:
         bias_E = bias_E + of["experts"].amax(-1)
     if "directions" in of:
         bias_E = bias_E + LARGEST_INPUT * of["directions"].sum(-1)
     if "reads" in of:
         bias_E = bias_E + LARGEST_INPUT * ((of["reads"] @ normed_D) * of["writes"].sum(-1)).sum(-1)
-    for what, largest in (("router", router_ED @ normed_D), ("bias", bias_E * max(abs(strength), 1.0))):
+    bounds = {"bias": bias_E * max(abs(strength), 1.0)}
+    if ROUTER in of:
+        bounds["router"] = of[ROUTER] @ normed_D
+    for what, largest in bounds.items():
         if not bool((largest <= LARGEST_OUTPUT).all()):
             raise UserError(
                 f"the adapter's values are so large, or its hidden_scale so small, that its {what} could overflow "

@@ -11,6 +11,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from moe_bias.config import LayerConfig
 from moe_bias.records import temporary_folder
 
+TAG = "moe-bias"
 _COVERED = {
     "support": "probability mass at forks covered, held out",
     "vocabulary": "probability mass at forks that the support it was trained on holds, held out",
@@ -31,9 +32,23 @@ def write_card(folder: Path, config: Mapping[str, Any]) -> None:
         return
     data = earlier.data if earlier is not None else ModelCardData()
     data.library_name = "peft"
-    data.tags = sorted({*(data.tags or []), "moe-bias"})
+    data.tags = sorted({*(data.tags or []), TAG})
     data.base_model = data.base_model or config["base_model_name_or_path"] or None
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(folder.resolve().name, config)}").save(path)
+
+
+def tag_model(model: Any) -> None:
+    """Cards that PEFT or a trainer writes anew have no tags but their own and the model's: ours is among those."""
+    model.model_tags = [*(getattr(model, "model_tags", None) or []), TAG]
+
+
+def untag_model(model: Any) -> None:
+    """Takes away what `tag_model` did."""
+    tags = [tag for tag in getattr(model, "model_tags", None) or [] if tag != TAG]
+    if tags:
+        model.model_tags = tags
+    else:
+        vars(model).pop("model_tags", None)
 
 
 def push_to_hub(model: Any, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:

@@ -57,6 +57,8 @@ class _Facts(BaseModel):
 
 
 PEFT_TYPE = _MoEBiasType("MOE_BIAS")
+_OF_MODEL = ("hidden_size", "vocab_size", "embedding_sample")
+"""What a config learns of its model."""
 
 
 @dataclass
@@ -104,6 +106,8 @@ class MoEBiasConfig(PeftConfig):
             self.experts = LayerConfig.model_fields["experts"].default if self.hidden_size is None else "free"
         layer = self.layer_config()
         self.support = None if layer.support is None else list(layer.support)
+        self._given = {name: getattr(self, name) for name in _OF_MODEL}
+        self._is_attached = False
 
     def _check_facts(self) -> None:
         """Raises UserError on a field, apart from the layer's own, that holds another type than it should."""
@@ -158,6 +162,20 @@ class MoEBiasConfig(PeftConfig):
             raise UserError(f"{str(path_json_file)!r} holds no JSON object")
         fields: dict[str, Any] = super().from_json_file(path_json_file, **kwargs)
         return fields
+
+    def attached(self, hidden_size: int, vocab_size: int, rows: EmbeddingRows) -> MoEBiasConfig:
+        """The config itself, which then knows its model; for a second model a copy of what it was before the first.
+
+        PEFT's users expect `model.peft_config["default"] is config`. Raises ValueError as `for_model` does.
+        """
+        config = copy.copy(self) if self._is_attached else self
+        for name, value in self._given.items() if self._is_attached else ():
+            setattr(config, name, value)
+        fitted = config.for_model(hidden_size, vocab_size, rows)
+        for name in _OF_MODEL:
+            setattr(config, name, getattr(fitted, name))
+        config._is_attached = True
+        return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Writes the config, and a model card beside it that says what the adapter is."""

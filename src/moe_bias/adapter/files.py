@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moe_bias.adapter.config import MoEBiasConfig
 from moe_bias.backbone import OutputRows, output_embedding, unwrapped
 from moe_bias.config import LayerConfig, UserError
-from moe_bias.layer import MoEBiasLayer, at_least_float32, check_layer_tensors, check_layer_values
+from moe_bias.layer import ROUTER, MoEBiasLayer, at_least_float32, check_layer_tensors, check_layer_values
 from moe_bias.mistakes import reading
 from moe_bias.records import unfinished
 
@@ -41,6 +41,8 @@ def check_adapter_file(state_dict: Mapping[str, Tensor], config: MoEBiasConfig) 
     assert config.vocab_size is not None
     shapes = layer_shapes(config.layer_config(), config.hidden_size, config.vocab_size)
     tensors = layer_tensors(state_dict)
+    if not config.layer_config().has_router:
+        tensors.pop(ROUTER, None)
     for what, names in (("lacks", set(shapes) - set(tensors)), ("has an unknown", set(tensors) - set(shapes))):
         if names:
             raise UserError(f"the adapter file {what} tensor {min(names)!r}")

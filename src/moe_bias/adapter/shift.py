@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_bias.adapter.head import LastRouting
-from moe_bias.backbone import SHIFTED, HeadTransform, output_embedding, unwrapped
+from moe_bias.backbone import SHIFTED, HeadTransform, backbone_of, output_embedding, unwrapped
 from moe_bias.config import UserError
 from moe_bias.layer import MoEBiasLayer, at_least_float32
 
@@ -76,8 +76,8 @@ class InsertedShift:
         """Raises UserError, leaving the model as it was, where the result would not be that of the adapter."""
         if owner.shift is not None:
             raise UserError("the model's hidden states are shifted already; remove() the first shift")
-        backbone = getattr(model, "base_model", None)
-        if not isinstance(backbone, nn.Module) or backbone is model:
+        backbone = backbone_of(model)
+        if backbone is None:
             raise UserError(f"{type(model).__name__} has no separate backbone, whose hidden states could be shifted")
         self._owner = owner
         self._shift = HiddenShift(layer, owner.transform, owner.last)

@@ -13,6 +13,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
+from moe_bias.adapter.card import tag_model, untag_model
 from moe_bias.adapter.config import PEFT_TYPE, MoEBiasConfig
 from moe_bias.adapter.files import LAYERS, check_adapter_file
 from moe_bias.adapter.head import MoEBiasHead, find_adapter_head
@@ -42,7 +43,7 @@ class MoEBiasModel(BaseTuner):
         self._transform = head.transform if isinstance(head, MoEBiasHead) else measure_head_transform(model)
         config = self.peft_config[adapter_name]
         rows = OutputRows(unwrapped(head))
-        self.peft_config[adapter_name] = config.for_model(int(head.in_features), int(head.out_features), rows)
+        self.peft_config[adapter_name] = config.attached(int(head.in_features), int(head.out_features), rows)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: MoEBiasConfig, model_config: Any) -> MoEBiasConfig:
@@ -68,6 +69,7 @@ class MoEBiasModel(BaseTuner):
         head.update_layer(adapter_name, peft_config)
         setattr(parent, target_name, head)  # PEFT's own replacement would move layers of an offloaded head to meta
         head.watch(self.model)
+        tag_model(self.model)
         self.model.resize_token_embeddings = refuse_resize
 
     @contextmanager
@@ -83,6 +85,7 @@ class MoEBiasModel(BaseTuner):
         head = find_adapter_head(self.model)
         model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)
         head.unwatch()
+        untag_model(self.model)
         self.model.__dict__.pop("resize_token_embeddings", None)
         return model
 

@@ -140,7 +140,7 @@ def _measured(
     return Cell(
         name=name,
         seed=seed,
-        parameters=0 if layer is None else layer.config.num_parameters(layer.hidden_size, layer.vocab_size),
+        parameters=0 if layer is None else sum(parameter.numel() for parameter in layer.parameters()),
         train_tokens=trained,
         seconds=seconds[0],
         forward_seconds=seconds[1],

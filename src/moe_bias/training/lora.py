@@ -85,9 +85,13 @@ class HeadLoRA(MoEBiasLayer):
             load_balance_weight=0.0,
         )
         super().__init__(config, head.hidden_size, head.vocab_size)
+        if self.router is None:  # of rank 1
+            self.router = nn.Linear(head.hidden_size, rank, bias=False)
+            self.reset_parameters()
 
     def mix(self, hidden: Tensor, entropy: Tensor) -> Mixture:
         """`scale A h` for hidden states (..., D); the routing is uniform, as there is none."""
+        assert self.router is not None
         hidden = at_least_float32(hidden.detach())
         read = SCALE * F.linear(hidden, self.router.weight.to(hidden.dtype))
         even = torch.full_like(read, 1 / self.config.num_experts)

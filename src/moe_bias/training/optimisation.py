@@ -57,6 +57,7 @@ class Optimisation:
         ]
         if entries:
             groups.append({"params": entries, "part": ENTRIES})
+        groups = [group for group in groups if group["params"]]
         for group in groups:
             group["weight_decay"] = 0.0 if group["part"] == ROUTER else settings.weight_decay
         self._optimizer: torch.optim.Optimizer = (
