@@ -518,9 +518,8 @@ def check_layer_values(tensors: Mapping[str, Tensor], strength: float = 1.0) -> 
         bias_E = bias_E + LARGEST_INPUT * of["directions"].sum(-1)
     if "reads" in of:
         bias_E = bias_E + LARGEST_INPUT * ((of["reads"] @ normed_D) * of["writes"].sum(-1)).sum(-1)
-    bounds = {"bias": bias_E * max(abs(strength), 1.0)}
-    if ROUTER in of:
-        bounds["router"] = of[ROUTER] @ normed_D
+    bounds = {"router": of[ROUTER] @ normed_D} if ROUTER in of else {}
+    bounds["bias"] = bias_E * max(abs(strength), 1.0)
     for what, largest in bounds.items():
         if not bool((largest <= LARGEST_OUTPUT).all()):
             raise UserError(
