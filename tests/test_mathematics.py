@@ -134,6 +134,9 @@ a + b + c | \boxed{c + b + a}
 602000000000000000000000 | \boxed{6.02 \times 10^{23}}
 602000000000000000000000 | The answer is 6.02 x 10^23.
 602000000000000000000000 | 6.02e23
+-602000000000000000000000 | The answer is -6.02 × 10^23.
+-602000000000000000000000 | -6.02e23
+-0.00001 | -10**(-5)
 10000000000000000 | 10^{16}
 0.0000005 | \frac{1}{2000000}
 """
@@ -199,6 +202,8 @@ a + b + c | \boxed{a + b}
 0.0000005 | 0
 \frac{1}{2000000} | 0.0000004
 602000000000000000000000 | 6.02e22
+602000000000000000000000 | The answer is -6.02 x 10^23.
+300 | 3 x 10^2 + 1
 602000000000000000000000 | 602000000000000000000001
 """
 STRICT = r"""
@@ -300,6 +305,11 @@ def test_the_process_ends_with_its_input_and_knows_no_torch():
     seen = "print([name for name in ('torch', 'transformers', 'reasoning_gym', 'sympy') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", run + seen], capture_output=True, text=True, timeout=60)
     assert done.stdout == '{"ready": true}\n[]\n'
+
+
+def test_long_answers_of_large_numbers_are_graded_in_time(grader):
+    (verdict,) = graded(grader, ("12", "1e999 " * 3000))
+    assert verdict.outcome == "wrong"
 
 
 def write(path, *rows):
@@ -441,6 +451,8 @@ def test_where_a_completion_states_its_answer(text, place):
 
 def test_gold_answers_of_data_sets():
     assert gold_answer("4 + 4 = <<4+4=8>>8\n#### 1,008") == "1008"
+    assert gold_answer("#### 1,234,567") == "1234567"
+    assert gold_answer("#### (1,2)") == "(1,2)"
     assert gold_answer(r"so $\boxed{\text{(A)}}$.") == r"\text{(A)}"
     assert gold_answer(" 1,2 ") == "1,2"
     assert gold_answer(r"30^\circ.") == r"30^\circ"

@@ -11,6 +11,7 @@ from moe_bias.tasks import procedural
 from moe_bias.tasks.grader import Grader
 from moe_bias.tasks.procedural import REFUSED, SMALL_OPTIONS, WORKED, ProceduralTask
 from moe_bias.tasks.reading import BLOCKS, TEXTS, is_number, make_dataset, packed, readings
+from moe_bias.tasks.task import Problem
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", SyntaxWarning)
@@ -185,16 +186,6 @@ def test_what_is_refused_for_its_scorer_pays_for_nothing(name, nothing):
     assert sum(mark >= 1 for mark in paid) > 15
 
 
-def test_an_answer_on_which_a_scorer_hangs_is_timed_out_and_the_next_one_is_graded(impatient):
-    (entry,) = make_dataset("coin_flip", {}, 1, 0)
-    case = {"task": "coin_flip", "options": {}, "entry": packed(entry)}
-    completions = ["The answer is 1e9999999999.", f"The answer is {entry['answer']}."]
-    started = time.monotonic()
-    hung, right = impatient.grade("procedural", [{**case, "completion": text} for text in completions])
-    assert (hung.outcome, hung.answer, right.is_correct) == ("timed out", "1e9999999999", True)
-    assert time.monotonic() - started > 1  # it had its whole second
-
-
 def test_entries_pass_on_their_tuples_and_what_json_does_not_know():
     entry = {"a": (1, [2, (3,)]), "b": Fraction(1, 2), "c": None, "d": {"e": True}}
     assert json.loads(json.dumps(packed(entry))) == {
@@ -206,16 +197,24 @@ def test_entries_pass_on_their_tuples_and_what_json_does_not_know():
 
 
 @pytest.mark.parametrize(
-    ("name", "gold", "wrong"),
-    [("gsm_symbolic", "72", "-72"), ("number_sorting", "['1.0', '2.5']", "['1.0', '2.0']")],
+    ("name", "gold", "wrong", "metadata"),
+    [
+        ("calendar_arithmetic", "-1", "5", {"task": "recurring_event_day"}),
+        ("figlet_font", "BLACKBOARDS", "BLACKBOARDER", {}),
+        ("gsm_symbolic", "72", "-72", {}),
+        ("letter_jumble", "one two", "one two three", {}),
+        ("number_sorting", "['1.0', '2.5']", "['1.0', '2.0']", {"direction": "ascending"}),
+        ("number_sorting", "['1.0', '2.5']", "['nan', 'nan']", {"direction": "ascending"}),
+        ("complex_arithmetic", "2.0 + 1.0i", "nan + 1.0i", {"result": (2.0, 1.0)}),
+        ("spell_backward", "ekilxesnu", "ekilxesnu or so", {}),
+        ("word_sorting", "a, b", "a, b, c", {"sorted_words": ["a", "b"]}),
+    ],
 )
-def test_answers_that_reasoning_gym_holds_for_right_and_that_are_wrong(name, gold, wrong):
-    task = ProceduralTask(name)
-    (problem,) = task.problems(1, seed=0)
-    problem.entry["answer"] = gold
-    problem.entry["metadata"]["direction"] = "ascending"
-    assert make_dataset(name, {}, 1, 0).score_answer(wrong, problem.entry) >= 1
-    verdicts = task.verify([problem] * 2, [f"The answer is {gold}.", f"The answer is {wrong}."])
+def test_wrong_answers_to_which_reasoning_gym_gives_full_marks(name, gold, wrong, metadata):
+    entry = {"answer": gold, "metadata": metadata}
+    assert make_dataset(name, {}, 1, 0).score_answer(wrong, entry) >= 1
+    problems = [Problem("", gold, "", entry)] * 2
+    verdicts = ProceduralTask(name).verify(problems, [f"The answer is {gold}.", f"The answer is {wrong}."])
     assert [verdict.outcome for verdict in verdicts] == ["correct", "wrong"]
 
 
@@ -275,3 +274,14 @@ def test_unknown_tasks_are_refused_with_near_names():
 def test_unknown_options_are_refused():
     with pytest.raises(UserError, match="reasoning-gym cannot make task 'products' with"):
         ProceduralTask("products", {"no_such_option": 1}).problems(3, seed=0)
+
+
+def test_an_answer_on_which_a_scorer_hangs_is_timed_out_and_the_next_one_is_graded(impatient):
+    (entry,) = make_dataset("coin_flip", {}, 1, 0)
+    case = {"task": "coin_flip", "options": {}, "entry": packed(entry), "completion": "The answer is 1e9999999999."}
+    started = time.monotonic()
+    (hung,) = impatient.grade("procedural", [case])
+    assert (hung.outcome, hung.answer) == ("timed out", "1e9999999999")
+    assert time.monotonic() - started > 1  # it had its whole second
+    game = {"numbers": [2, 3, 4], "target": 24, "completion": "2 * 3 * 4 = 24"}
+    assert impatient.grade("general_points", [game])[0].is_correct

@@ -53,10 +53,14 @@ _STYLED_BASE = re.compile(
 )
 _PLAIN_UNIT = re.compile(r"(?<=[\d}])\s+([A-Za-z][A-Za-z/^\d²³ ]*)$")
 _WITH_E = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?[eE][-+]?\d{1,3})(?![\w.]*\w)")
+_MOST_WITH_E = 20
+"""The last ones of a text are looked at: 3,000 times 1e999, written out, keep math-verify busy for minutes."""
 _POWER_OF_TEN = re.compile(
-    r"(?<![\w.,^/{])(?:(\d+(?:\.\d+)?)\s*(?:\\times|\\cdot|[×·*x])\s*)?10\s*(?:\^|\*\*)\s*"
-    r"(?:\{\s*(-?\d{1,3})\s*\}|\(\s*(-?\d{1,3})\s*\)|(-?\d{1,3}))"
+    r"(?<![\w.,^/{})*×·+-])(?<![*×·+/-]\s)(?<!\\times\s)(?<!\\cdot\s)"
+    r"(-?)(?:(\d+(?:\.\d+)?)\s*(?:\\times|\\cdot|[×·*x])\s*)?10\s*(?:\^|\*\*)\s*"
+    r"(?:\{\s*(-?\d{1,3})\s*\}|\(\s*(-?\d{1,3})\s*\)|(-?\d{1,3}))(?!\s*[-+*/^×·(\\\d])"
 )
+"""A number that stands alone; within a calculation it is no answer."""
 _BASED = re.compile(r"(?<![\w.])(-?[0-9A-Za-z]+)_(?:\{\s*(\d{1,2})\s*\}|(\d{1,2}))(?!\w)")
 _LAST_LINE = re.compile(r"####[ \t]*([^\n]+?)\s*\Z")
 _STYLE = re.compile(r"\\(?:text|math)[a-z]*|\\(?:mbox|rm|operatorname)|\\[,;:! ]|[{}$~]|\\[()\[\]]")
@@ -184,7 +188,8 @@ def _plain(text: str) -> str:
     text = _STOP_IN_A_BRACE.sub("", _STYLED_NUMBER.sub(r"\1", text))
     text = _BARE_TRUTH.sub(r"\\text{\1}", text)
     text = _with_styled_unit(text)
-    text = _WITH_E.sub(lambda match: format(Decimal(match[1]), "f"), text)
+    for number in reversed(list(_WITH_E.finditer(text))[-_MOST_WITH_E:]):
+        text = text[: number.start()] + format(Decimal(number[1]), "f") + text[number.end() :]
     if any(mark in text for mark in ("$", "\\boxed", "\\(", "\\[")):
         return text
     return _POWER_OF_TEN.sub(lambda match: f"${_in_latex(*match.groups())}$", text)
@@ -205,9 +210,9 @@ def _base_in_digits(match: re.Match[str]) -> str:
     return f"_{{{_BASES.get(base, base)}}}"
 
 
-def _in_latex(factor: str | None, *powers: str | None) -> str:
+def _in_latex(sign: str, factor: str | None, *powers: str | None) -> str:
     power = f"10^{{{next(filter(None, powers))}}}"
-    return power if factor is None else f"{factor} \\times {power}"
+    return sign + (power if factor is None else f"{factor} \\times {power}")
 
 
 def _is_equal(gold: Answer, answer: Answer) -> bool:

@@ -32,6 +32,7 @@ WORKED_COLUMNS = ("solution", "answer")
 INSTRUCTION = "Reason step by step, and put your final answer within \\boxed{}."
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 """GSM8K's marks of a calculator's use."""
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def gold_answer(text: str) -> str:
     r"""The answer within what a data set gives as one: after GSM8K's "####", in the last `\boxed{}`, or all of it."""
     _, mark, after = text.rpartition("####")
     if mark:
-        return after.strip().replace(",", "")
+        return _THOUSANDS.sub("", after.strip())
     boxed = last_boxed(text)
     return (text if boxed is None else boxed).strip().rstrip(".,")  # a sentence's end, which LaTeX cannot read
 

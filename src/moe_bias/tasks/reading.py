@@ -121,11 +121,12 @@ def _marks(case: Mapping[str, Any], entry: Mapping[str, Any]) -> Callable[[str],
 
 
 def _judged(found: Sequence[str], is_right: Callable[[str], bool], gold: str) -> Verdict:
+    """The verdict names the plainest reading, so that the same answers are the same in a vote."""
     are_all_odd = True
     for answer in found:
         try:
             if is_right(answer) and not _is_not_a_number(answer, gold):
-                return judged(True, answer)
+                return judged(True, found[-1])
             are_all_odd = False
         except Exception:  # scorers raise all sorts of things on answers of a form that they do not expect
             continue
@@ -146,11 +147,34 @@ def _same_numbers(answer: str, gold: str) -> bool:
     return list(map(float, listed)) == list(map(float, wanted))
 
 
+def _same_words(answer: str, gold: str) -> bool:
+    return answer.lower().split() == gold.lower().split()
+
+
+def _same_letters(answer: str, gold: str) -> bool:
+    return "".join(answer.lower().split()) == "".join(gold.lower().split())
+
+
+def _same_list(answer: str, gold: str) -> bool:
+    return [part.strip() for part in answer.split(",")] == [part.strip() for part in gold.split(",")]
+
+
+def _same_number_or_words(answer: str, gold: str) -> bool:
+    return _same_number(answer, gold) if is_number(gold) else _same_words(answer, gold)
+
+
 COMPARED_HERE: dict[str, Callable[[str, str], bool]] = {
+    "calendar_arithmetic": _same_number_or_words,
+    "figlet_font": _same_letters,
     "gsm_symbolic": _same_number,
+    "letter_jumble": _same_words,
     "number_sorting": _same_numbers,
+    "spell_backward": _same_words,
+    "word_sorting": _same_list,
 }
-"""Tasks whose scorers are too generous: one overlooks the sign, the other lets every number be off by 1."""
+"""Tasks whose scorers give full marks to wrong answers: to more after the right letters or words (of 9 or 11 letters in
+`spell_backward`, past the tenth in `figlet_font`), to either sign in `gsm_symbolic`, to any number where the answer of
+`calendar_arithmetic` is -1, and to numbers that are off by 1 in `number_sorting`."""
 
 
 def readings(completion: str, gold: str, task: str = "") -> list[str]:
