@@ -137,6 +137,11 @@ a + b + c | \boxed{c + b + a}
 -602000000000000000000000 | The answer is -6.02 × 10^23.
 -602000000000000000000000 | -6.02e23
 -0.00001 | -10**(-5)
+3^{3^{3^3}} | \boxed{3^{3^{3^3}}}
+2^{2004}-1 | \boxed{2^{2004} - 1}
+10^{400} | \boxed{1000 \times 10^{397}}
+10^{400} km | \boxed{10^{400} \text{ km}}
+\infty | \boxed{\infty}
 10000000000000000 | 10^{16}
 0.0000005 | \frac{1}{2000000}
 """
@@ -202,6 +207,7 @@ a + b + c | \boxed{a + b}
 0.0000005 | 0
 \frac{1}{2000000} | 0.0000004
 602000000000000000000000 | 6.02e22
+10^{400} | 1e300
 602000000000000000000000 | The answer is -6.02 x 10^23.
 300 | 3 x 10^2 + 1
 602000000000000000000000 | 602000000000000000000001
@@ -305,6 +311,12 @@ def test_the_process_ends_with_its_input_and_knows_no_torch():
     seen = "print([name for name in ('torch', 'transformers', 'reasoning_gym', 'sympy') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", run + seen], capture_output=True, text=True, timeout=60)
     assert done.stdout == '{"ready": true}\n[]\n'
+
+
+def test_a_scorer_that_ends_its_process_at_once_is_an_error_of_ours(capfd):
+    with pytest.raises(RuntimeError, match="the grading process ended before it looked at an answer; its error is"):
+        Grader(workers=1).grade("no such scorer", [{}])
+    assert capfd.readouterr().err.count("KeyError: 'no such scorer'") == 3
 
 
 def test_long_answers_of_large_numbers_are_graded_in_time(grader):

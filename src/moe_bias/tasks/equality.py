@@ -221,13 +221,14 @@ def _is_equal(gold: Answer, answer: Answer) -> bool:
     wanted, found = gold.unit, answer.unit
     if wanted is not None and found is not None and wanted != found:
         return _is_equal_in_units(gold, wanted, answer, found)
-    value, found_value = _number(gold.parsed), _number(answer.parsed)
-    if value and found_value and "%" not in gold.place + answer.place:
-        difference = abs(value - found_value) / abs(value)
-        if difference < _LAST_DIGITS and (_has_float(gold.parsed) or _has_float(answer.parsed)):
-            return True
-        if abs(value) < _SMALL and difference > _SMALL_DIFFERENCE:
-            return False
+    if _has_float(gold) or _has_float(answer):  # what is exact is compared exactly, however large
+        value, found_value = _number(gold), _number(answer)
+        if value and found_value and "%" not in gold.place + answer.place:
+            difference = abs(value - found_value) / abs(value)
+            if difference < _LAST_DIGITS:
+                return True
+            if abs(value) < _SMALL and difference > _SMALL_DIFFERENCE:
+                return False
     return bool(verify(list(gold.parsed), list(answer.parsed), timeout_seconds=None))
 
 
@@ -235,23 +236,27 @@ def _is_equal_in_units(gold: Answer, wanted: Unit, answer: Answer, found: Unit) 
     """Whether two numbers are the same quantity."""
     if not SI.get_dimension_system().equivalent_dims(found.dimension, wanted.dimension):
         return False
-    value, found_value = _number(gold.parsed), _number(answer.parsed)
+    value, found_value = _number(gold), _number(answer)
     if value is None or found_value is None:
         return False
     return isclose(value * float(wanted.factor), found_value * float(found.factor), rel_tol=_SMALL_DIFFERENCE)
 
 
-def _number(parsed: tuple[Any, ...]) -> float | None:
+def _number(answer: Answer) -> float | None:
     """The value of a single real number, as far as a float can hold it."""
-    first = parsed[0]
+    first = answer.parsed[0]
     if not (isinstance(first, Expr) and first.is_number and first.is_real):
         return None
-    value = float(first)
+    try:
+        value = float(first)
+    except OverflowError:
+        return None
     return value if isfinite(value) else None
 
 
-def _has_float(parsed: tuple[Any, ...]) -> bool:
-    return bool(parsed[0].atoms(Float))
+def _has_float(answer: Answer) -> bool:
+    first = answer.parsed[0]
+    return isinstance(first, Expr) and bool(first.atoms(Float))
 
 
 def _end(place: str) -> str:
