@@ -92,6 +92,9 @@ y=2x+1 | \boxed{y-2x=1}
 082 | \boxed{\text{82}}
 \text{(073)} | \boxed{73}
 73 | \boxed{73.}
+73 | \framebox{73}
+\frac{1}{29,\!322,\!216} | \boxed{\frac{1}{29322216}}
+20,\!000 | \boxed{20,\!000}
 \frac{1}{2} | So $x = \boxed{\frac{1}{2}.}$
 73 | <think>71?</think> <answer>73</answer>
 73 | The answer is 71. <answer> 73 </answer>
@@ -430,6 +433,7 @@ def test_rows_that_cannot_be_read_are_named(tmp_path, row, said):
         (r"\boxed{1} } \boxed{{2}} {", "{2}"),
         (r"\boxed{1 \boxed{2} 3}", "2"),
         (r"\boxed{1 {2}", None),
+        (r"\boxed{1} \fbox{2} \framebox{3}", "3"),
         ("none", None),
         (r"\boxed{}", ""),
         (r"\boxed{" * 2000 + "7", None),
@@ -485,3 +489,14 @@ def test_math500_grades_its_own_solutions_as_correct():
     verdicts = task.verify(problems, [problem.worked for problem in problems])
     missed = [(p.gold, v) for p, v in zip(problems, verdicts, strict=True) if not v.is_correct]
     assert (len(problems), missed) == (500, [])
+
+
+@pytest.mark.slow
+def test_gsm8k_grades_its_own_solutions_as_they_end_as_correct(grader):
+    source = os.environ.get("MOE_BIAS_GSM8K")
+    if not source:
+        pytest.skip("MOE_BIAS_GSM8K names no file of GSM8K's test problems")
+    problems = data_task(source).all_problems
+    verdicts = graded(grader, *[(problem.gold, problem.entry["answer"]) for problem in problems])
+    missed = [(p.gold, v) for p, v in zip(problems, verdicts, strict=True) if not v.is_correct]
+    assert (len(problems), missed) == (1319, [])

@@ -6,7 +6,7 @@ import re
 
 CLAUSE_END = re.compile(r"[,;.](?:\s|$)")
 _STATED = re.compile(r"answer\**(?: is\b|:):?\**", re.IGNORECASE)
-_BRACES = re.compile(r"\\boxed\{|[{}]")
+_BRACES = re.compile(r"\\(?:boxed|framebox|fbox)\{|[{}]")
 _OPEN_TAG, _CLOSE_TAG = "<answer>", "</answer>"
 
 
@@ -35,7 +35,7 @@ def last_tagged(completion: str) -> str | None:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What stands in the last `\boxed{...}`, or None without one that is closed."""
+    r"""What stands in the last `\boxed{...}`, or other LaTeX for it, or None without one that is closed."""
     open_braces: list[int | None] = []  # where the text in a box begins; None for a brace of other kinds
     last: tuple[int, int] | None = None
     for brace in _BRACES.finditer(text):

@@ -45,6 +45,8 @@ _BASES = {
     "fifteen": "15",
     "sixteen": "16",
 }
+_OTHER_BOX = re.compile(r"\\(?:framebox|fbox)\{")
+_SPACED_THOUSANDS = re.compile(r"(?<=\d),\\!(?=\d{3})")
 _STYLED_NUMBER = re.compile(r"\\(?:text|math)[a-z]*\{\s*\(?\s*(-?\d[\d,.]*)\s*\)?\s*\}")
 _BARE_TRUTH = re.compile(r"(?<=\\boxed\{)\s*(true|false)\s*(?=\})", re.IGNORECASE)
 _STOP_IN_A_BRACE = re.compile(r"(?<=[\d)}])\.(?=\s*\})")
@@ -184,6 +186,7 @@ def _places(completion: str) -> list[str]:
 
 def _plain(text: str) -> str:
     """The text with its numbers in forms that math-verify reads."""
+    text = _SPACED_THOUSANDS.sub("", _OTHER_BOX.sub(r"\\boxed{", text))
     text = _STYLED_BASE.sub(_base_in_digits, text)
     text = _STOP_IN_A_BRACE.sub("", _STYLED_NUMBER.sub(r"\1", text))
     text = _BARE_TRUTH.sub(r"\\text{\1}", text)
