@@ -36,8 +36,8 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def left_by(process: int, machine: str = records._MACHINE, name: str = "record.json") -> str:
-    return f".{name}.moe-bias-unfinished-{machine}-{process}"
+def left_by(process: int, machine: str = "", name: str = "record.json", kind: str = "unfinished") -> str:
+    return f".{name}.moe-bias-{kind}-{machine or records._machine()}-{process}"
 
 
 def a_dead_process() -> int:
@@ -89,8 +89,8 @@ def test_what_a_living_process_or_the_user_owns_stays(tmp_path):
         left_by(dead, machine="elsewhere"),
         f".record.json.{dead}",
         ".record.json.moe-bias-unfinished-",
-        f".record.json.moe-bias-unfinished-{records._MACHINE}-mine",
-        f"record.json.moe-bias-unfinished-{records._MACHINE}-{dead}",
+        f".record.json.moe-bias-unfinished-{records._machine()}-mine",
+        f"record.json.moe-bias-unfinished-{records._machine()}-{dead}",
         "record.json",
         "tmpabcd",
     ]
@@ -108,11 +108,22 @@ def test_what_a_living_process_or_the_user_owns_stays(tmp_path):
 
 
 def test_what_is_a_day_old_goes_whatever_machine_it_is_of(tmp_path):
-    for hours, name in ((25, left_by(5, "elsewhere")), (23, left_by(6, "elsewhere")), (25, left_by(os.getpid()))):
+    """But for temporary folders: a process that reads one for days is not known to have ended."""
+    young, used = left_by(6, "elsewhere"), left_by(5, "elsewhere", kind="temporary")
+    left = ((25, left_by(5, "elsewhere")), (23, young), (99, used), (25, left_by(os.getpid())))
+    for hours, name in (*left, (99, left_by(os.getppid()))):
         (tmp_path / name).write_text("")
         os.utime(tmp_path / name, (time.time() - 3600 * hours,) * 2)
     remove_left_overs(tmp_path)
-    assert names(tmp_path) == [left_by(6, "elsewhere")]
+    assert names(tmp_path) == sorted([young, used, left_by(os.getppid())])
+
+
+def test_processes_of_a_container_are_not_taken_for_those_outside(monkeypatch):
+    outside = records._machine.__wrapped__()
+    monkeypatch.setattr(os, "readlink", lambda path: "pid:[4026532999]")
+    inside = records._machine.__wrapped__()
+    assert inside.endswith("pid_4026532999_")
+    assert inside != outside
 
 
 def test_folders_of_one_process_do_not_remove_each_other(tmp_path):

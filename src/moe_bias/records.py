@@ -13,20 +13,22 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-_UNFINISHED = ".moe-bias-unfinished-"
-"""Stands between the name of what is being made and the machine and process that make it."""
-_MACHINE = re.sub(r"[^A-Za-z0-9]", "_", platform.node())[:32]
+_UNFINISHED, _TEMPORARY = ".moe-bias-unfinished-", ".moe-bias-temporary-"
+"""Stand between the name of what is being made, or of a folder for a while, and its machine and process."""
 _ABANDONED_SECONDS = 24 * 3600.0
-"""Nothing is made under such a name for as long."""
+"""Nothing is unfinished for as long."""
 _STARTED = time.time()
 _CLOCKS_SECONDS = 60.0
 """The clock of a file server may be so far from this machine's."""
+_FIRST_NAMESPACE = "pid:[4026531836]"
+"""What Linux calls the numbers of processes outside containers."""
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -60,44 +62,61 @@ def unfinished(path: Path) -> Iterator[Path]:
 
     What killed processes have left under such names in the same folder is removed first.
     """
-    remove_left_overs(path.parent)
-    beside = path.with_name(f".{path.name}{_UNFINISHED}{_MACHINE}-{os.getpid()}")
-    _remove(beside)
-    try:
+    with _own_name(path, _UNFINISHED) as beside:
         yield beside
-    finally:
-        _remove(beside)
 
 
 @contextmanager
 def temporary_folder(purpose: str, within: Path | None = None) -> Iterator[Path]:
     """A folder of this process alone, in the system's place for such things; what killed processes left goes."""
-    with unfinished((within or Path(tempfile.gettempdir())) / purpose) as folder:
+    with _own_name((within or Path(tempfile.gettempdir())) / purpose, _TEMPORARY) as folder:
         folder.mkdir(mode=0o700)
         yield folder
 
 
+@contextmanager
+def _own_name(path: Path, mark: str) -> Iterator[Path]:
+    remove_left_overs(path.parent)
+    own = path.with_name(f".{path.name}{mark}{_machine()}-{os.getpid()}")
+    _remove(own)
+    try:
+        yield own
+    finally:
+        _remove(own)
+
+
 def remove_left_overs(folder: Path) -> None:
-    """Removes what killed processes had begun to make in the folder.
+    """Removes what killed processes had begun to make in the folder, and their temporary folders.
 
-    Only names of `unfinished` count, and of those none that a living process may still write to: on this machine
-    that is known, of another machine all are taken to be alive for a day.
+    Only names of `unfinished` and `temporary_folder` count, and of those none that a living process may still use:
+    on this machine that is known; what is of another one goes after a day if it is unfinished, and else stays.
     """
-    for left in folder.glob(f".*{_UNFINISHED}*"):
-        if _is_abandoned(left):
-            _remove(left)
+    for mark in (_UNFINISHED, _TEMPORARY):
+        for left in folder.glob(f".*{mark}*"):
+            if _is_abandoned(left, mark):
+                _remove(left)
 
 
-def _is_abandoned(left: Path) -> bool:
-    machine, _, process = left.name.rpartition(_UNFINISHED)[2].rpartition("-")
+@cache
+def _machine() -> str:
+    """The name of this machine, or of the container in it that numbers its own processes."""
+    name = platform.node()
+    with suppress(OSError):
+        namespace = os.readlink("/proc/self/ns/pid")
+        name += "" if namespace == _FIRST_NAMESPACE else namespace
+    return re.sub(r"[^A-Za-z0-9]+", "_", name)[-48:]
+
+
+def _is_abandoned(left: Path, mark: str) -> bool:
+    machine, _, process = left.name.rpartition(mark)[2].rpartition("-")
     if not process.isdecimal():
         return False
     try:
         changed = left.lstat().st_mtime
     except OSError:
         return False  # it is gone already
-    if machine != _MACHINE or os.name == "nt":
-        return time.time() - changed > _ABANDONED_SECONDS
+    if machine != _machine() or os.name == "nt":
+        return mark == _UNFINISHED and time.time() - changed > _ABANDONED_SECONDS
     if int(process) == os.getpid():  # in a container each run may have the same number
         return _STARTED - changed > _CLOCKS_SECONDS
     return not _is_alive(int(process))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -87,6 +86,5 @@ def _written_down(folder: Path) -> dict[str, _Stamp]:
 
 
 def _write_down(folder: Path, known: dict[str, _Stamp]) -> None:
-    if os.access(folder, os.W_OK):
-        with suppress(OSError):  # a store that cannot be written to is read whole each time
-            write_json(folder / CHECKED, known)
+    with suppress(OSError):  # a store that cannot be written to is read whole each time
+        write_json(folder / CHECKED, known)
