@@ -318,6 +318,15 @@ def test_output_embeddings_are_read_from_whole_and_cut_files(name, folder):
     assert len(list((folder / "4KB").glob("*.safetensors"))) > 1
 
 
+def test_an_output_embedding_of_eight_bits_is_not_read_without_its_scale(folder):
+    model = tiny_model("llama")
+    model.save_pretrained(folder / "packed")
+    tensors = load_file(folder / "packed" / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.float8_e4m3fn)
+    save_file(tensors, folder / "packed" / "model.safetensors", metadata={"format": "pt"})
+    assert saved_embedding.stored_embedding(ModelSettings(model=str(folder / "packed"))) is None
+
+
 def test_an_output_embedding_that_has_another_name_in_the_files_is_the_loaded_models(folder):
     model = tiny_model("gpt_neox")
     model.save_pretrained(folder / "other-names")

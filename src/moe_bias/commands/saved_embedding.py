@@ -80,7 +80,8 @@ def _tensor_of_files(path: str, names: set[str], shape: tuple[int, ...]) -> Tens
         with safe_open(file, framework="pt") as tensors:
             if name in tensors.keys():  # noqa: SIM118 - it is no mapping
                 tensor: Tensor = tensors.get_tensor(name)
-                return tensor if tensor.is_floating_point() and tuple(tensor.shape) == shape else None
+                whole = tuple(tensor.shape) == shape and tensor.dtype.itemsize > 1  # of 8 bits: scaled elsewhere
+                return tensor if tensor.is_floating_point() and whole else None
     return None
 
 
