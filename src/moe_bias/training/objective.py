@@ -113,15 +113,19 @@ def supervised_gradients(
         nll_part, kl_part = mix.add(rows, batch.at(rows), logits_of(rows), tokens)
         nll, kl = nll + nll_part, kl + kl_part
     balance, weight = load_balance_loss(mixture.routing, total=total), layer.config.load_balance_weight
-    roots: list[Tensor] = [coefficients_TC, table_CM]
-    gradients: list[Tensor | None] = [mix.coefficients_TC, mix.table_CM]
-    if balance.requires_grad:  # LoRA at the head has no router
-        roots.append(weight * balance)
-        gradients.append(None)
-    torch.autograd.backward(roots, gradients)
+    backward((coefficients_TC, mix.coefficients_TC), (table_CM, mix.table_CM), (weight * balance, None))
     nll, kl, balance = total(nll), total(kl), total(balance.detach())
     routing = Routing(mixture.routing.probs.detach(), mixture.routing.gates.detach())
     return SupervisedLoss(nll + kl_weight * kl + weight * balance, nll, kl, balance, routing)
+
+
+def backward(*roots: tuple[Tensor, Tensor | None]) -> None:
+    """Runs back from tensors with their gradients (None: of a scalar, 1), those that depend on a parameter.
+
+    Without a router the balance does not, and the coefficients of one free expert without a gate are constant.
+    """
+    trained = [(root, gradient) for root, gradient in roots if root.requires_grad]
+    torch.autograd.backward([root for root, _ in trained], [gradient for _, gradient in trained])
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from moe_bias.backbone import HeadTransform
 from moe_bias.features.extract import Features
 from moe_bias.layer import MoEBiasLayer, Routing, itself, load_balance_loss
 from moe_bias.support import PolicyStats, log_prob_from_adapted, reduced_stats
-from moe_bias.training.objective import TableMove, chunks
+from moe_bias.training.objective import TableMove, backward, chunks
 from moe_bias.training.policy_objective import (
     AdaptedPolicy,
     PolicyLoss,
@@ -71,7 +71,7 @@ def policy_gradients(
         means_4 += part_4.detach()
         log_probs.append(log_prob_T.detach())
     balance, weight = load_balance_loss(mixture.routing, total=total), layer.config.load_balance_weight
-    torch.autograd.backward([mixture.coefficients, table_CM, weight * balance], [leaf_TC.grad, leaf_CM.grad, None])
+    backward((mixture.coefficients, leaf_TC.grad), (table_CM, leaf_CM.grad), (weight * balance, None))
     means_4, balance = total(means_4), total(balance.detach())
     routing = Routing(mixture.routing.probs.detach(), mixture.routing.gates.detach())
     return assembled_loss(means_4, balance, weight, terms, tokens, AdaptedPolicy(torch.cat(log_probs), routing))
