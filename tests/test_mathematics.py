@@ -416,6 +416,9 @@ def test_draws_are_different_questions_decided_by_the_seed(tmp_path, grader):
         ({"text": "1 + 1?"}, r"row 1 of .* has columns \['text'\]; needed is problem or question or prompt"),
         ({"problem": "1 + 1?"}, "needed is answer or ground_truth or"),
         ({"problem": ["1 + 1?", "2"], "answer": "2"}, "neither text nor one message of the user"),
+        ({"problem": ["1 + 1?"], "answer": "2"}, "row 1 of .*: the question is not a message with role and content"),
+        ({"problem": 17, "answer": "2"}, "neither text nor one message of the user: 17"),
+        ({"problem": "1 + 1?", "answer": float("nan")}, "needed is answer or ground_truth or"),
         ({"problem": "1 + 1?", "answer": {"a": 2}}, "a gold answer that is neither text nor a number"),
         ([1, 2], "is not an object with columns"),
     ],
@@ -423,6 +426,13 @@ def test_draws_are_different_questions_decided_by_the_seed(tmp_path, grader):
 def test_rows_that_cannot_be_read_are_named(tmp_path, row, said):
     with pytest.raises(UserError, match=said):
         data_task(write(tmp_path / "odd.jsonl", row))
+
+
+def test_half_a_character_is_named(tmp_path):
+    path = tmp_path / "odd.jsonl"
+    path.write_text(json.dumps({"problem": "1 + \ud83d?", "answer": "2"}))
+    with pytest.raises(UserError, match=r"row 1 of .*: the question holds '\\ud83d', half of a character"):
+        data_task(str(path))
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,9 @@ from typing import Any
 
 from moe_bias.config import UserError
 from moe_bias.tasks.answers import last_boxed
+from moe_bias.tasks.columns import message_of
 from moe_bias.tasks.grader import Grader, shared_grader
-from moe_bias.tasks.rows import read_rows
+from moe_bias.tasks.rows import is_missing, read_rows, shown, text_of
 from moe_bias.tasks.task import Problem, too_few
 from moe_bias.tasks.verdict import Verdict
 
@@ -87,7 +88,7 @@ def data_task(
 def read_problem(row: Any, where: str, columns: Columns, instruction: str) -> Problem:
     """One row as a problem; `where` names it in errors."""
     if not isinstance(row, Mapping):
-        raise UserError(f"{where} is not an object with columns but {row!r}")
+        raise UserError(f"{where} is not an object with columns but {shown(row)}")
     question = _question(_wanted(row, columns.question, QUESTION_COLUMNS, where), where, instruction)
     gold = _text(_wanted(row, columns.gold, GOLD_COLUMNS, where), where)
     worked = _column(row, (columns.worked,) if columns.worked else WORKED_COLUMNS)
@@ -117,17 +118,20 @@ def _column(row: Mapping[str, Any], names: Iterable[str]) -> Any:
         value: Any = row
         for part in name.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
-        if value is not None:
+        if value == "" or not is_missing(value):
             return value
     return None
 
 
 def _question(value: Any, where: str, instruction: str) -> str:
     if isinstance(value, str):
-        return f"{value}\n\n{instruction}" if instruction else value
-    if isinstance(value, Sequence) and len(value) == 1 and value[0].get("role") == "user":
-        return str(value[0]["content"])
-    raise UserError(f"{where} has a question that is neither text nor one message of the user: {value!r}")
+        question = text_of(value, f"{where}: the question")
+        return f"{question}\n\n{instruction}" if instruction else question
+    if isinstance(value, Sequence) and len(value) == 1:
+        message = message_of(value[0], f"{where}: the question")
+        if message["role"] == "user":
+            return str(message["content"])
+    raise UserError(f"{where} has a question that is neither text nor one message of the user: {shown(value)}")
 
 
 def _text(value: Any, where: str) -> str:
