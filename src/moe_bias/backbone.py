@@ -356,8 +356,13 @@ def model_sizes(settings: ModelSettings) -> tuple[int, int, int]:
 
 
 def resolve_model(name: str) -> str:
-    """The folder or Hub id that a model's name stands for; 'bundled' is converted on first use."""
+    """The folder or Hub id that a model's name stands for; 'bundled' is converted on first use.
+
+    Raises UserError on the name of a file.
+    """
     if name != BUNDLED_MODEL:
+        if Path(name).is_file():
+            raise UserError(f"model {name!r} is a file; name a folder with a model in it")
         return name
     if importlib.util.find_spec(_BUNDLED_PACKAGE) is None:
         return BUNDLED_HUB_ID

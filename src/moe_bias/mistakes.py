@@ -27,7 +27,7 @@ SENTENCE_LENGTH = 2000
 LARGEST_DOCUMENT = 2**30
 """Bytes of a JSON document: no record, config or list of token ids is larger, while files of /proc say they are."""
 _QUOTED = re.compile(r"""(?<!\w)(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")(?!\w)""", re.DOTALL)
-_UNBROKEN = re.compile(rf"""[^\s'"()\[\]{{}},;]{{{VALUE_LENGTH + 1},}}""")
+_UNBROKEN = re.compile(rf"""[^\s'",;]{{{VALUE_LENGTH + 1},}}""")
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 

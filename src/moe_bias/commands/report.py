@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from moe_bias.config import ReportSettings, UserError
+from moe_bias.mistakes import damaged
 from moe_bias.progress import meter, text_console
 from moe_bias.records import write_whole
 
+if TYPE_CHECKING:
+    from moe_bias.report.record import Record
+
 PAGE = "report.html"
+_OF_WRONG_VALUES = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError)
+"""What comes of a record whose values are not what its kind of run writes."""
 
 
 def run(settings: ReportSettings) -> None:
@@ -18,18 +26,43 @@ def run(settings: ReportSettings) -> None:
     """
     if find_spec("matplotlib") is None:
         raise UserError("the report's figures are drawn by matplotlib, which is not installed: pip install matplotlib")
-    from moe_bias.report.build import build
-    from moe_bias.report.files import report_files
     from moe_bias.report.record import read_records
 
-    files = report_files(build(read_records(settings.runs), settings.title))
-    with meter("report", len(files), "files") as bar:
-        for name, content in files.items():
-            write_whole(settings.output / name, content())
-            bar.advance(1)
+    records = read_records(settings.runs)
+    try:
+        files = _made(records, settings.title)
+    except _OF_WRONG_VALUES as error:
+        _refuse_damaged(records)
+        raise error
+    for name, content in files.items():
+        write_whole(settings.output / name, content)
     page = settings.output / PAGE
     text_console().print(
         f"{page}, {page.stat().st_size / 2**20:.1f} MiB; the same as Markdown, figures and tables are beside it.",
         soft_wrap=True,
         highlight=False,
     )
+
+
+def _made(records: Sequence[Record], title: str, visible: bool = True) -> dict[str, bytes]:
+    """The files of a report of these records."""
+    from moe_bias.report.build import build
+    from moe_bias.report.files import report_files
+
+    files = report_files(build(records, title))
+    made = {}
+    with meter("report", len(files), "files", visible) as bar:
+        for name, content in files.items():
+            made[name] = content()
+            bar.advance(1)
+    return made
+
+
+def _refuse_damaged(records: Sequence[Record]) -> None:
+    """Raises UserError on the first record of which alone no report can be made; without one the fault is ours."""
+    for record in records:
+        try:
+            _made([record], "", visible=False)
+        except _OF_WRONG_VALUES as error:
+            reason = f"it does not hold what {record.kind.value} writes ({type(error).__name__}: {error})"
+            raise damaged(f"record {str(record.path)!r}", reason) from error

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_bias.config import UserError
-from moe_bias.mistakes import read_json
+from moe_bias.mistakes import as_kind, damaged, read_json, reason_of
 from moe_bias.report.content import slug
 from moe_bias.training.metrics import FILE as METRICS_FILE
 from moe_bias.training.metrics import SAMPLES_FILE
@@ -41,6 +41,22 @@ _KEYS = {
 }
 """The keys of a record that no other kind has together; tables are told apart by their rows."""
 _ROW_KEYS = {Kind.CELLS: "nll", Kind.ARMS: "accuracy"}
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What reports ask of a run's settings."""
+
+    model: str | None = None
+    endpoint_model: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class _Common:
+    """What records of all kinds have."""
+
+    settings: _Settings | None = None
+    provenance: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -137,7 +153,12 @@ def _refuse_empty(path: Path, kind: Kind, content: dict[str, Any]) -> None:
         Kind.DEMO: lambda: content["samples"],
         Kind.INSPECTION: lambda: content["inspection"]["answers"],
     }
-    if kind in measured and not measured[kind]():
+    try:
+        is_empty = kind in measured and not measured[kind]()
+    except (LookupError, TypeError, AttributeError) as error:
+        reason = f"it does not hold what {kind.value} writes ({type(error).__name__}: {error})"
+        raise damaged(f"record {str(path)!r}", reason) from error
+    if is_empty:
         raise UserError(f"{str(path)!r} is the record of a run without samples; there is nothing to report")
 
 
@@ -145,6 +166,7 @@ def _json(path: Path) -> dict[str, Any]:
     found = read_json(path, "record")
     if not isinstance(found, dict):
         raise UserError(f"{str(path)!r} is no record of a run: it holds no JSON object")
+    as_kind(_Common, found, f"record {str(path)!r}")
     return found
 
 
@@ -153,9 +175,10 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except ValueError as error:
-        raise UserError(f"{str(path)!r} is damaged: {error}") from error
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (ValueError, RecursionError) as error:
+        raise damaged(f"file {str(path)!r}", reason_of(error)) from error
+    return as_kind(list[dict[str, Any]], lines, f"file {str(path)!r}")
 
 
 def _refuse_mixed(records: Sequence[Record]) -> None:

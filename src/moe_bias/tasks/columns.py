@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from moe_bias.config import TrainOn, UserError
+from moe_bias.mistakes import shown
 from moe_bias.tasks.conversations import Conversation, Message, ask, texts_in
-from moe_bias.tasks.rows import is_missing, read_rows, shown, text_of
+from moe_bias.tasks.rows import is_missing, read_rows, text_of
 
 COLUMN_PAIRS = (
     ("prompt", "completion"),

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from moe_bias.config import UserError
-from moe_bias.tasks.rows import reason, shown
+from moe_bias.mistakes import reason_of, shown
 
 Message = dict[str, Any]
 """`role`, `content`, and perhaps `reasoning_content`, `tool_calls` and what templates take besides."""
@@ -185,7 +185,7 @@ def _rendered(
         roles = ", ".join(message["role"] for message in messages)
         raise UserError(
             f"{conversation.where}: the chat template of {tokenizer.name_or_path!r} refuses its turns of "
-            f"{shown(roles)} ({reason(error)})"
+            f"{shown(roles)} ({reason_of(error)})"
         ) from error
     return text
 

@@ -20,10 +20,11 @@ from decimal import Decimal
 from typing import Any
 
 from moe_bias.config import UserError
+from moe_bias.mistakes import shown
 from moe_bias.tasks.answers import last_boxed
 from moe_bias.tasks.columns import message_of
 from moe_bias.tasks.grader import Grader, shared_grader
-from moe_bias.tasks.rows import is_missing, read_rows, shown, text_of
+from moe_bias.tasks.rows import is_missing, read_rows, text_of
 from moe_bias.tasks.task import Problem, too_few
 from moe_bias.tasks.verdict import Verdict
 

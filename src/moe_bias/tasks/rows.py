@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_bias.config import UserError
+from moe_bias.mistakes import reason_of, shown
 
-SHOWN = 80
-"""Characters of a value that a sentence repeats."""
-SHOWN_REASON = 200
 _DATA_FILES = (".jsonl", ".json", ".parquet", ".csv", ".arrow")
 
 
@@ -45,20 +43,6 @@ def is_missing(value: Any) -> bool:
     return value is None or value == "" or (isinstance(value, float) and value != value)
 
 
-def shown(value: Any) -> str:
-    """A value as a sentence repeats it, cut where it is long."""
-    return _cut(repr(value), SHOWN)
-
-
-def reason(error: Exception) -> str:
-    """The first line of what an error says, or its name."""
-    return _cut((str(error).strip() or type(error).__name__).splitlines()[0], SHOWN_REASON)
-
-
-def _cut(text: str, length: int) -> str:
-    return text if len(text) <= length else f"{text[:length]} ..."
-
-
 def _is_file(path: Path) -> bool:
     """Raises UserError where the operating system does not take the name."""
     try:
@@ -69,6 +53,8 @@ def _is_file(path: Path) -> bool:
 
 def _file_rows(path: Path) -> list[Any]:
     try:
+        if path.stat().st_size == 0:  # as those of /proc are, some without an end
+            return []
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error}") from error
@@ -107,7 +93,7 @@ def _lines(text: str, path: Path) -> list[Any]:
 
 def _hub_rows(name: str, split: str, configuration: str | None) -> Sequence[Any]:
     if name.endswith((".jsonl", ".json")):
-        raise UserError(f"{shown(name)} is not a file" if len(name) > SHOWN else f"{name} is not a file")
+        raise UserError(f"{name} is not a file")
     _check_folder(Path(name))
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
@@ -116,7 +102,7 @@ def _hub_rows(name: str, split: str, configuration: str | None) -> Sequence[Any]
         rows: Sequence[Any] = load_dataset(name, configuration, split=split)
     except (OSError, ValueError, TypeError, LookupError, RuntimeError, ImportError, DatasetsError) as error:
         raise UserError(
-            f"{shown(name)} is neither a file nor a data set that the Hub delivered ({reason(error)})"
+            f"{shown(name)} is neither a file nor a data set that the Hub delivered ({reason_of(error)})"
         ) from error
     return rows
 
