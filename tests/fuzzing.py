@@ -173,7 +173,10 @@ def damaged_json(random: Random, document: Any) -> Any:
     """The document with one or two of its values replaced, removed, doubled or renamed."""
     document = copy.deepcopy(document)
     for _ in range(random.choice((1, 1, 2))):
-        *way, last = random.choice([place for place in places(document) if place] or [("new",)])
+        inner = [place for place in places(document) if place]
+        if not inner:
+            break
+        *way, last = random.choice(inner)
         holder = document
         for key in way:
             holder = holder[key]

@@ -195,6 +195,50 @@ def record_case(folder: Path, paths: list[Path]):
     return case
 
 
+def store_case(folder: Path):
+    shards = sorted((folder / "store").glob("shard-*"))
+    shutil.copytree(folder / "store", folder / "damaged-store", dirs_exist_ok=True)
+    contents = {path.name: path.read_bytes() for path in (folder / "store").iterdir() if path.is_file()}
+
+    def case(random: Random) -> list[str]:
+        """A command on a feature store one of whose files is damaged."""
+        for name, content in contents.items():
+            replace_file(folder / "damaged-store" / name, content)
+        name = random.choice(["manifest.json", "manifest.json", "seconds.json", *(path.name for path in shards)])
+        content = contents[name]
+        damage = (
+            damaged_tensors(random, content) if name.startswith("shard") else written_json(random, json.loads(content))
+        )
+        replace_file(folder / "damaged-store" / name, damage)
+        if random.random() < 0.5:
+            return ["verify", "damaged-store"]
+        return baseline("train sft --model model --store damaged-store --epochs 1 --device cpu --output OUT")
+
+    return case
+
+
+ROWS = [
+    {"question": "w5 w6", "answer": "w7 w8"},
+    {"prompt": "w5 w6", "completion": "w7"},
+    {"instruction": "w5", "input": "w6", "output": "w9"},
+    {"messages": [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}]},
+    {"prompt": [{"role": "user", "content": "w5"}], "completion": [{"role": "assistant", "content": "w6"}]},
+    {"conversations": [{"from": "human", "value": "w5"}, {"from": "gpt", "value": "w6"}]},
+]
+
+
+def rows_case(folder: Path):
+    def case(random: Random) -> list[str]:
+        """A command on rows some of which are damaged."""
+        kind = random.choice(ROWS)
+        lines = [json.dumps(kind).encode() for _ in range(4)]
+        lines[random.randrange(4)] = written_json(random, kind)
+        replace_file(folder / "damaged.jsonl", b"\n".join(lines))
+        return baseline("extract --model model --data damaged.jsonl --support auto:40 --device cpu --output OUT")
+
+    return case
+
+
 @pytest.mark.parametrize("number", [100, pytest.param(LONG_RUN // 4, marks=pytest.mark.slow)])
 def test_options(ground, empty_environment, number):
     only_light_commands(empty_environment)

@@ -3,7 +3,7 @@
 Nothing here imports torch: each command imports what it needs when it runs, so that `--help` is quick.
 
 Exit codes: 0; 2 for a user's mistake, told in one sentence on standard error; 130 after an
-interrupt, with a sentence of what was saved; 141 where nobody reads standard output any more. Anything else is a
+interrupt, with a sentence of what was saved; 1 where nobody reads standard output any more. Anything else is a
 fault of the program and shows its traceback. What the system says of a path that the user named is a mistake (see
 `mistakes`), and so is work that the machine's memory does not hold.
 """
@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import re
+import select
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -57,8 +58,8 @@ LM_EVAL = "lm-eval"
 SERVE = "serve"
 USER_ERROR = 2
 INTERRUPTED = 130
-NOBODY_READS = 141
-"""What shells say of a program whose reader has gone, such as `head`."""
+NOBODY_READS = 1
+"""As rich ends a program whose reader has gone, such as `head`."""
 _OUT_OF_MEMORY = re.compile("not enough memory|out of memory|can't allocate memory", re.IGNORECASE)
 
 
@@ -182,12 +183,12 @@ def _print_anything() -> None:
 
 def _nobody_reads() -> bool:
     """Whether standard output is a pipe that was closed; what is left for it then goes nowhere."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - it lasts as long as the process
-        return True
-    return False
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _summary(settings: type[Settings]) -> str:
