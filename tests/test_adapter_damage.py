@@ -118,9 +118,13 @@ def test_a_router_of_zeros_is_no_damage(folder):
     ("old", "new", "sentence"),
     [
         ('"num_experts": 4', '"num_experts": 4, "num_experts": 4', "is not JSON: key 'num_experts' stands twice"),
-        ('"strength": 1.0', '"strength": NaN', "is not JSON: NaN is no number"),
-        ('"fork_coverage": null', '"fork_coverage": 1.5', r"fork_coverage is 1\.5, no share from 0 to 1"),
-        ('"fork_coverage": null', '"fork_coverage": "x"', "fork_coverage is x, no share from 0 to 1"),
+        ('"strength": 1.0', '"strength": NaN', "strength is nan: input should be a finite number"),
+        (
+            '"fork_coverage": null',
+            '"fork_coverage": 1.5',
+            r"fork_coverage is 1\.5: input should be less than or equal to 1",
+        ),
+        ('"fork_coverage": null', '"fork_coverage": "x"', "fork_coverage is 'x': input should be a valid number"),
     ],
 )
 def test_configs_that_no_training_made(folder, old, new, sentence):
@@ -136,7 +140,7 @@ def test_a_sample_that_tells_nothing_is_refused(folder, sample):
     config = json.loads((folder / CONFIG).read_text())
     config["embedding_sample"] = sample
     (folder / CONFIG).write_text(json.dumps(config).replace("Infinity", "1e400"))
-    assert_refused(folder, "embedding_sample is no list of finite numbers")
+    assert_refused(folder, "embedding_sample")
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 100, b'\x08\0\0\0\0\0\0\0{"a": 1'])
