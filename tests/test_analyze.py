@@ -128,6 +128,20 @@ def test_the_examples_that_training_kept_out_are_read_alone(adapter):
     assert record["text"]["examples"] == 9
 
 
+def test_turns_of_one_conversation_are_kept_out_together(adapter):
+    turns = [("user", "w5 w6"), ("assistant", "w7 w8"), ("user", "w9"), ("assistant", "w10")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    Path("chats.jsonl").write_text("\n".join(json.dumps({"messages": messages}) for _ in range(10)))
+    common = "--model model --data chats.jsonl --train-on all-turns --device cpu --held-out 0.3 --seed 4"
+    training = f"train sft {common} --support auto:40 --epochs 1 --batch-tokens 16 --output run"
+    assert main(training.split()) == 0
+    assert main(words("--held-out", "0.3", "--seed", "4", source=common, adapters="run")) == 0
+    record, trained = record_of(), json.loads(Path("run/record.json").read_text())
+    change = record["adapters"][0]["strata"]["all"]["means"]["log_prob_change"]["value"]
+    assert record["text"]["examples"] == 2 * 3
+    assert -change == pytest.approx(trained["change"]["value"], rel=1e-3)
+
+
 def test_overlap_at_the_checkpoints_of_a_run(adapter):
     training = (
         "train sft --model model --data rows.jsonl --device cpu --support auto:40 --epochs 2 --batch-tokens 16"

@@ -232,3 +232,14 @@ def test_every_option_is_described(settings: type[Settings]):
 def test_settings_import_no_torch():
     code = "import sys, moe_bias.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("given", [{"split": "test"}, {"train_on": "all-turns"}, {"max_length": 64}])
+def test_what_makes_examples_of_data_may_stand_beside_a_store_with_its_texts(given):
+    name = next(iter(given)).replace("_", "-")
+    with pytest.raises(ValidationError, match=f"--{name} .* does not apply to --store"):
+        ArmsSettings(output="out", store=["store"], **given)
+    settings = ArmsSettings(output="out", store=["store"], data="rows.jsonl", **given)
+    assert settings.model_dump().items() >= given.items()
+    with pytest.raises(ValidationError, match="--batch-size 4 does not apply to --store"):
+        ArmsSettings(output="out", store=["store"], data="rows.jsonl", batch_size=4)

@@ -11,7 +11,6 @@ from moe_bias.cli import main
 from moe_bias.commands import eval_model
 from moe_bias.commands.material import Material, Texts
 from moe_bias.commands.right_answers import RightAnswers
-from moe_bias.config import TrainSFTSettings
 from moe_bias.evaluation.samples import Sample, SampleFile, write_prompts
 from moe_bias.features import build
 from moe_bias.tasks.conversations import ask, encode
@@ -149,12 +148,11 @@ def test_an_unfinished_run_goes_on_to_the_same_bytes(folder, monkeypatch, capsys
 def test_a_problem_is_held_out_with_all_its_answers():
     units = [n // 3 for n in range(30)]
     texts = Texts([ask("w5", "w6")] * 30, "some", units)
-    settings = TrainSFTSettings(data="d", output=Path("o"), held_out=0.4)
-    held_out = texts.held_out([row for row in range(30) if row % 7], settings)
+    held_out = texts.held_out([row for row in range(30) if row % 7], 0.4, 0)
     assert len({units[row] for row in held_out}) == 4
     assert all((units[row] in {units[held] for held in held_out}) == (row in held_out) for row in range(30) if row % 7)
     alone = Texts(texts.conversations, "some", range(30))
-    assert len(alone.held_out(range(30), settings)) == 12
+    assert len(alone.held_out(range(30), 0.4, 0)) == 12
 
 
 def test_held_out_sums_are_those_of_problems():

@@ -19,7 +19,7 @@ from moe_bias.analysis.answers import Answered
 from moe_bias.analysis.survey import Text
 from moe_bias.backbone import Head, find_head, load_model
 from moe_bias.commands.examples import encoded, length_limit, say, split
-from moe_bias.commands.material import features_of, texts_of
+from moe_bias.commands.material import Texts, features_of, texts_of
 from moe_bias.commands.policy import Ground, prepare_ground, saved_layer
 from moe_bias.config import AnalyzeSettings
 from moe_bias.features.build import Choices, make_plan
@@ -32,7 +32,6 @@ from moe_bias.mistakes import as_kind, read_json
 from moe_bias.records import write_json
 from moe_bias.rollout.greedy import greedy_answers
 from moe_bias.rollout.policy import Policy, base_policy
-from moe_bias.tasks.columns import read_conversations
 from moe_bias.tasks.conversations import Corpus, Example
 from moe_bias.training.run_folder import begin, digest
 
@@ -117,7 +116,7 @@ def _stored(settings: AnalyzeSettings, folders: Sequence[str], console: Console)
     head = find_head(model)[1]
     store.check(model_facts(model, head, tokenizer), temperature=TEMPERATURE)
     examples = _by_row(texts_of(store, settings, model, tokenizer)) if settings.data else {}
-    text, name = _chosen(store, settings, ", ".join(folders)), store.manifest.recipe.source
+    text, name = _text(store, _held_out(store, settings, ", ".join(folders))), store.manifest.recipe.source
     layers = _layers(settings, head)
     if store.dropped:
         say(
@@ -130,15 +129,17 @@ def _stored(settings: AnalyzeSettings, folders: Sequence[str], console: Console)
 
 @contextmanager
 def _extracted(settings: AnalyzeSettings, console: Console) -> Iterator[Matter]:
-    conversations = read_conversations(settings.data, settings.split, settings.train_on)
+    texts = Texts.of_data(settings)
     model, tokenizer = load_model(settings)
     head = find_head(model)[1]
-    corpus = encoded(conversations, tokenizer, length_limit(model, settings.max_length), settings.data, console)
+    corpus = encoded(texts.conversations, tokenizer, length_limit(model, settings.max_length), settings.data, console)
+    share = settings.held_out
+    held_out = None if share is None else texts.held_out(corpus.rows, share, settings.seed)
     layers = _layers(settings, head)
     choices = Choices(_support(layers[0]), (), head.dtype, batch_size=settings.batch_size)
     plan = make_plan(corpus, settings.data, model_facts(model, head, tokenizer), choices)
     with features_of(model, head, plan, settings, console) as store:
-        text = _chosen(store, settings, settings.data)
+        text = _text(store, held_out)
         yield Matter(model, tokenizer, head, layers, text, "data", settings.data, examples=_by_row(corpus))
 
 
@@ -186,9 +187,14 @@ def _by_row(corpus: Corpus) -> dict[int, Example]:
     return dict(zip(corpus.rows, corpus.examples, strict=True))
 
 
-def _chosen(store: FeatureStore, settings: AnalyzeSettings, name: str) -> Text:
-    """All of the store, or the examples that training kept out."""
+def _held_out(store: FeatureStore, settings: AnalyzeSettings, name: str) -> list[int] | None:
+    """The examples that training on this store kept out; None where all are asked for."""
     if settings.held_out is None:
-        return Text(store)
+        return None
     rows = torch.cat([part.example.unique() for part in store.parts()]).unique().tolist()
-    return Text(store, torch.tensor(split(rows, settings.held_out, settings.seed, name)))
+    return split(rows, settings.held_out, settings.seed, name)
+
+
+def _text(store: FeatureStore, rows: list[int] | None) -> Text:
+    """These examples of a store; all of it for None."""
+    return Text(store) if rows is None else Text(store, torch.tensor(rows))

@@ -56,10 +56,10 @@ class Texts:
         conversations = read_conversations(settings.data, settings.split, settings.train_on)
         return cls(conversations, settings.data, [conversation.row for conversation in conversations])
 
-    def held_out(self, rows: Sequence[int], settings: SupervisedSettings) -> list[int]:
+    def held_out(self, rows: Sequence[int], share: float, seed: int) -> list[int]:
         """The rows, of those that can be used, whose unit is held out. Raises UserError on too few units."""
         units = list(dict.fromkeys(self.units[row] for row in rows))
-        held = set(split(units, settings.held_out, settings.seed, self.source, self.noun))
+        held = set(split(units, share, seed, self.source, self.noun))
         return [row for row in rows if self.units[row] in held]
 
 
@@ -172,7 +172,7 @@ def _extracted(
     support = parse_support(settings.support, head.vocab_size)
     limit = length_limit(model, settings.max_length)
     corpus = encoded(texts.conversations, tokenizer, limit, texts.source, console)
-    held_out = texts.held_out(corpus.rows, settings)
+    held_out = texts.held_out(corpus.rows, settings.held_out, settings.seed)
     always = answer_ends(model, tokenizer)
     choices = Choices(support, always, head.dtype, batch_size=settings.batch_size, held_out=held_out)
     plan = make_plan(corpus, texts.source, model_facts(model, head, tokenizer), choices)
