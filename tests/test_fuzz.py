@@ -1,4 +1,4 @@
-"""Fuzzers of all that a user gives: options, variables, the settings file, adapters, records.
+"""Fuzzers of all that a user gives: options, variables, the settings file, adapters, records, stores, rows.
 
 No case ends in a traceback or hangs: the command does what it was told, or says in one sentence why not. A run of each
 is bounded and always draws the same cases; the long run, marked slow, draws 10,000 in all.
@@ -19,6 +19,7 @@ import pytest
 from pydantic.fields import FieldInfo
 
 import moe_bias.cli as cli
+import moe_bias.report.files as report_files
 from fuzzing import ODD_TEXTS, ODD_VALUES, damaged_tensors, ended, look_at, replace_file, run_cases, written_json
 from test_cli import save_adapter, save_model
 from test_report import policy
@@ -239,29 +240,49 @@ def rows_case(folder: Path):
     return case
 
 
-@pytest.mark.parametrize("number", [100, pytest.param(LONG_RUN // 4, marks=pytest.mark.slow)])
+def numbers(bounded: int):
+    """Of cases: the run of every day, and the part of the long run."""
+    return pytest.mark.parametrize("number", [bounded, pytest.param(LONG_RUN // 6 + 1, marks=pytest.mark.slow)])
+
+
+def some_are_refused(codes: list[int]) -> bool:
+    """Whether the fuzzer drew cases of both kinds."""
+    return 0 < codes.count(2) < len(codes)
+
+
+@numbers(120)
 def test_options(ground, empty_environment, number):
     only_light_commands(empty_environment)
-    (ground / "moe-bias.toml").unlink(missing_ok=True)
-    codes = run_cases(number, 0, options_case)
-    assert 0 < codes.count(2) < number
+    assert some_are_refused(run_cases(number, 0, options_case))
 
 
-@pytest.mark.parametrize("number", [100, pytest.param(LONG_RUN // 4, marks=pytest.mark.slow)])
+@numbers(200)
 def test_settings_file_and_variables(ground, empty_environment, number):
     empty_environment.setattr(cli, "COMMANDS", tuple(map(without_work, cli.COMMANDS)))
-    codes = run_cases(number, 0, settings_case(ground, empty_environment))
-    (ground / "moe-bias.toml").unlink()
-    assert 0 < codes.count(2) < number
+    try:
+        assert some_are_refused(run_cases(number, 0, settings_case(ground, empty_environment)))
+    finally:
+        (ground / "moe-bias.toml").unlink(missing_ok=True)
 
 
-@pytest.mark.parametrize("number", [100, pytest.param(LONG_RUN // 4, marks=pytest.mark.slow)])
+@numbers(120)
 def test_adapter_files(ground, empty_environment, number):
-    codes = run_cases(number, 0, adapter_case(ground))
-    assert 0 < codes.count(2) < number
+    assert some_are_refused(run_cases(number, 0, adapter_case(ground)))
 
 
-@pytest.mark.parametrize("number", [60, pytest.param(LONG_RUN // 4, marks=pytest.mark.slow)])
+@numbers(16)
 def test_records(ground, runs, empty_environment, number):
-    codes = run_cases(number, 0, record_case(ground, runs))
-    assert 0 < codes.count(2) < number
+    """Figures are drawn once each, into the page."""
+    for name in ("file_svg", "file_pdf"):
+        empty_environment.setattr(report_files, name, lambda *_: b"")
+    assert some_are_refused(run_cases(number, 0, record_case(ground, runs)))
+
+
+@numbers(60)
+def test_stores(ground, empty_environment, number):
+    assert some_are_refused(run_cases(number, 0, store_case(ground)))
+
+
+@numbers(60)
+def test_rows(ground, empty_environment, number):
+    assert some_are_refused(run_cases(number, 0, rows_case(ground)))

@@ -183,6 +183,8 @@ def _print_anything() -> None:
 
 def _nobody_reads() -> bool:
     """Whether standard output is a pipe that was closed; what is left for it then goes nowhere."""
+    if not hasattr(select, "poll"):  # on Windows
+        return False
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     if not any(event & select.POLLERR for _, event in poll.poll(0)):
