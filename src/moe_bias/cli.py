@@ -51,7 +51,7 @@ from moe_bias.config import (
     describe_error,
     describe_unreadable,
 )
-from moe_bias.mistakes import interrupt_behind, printable, reason_of, shortened, system_errors_about
+from moe_bias.mistakes import interrupt_behind, printable, reading, reason_of, shortened, system_errors_about
 
 PROGRAM = "moe-bias"
 LM_EVAL = "lm-eval"
@@ -147,7 +147,9 @@ def _run(arguments: argparse.Namespace, passed_on: Sequence[str]) -> None:
 def _settings(cls: type[Settings], source: CliSettingsSource[Any], given: Mapping[str, Any]) -> Settings:
     """The settings of this run. Raises UserError naming where a bad value came from."""
     try:
-        return cls(_cli_settings_source=source(parsed_args=dict(given)))
+        with reading("the command line", SettingsError):
+            words = source(parsed_args=dict(given))
+        return cls(_cli_settings_source=words)
     except ValidationError as error:
         raise UserError(describe_error(error, given)) from error
     except SettingsError as error:

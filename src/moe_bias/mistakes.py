@@ -64,13 +64,16 @@ def printable(text: str) -> str:
 
 
 @contextmanager
-def reading(what: str) -> Iterator[None]:
+def reading(what: str, *apart: type[Exception]) -> Iterator[None]:
     """Turns whatever is raised while a file that the user named is read into UserError: "WHAT cannot be read: ...".
 
-    Only calls of other people's code belong into the block: a fault of ours would look like the user's.
+    Errors of the types `apart` are left as they are. Only calls of other people's code belong into the block: a fault
+    of ours would look like the user's.
     """
     try:
         yield
+    except apart:
+        raise
     except UserError:
         raise
     except Exception as error:  # parsers and loaders raise anything over a damaged file
