@@ -17,8 +17,8 @@ from torch import Tensor
 
 from moe_bias.config import UserError
 from moe_bias.features.extract import Features, place_in_example, support_columns
-from moe_bias.features.writer import in_bytes
 from moe_bias.layer import MoEBiasLayer
+from moe_bias.limits import in_bytes
 from moe_bias.rollout.decoding import Answer
 from moe_bias.support import RestScalars
 
