@@ -52,9 +52,10 @@ def ground(tmp_path_factory):
 
 @pytest.fixture
 def empty_environment(ground, monkeypatch):
-    """No variables and no settings file of the user's."""
+    """No variables, no settings file and no cache of the user's."""
     for name in [name for name in os.environ if name.startswith("MOE_BIAS_")]:
         monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(ground / "cache"))
     monkeypatch.setattr(cli, "build_parser", cache(cli.build_parser))
     return monkeypatch
 

@@ -311,6 +311,25 @@ def test_supports_beyond_any_number_are_one_sentence(folder, model, capsys):
         assert "is none of 'auto:M' with M from 1 to 97" in complaint(capsys, *words, f"auto:{size}")
 
 
+def test_an_output_below_a_file_is_told_before_anything_is_extracted(folder, model, capsys):
+    write_rows(folder / "rows.jsonl")
+    words = [
+        "train",
+        "sft",
+        "--model",
+        model,
+        "--data",
+        "rows.jsonl",
+        "--output",
+        "rows.jsonl/below",
+        "--features",
+        "f",
+    ]
+    sentence = f"--output 'rows.jsonl/below' cannot be a folder: '{folder}/rows.jsonl' is a file"
+    assert complaint(capsys, *words) == shortened(sentence)
+    assert not os.path.exists("f")
+
+
 def test_training_without_an_end_is_refused_before_anything_is_extracted(folder, model, capsys):
     write_rows(folder / "rows.jsonl")
     words = ["train", "sft", "--model", model, "--data", "rows.jsonl", "--output", "o", "--support", "auto:9"]
