@@ -385,11 +385,19 @@ def test_numbers_as_gold_answers_are_matched_in_every_usual_spelling(tmp_path, g
     assert not any(verdict.is_correct for verdict in wrong)
 
 
-@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
-def test_gold_answers_that_are_no_numbers_are_refused_by_their_row(tmp_path, number):
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [
+        ("NaN", "has nothing in its column 'answer'"),
+        ("null", "has nothing in its column 'answer'"),
+        ("Infinity", "has a gold answer that is neither text nor a number: "),
+        ("-Infinity", "has a gold answer that is neither text nor a number: "),
+    ],
+)
+def test_gold_answers_that_are_no_numbers_are_refused_by_their_row(tmp_path, number, reason):
     source = tmp_path / "numbers.jsonl"
     source.write_text(f'{{"question": "Which number?", "answer": {number}}}\n')
-    with pytest.raises(UserError, match=r"row 1 of .* has a gold answer that is neither text nor a number: "):
+    with pytest.raises(UserError, match=f"row 1 of .* {reason}"):
         data_task(str(source))
 
 

@@ -109,7 +109,9 @@ def _wanted(row: Mapping[str, Any], chosen: str, usual: Sequence[str], where: st
     names = (chosen,) if chosen else usual
     value = _column(row, names)
     if value is None:
-        raise UserError(f"{where} has columns {sorted(row)}; needed is {' or '.join(names)}")
+        empty = [name for name in names if name in row]
+        found = f"nothing in its column {empty[0]!r}" if empty else f"columns {sorted(row)}"
+        raise UserError(f"{where} has {found}; needed is {' or '.join(names)}")
     return value
 
 
