@@ -984,7 +984,7 @@ class ParamsSettings(Settings):
     model: str = Field(BUNDLED_MODEL, description="Hub id, folder, or 'bundled'")
     num_experts: PositiveInts = Field([1, 4, 16, 64], description="choices of E, such as 1,16")
     experts: Kinds = Field(["directions", "linear", "free"], description="what an expert is, such as linear,free")
-    expert_rank: int = Field(7, ge=1, description="rank r of linear experts")
+    expert_rank: int = Field(7, ge=1, le=HIGHEST_RANK, description="rank r of linear experts")
     free_entries: bool = Field(False, description="give directions and linear experts free entries besides")
     supports: PositiveInts = Field(
         [1024, 4096, 16384], description="choices of M for free entries; the whole vocabulary is added"

@@ -7,9 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from moe_bias.evaluation.policy_arms import HELD_OUT, measured_after, percent_by_seed
-from moe_bias.evaluation.statistics import Estimate
 from moe_bias.report import figures
-from moe_bias.report.content import Block, Note, Plot, Table, Topic, percent, points, slug, with_interval
+from moe_bias.report.content import Block, Note, Plot, Table, Topic, estimate_of, percent, points, slug, with_interval
 from moe_bias.report.record import Record
 
 _NLL = "nats per token"
@@ -20,7 +19,7 @@ SAMPLES = 8
 def cells(record: Record) -> Iterator[Block]:
     """NLL of each cell or arm, and the change against one of them, by stratum."""
     rows, base = record.content["rows"], record.content["base"]
-    total = [(row["name"], Estimate(**row["nll"]["all"])) for row in rows]
+    total = [(row["name"], estimate_of(row["nll"]["all"])) for row in rows]
     plot = Plot(
         slug(record.name, "nll"),
         "Held-out NLL of each arm, with 95% intervals over examples",
@@ -36,8 +35,8 @@ def _cells_lead(rows: Sequence[Mapping[str, Any]], base: str) -> str:
     others = [row for row in rows if row["change"]]
     best = min((row for row in others if row["parameters"]), key=lambda row: row["nll"]["all"]["value"], default=None)
     named = [row for row in others if not row["parameters"] or row is best]
-    changes = ", ".join(f"{row['name']} {with_interval(Estimate(**row['change']['all']), '{:+.3f}')}" for row in named)
-    lead = f"{base}: held-out NLL {with_interval(Estimate(**main['nll']['all']), '{:.3f}')} {_NLL}"
+    changes = ", ".join(f"{row['name']} {with_interval(estimate_of(row['change']['all']), '{:+.3f}')}" for row in named)
+    lead = f"{base}: held-out NLL {with_interval(estimate_of(main['nll']['all']), '{:.3f}')} {_NLL}"
     return f"{lead}. Against it, paired by example: {changes}." if changes else f"{lead}."
 
 
@@ -62,7 +61,7 @@ def _strata(record: Record, rows: Sequence[Mapping[str, Any]], base: str) -> Tab
 def _changes(record: Record, rows: Sequence[Mapping[str, Any]], base: str) -> Iterator[Plot]:
     for stratum in ("high", "low"):
         changed = [
-            (row["name"], Estimate(**row["change"][stratum]))
+            (row["name"], estimate_of(row["change"][stratum]))
             for row in rows
             if row["change"] and stratum in row["change"]
         ]
@@ -77,22 +76,22 @@ def _of(stratum: str) -> str:
 
 
 def _cell(estimates: Mapping[str, Any] | None, name: str, form: str) -> str:
-    return with_interval(Estimate(**estimates[name]), form) if estimates and name in estimates else ""
+    return with_interval(estimate_of(estimates[name]), form) if estimates and name in estimates else ""
 
 
 def _points(estimates: Mapping[str, Any], name: str) -> str:
-    return points(Estimate(**estimates[name])) if name in estimates else ""
+    return points(estimate_of(estimates[name])) if name in estimates else ""
 
 
 def arms(record: Record) -> Iterator[Block]:
     """Accuracy of each arm of reinforcement learning, changes against others, and its curve."""
     rows = record.content["rows"]
-    held_out = [(row["name"], Estimate(**row["accuracy"][HELD_OUT])) for row in rows]
+    held_out = [(row["name"], estimate_of(row["accuracy"][HELD_OUT])) for row in rows]
     main = next((row for row in rows if row["name"] == MAIN), rows[-1])
     changes = "; ".join(
-        f"{points(Estimate(**change))} points against {other}" for other, change in main["change"].items()
+        f"{points(estimate_of(change))} points against {other}" for other, change in main["change"].items()
     )
-    lead = f"{main['name']} solves {percent(Estimate(**main['accuracy'][HELD_OUT]))}% of the held-out problems"
+    lead = f"{main['name']} solves {percent(estimate_of(main['accuracy'][HELD_OUT]))}% of the held-out problems"
     plot = Plot(
         slug(record.name, "accuracy"),
         "Held-out accuracy of each arm, with 95% intervals over problems",
@@ -137,7 +136,7 @@ def _sets(record: Record, rows: Sequence[Mapping[str, Any]]) -> Table:
             *(
                 cell
                 for name in sets
-                for cell in (percent(Estimate(**row["accuracy"][name])), _points(row["gain"], name))
+                for cell in (percent(estimate_of(row["accuracy"][name])), _points(row["gain"], name))
             ),
             *(_points(row["change"], other) for other in others),
         ]
@@ -151,7 +150,7 @@ def demo(record: Record) -> Iterator[Block]:
     """NLL and accuracy of the demonstration's arms, and some of their answers."""
     rows = record.content["arms"]
     last = rows[-1]
-    accuracy, change = Estimate(**last["accuracy"]), Estimate(**last["accuracy_change"])
+    accuracy, change = estimate_of(last["accuracy"]), estimate_of(last["accuracy_change"])
     lead = (
         f"{last['name']} answers {percent(accuracy)}% of {len(record.content['samples']):,} held-out "
         f"problems right, {points(change)} points against {rows[-2]['name']}."
@@ -164,7 +163,7 @@ def demo(record: Record) -> Iterator[Block]:
         Plot(
             slug(record.name, key),
             title,
-            figures.intervals([(row["name"], Estimate(**row[key])) for row in rows], unit, form, scale=scale),
+            figures.intervals([(row["name"], estimate_of(row[key])) for row in rows], unit, form, scale=scale),
         )
         for key, (unit, form, scale, title) in shown.items()
     ]

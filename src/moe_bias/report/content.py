@@ -114,7 +114,13 @@ def slug(run: str, what: str) -> str:
 
 
 def estimate_of(found: Mapping[str, float | None]) -> Estimate:
-    """An estimate of a record, where an interval that there is not has null for its ends."""
+    """An estimate of a record, where an interval that there is not has null for its ends.
+
+    Raises TypeError on anything but numbers: texts would be drawn, and long ones searched for dates.
+    """
+    for name, value in found.items():
+        if not isinstance(value, int | float | None):
+            raise TypeError(f"{name} is a {type(value).__name__}, not a number")
     return Estimate(**{name: nan if value is None else value for name, value in found.items()})
 
 

@@ -86,7 +86,8 @@ def curves(lines: Mapping[str, Line], x_unit: str, unit: str, height: float = 2.
         ends = []
         for number, (label, (x, y)) in enumerate(lines.items()):
             colour = BASE if label.startswith("base") else SERIES[number % len(SERIES)]
-            axes.plot(x, y, color=colour, linewidth=1.6, marker="o" if len(x) < 25 else "", markersize=3.5)
+            numbers = np.asarray([x, y], dtype=np.float64)  # matplotlib would search texts for dates
+            axes.plot(*numbers, color=colour, linewidth=1.6, marker="o" if len(x) < 25 else "", markersize=3.5)
             ends.append((y[-1], label, colour))
         _finish_curves(axes, x_unit, unit)
         _label_ends(axes, ends)

@@ -7,7 +7,19 @@ from typing import Any
 
 from moe_bias.evaluation.statistics import Estimate
 from moe_bias.report import figures
-from moe_bias.report.content import Block, Note, Part, Plot, Table, Topic, percent, points, slug, with_interval
+from moe_bias.report.content import (
+    Block,
+    Note,
+    Part,
+    Plot,
+    Table,
+    Topic,
+    estimate_of,
+    percent,
+    points,
+    slug,
+    with_interval,
+)
 from moe_bias.report.record import Record
 
 SAMPLES = 8
@@ -23,7 +35,7 @@ _POLICY_CURVES = {
 
 def supervised(record: Record) -> Iterator[Block]:
     """The change of held-out NLL, and the curves of training."""
-    base, adapted, change = (Estimate(**record.content[name]) for name in ("base_nll", "adapted_nll", "change"))
+    base, adapted, change = (estimate_of(record.content[name]) for name in ("base_nll", "adapted_nll", "change"))
     verb = "falls" if change.value < 0 else "rises"
     lead = (
         f"Held-out NLL {verb} by {abs(change.value):.3f} nats per token, from {base.value:.3f} to {adapted.value:.3f} "
@@ -62,8 +74,8 @@ def _supervised_curves(record: Record) -> Iterator[Part]:
 
 def policy(record: Record) -> Iterator[Block]:
     """Held-out accuracy before and after, curves, and samples of the last step that kept some."""
-    accuracy = {name: Estimate(**value) for name, value in record.content["accuracy"].items()}
-    change = Estimate(**record.content["change"])
+    accuracy = {name: estimate_of(value) for name, value in record.content["accuracy"].items()}
+    change = estimate_of(record.content["change"])
     problems = len(record.content["right"]["trained"])
     lead = (
         f"Greedy answers to {problems:,} held-out problems: {percent(accuracy['trained'])}% right, "
