@@ -124,6 +124,25 @@ def policies(task: str) -> str:
     return _table(headings, (_policy_row(row, sets, others) for row in rows)) + f"\n{_machine(record)}.\n"
 
 
+def policy_variants(task: str) -> str:
+    """One arm of reinforcement learning on one task, by the settings in which its runs differ."""
+    records = [_read(path) for path in sorted(RECORDS.glob(f"compare/{task}-variant-*/table.json"))]
+    different = [
+        name
+        for name in records[0]["settings"]
+        if name != "output" and len({str(one["settings"][name]) for one in records}) > 1
+    ]
+    sets = measured_after(records[0]["rows"][0]["accuracy"])
+    headings = [*(f"`{name}`" for name in different), "seeds"]
+    headings += [heading for name in sets for heading in (name, "gained by the steps")]
+    rows = []
+    for record in records:
+        (row,) = [row for row in record["rows"] if row["name"] == "moe-bias"]
+        solved = _policy_row(row, sets, [])[3:]
+        rows.append([*(str(record["settings"][name]) for name in different), str(row["seeds"]), *solved])
+    return _table(headings, rows) + f"\n{_machine(records[0])}.\n"
+
+
 def policy_costs(task: str) -> str:
     """What the arms of reinforcement learning took, on one task."""
     record = _read(RECORDS / "compare" / task / "table.json")
@@ -502,6 +521,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"compare-{task}-costs": partial(policy_costs, task) for task in _COMPARED},
     **{f"analysis-{path.stem}": partial(analysis, path.stem) for path in RECORDS.glob("analysis/*.json")},
     **{f"experts-{path.stem}": partial(analysis_experts, path.stem) for path in RECORDS.glob("analysis/*.json")},
+    "compare-products-variants": partial(policy_variants, "products"),
     "decode": decode,
     "demo-output": demo_output,
     "demo-tasks": demo_tasks,
