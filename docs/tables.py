@@ -69,9 +69,9 @@ def sft() -> str:
     )
 
 
-def evaluation() -> str:
-    """What `eval` measured of each arm on each set of problems."""
-    records = [_read(path) for path in sorted(RECORDS.glob("eval/*.json"))]
+def evaluation(folder: str) -> str:
+    """What `eval` measured of each arm on each set of problems, in the records of a folder."""
+    records = [_read(path) for path in sorted(RECORDS.glob(f"{folder}/*.json"))]
     headings = [
         "problems",
         "samples",
@@ -525,7 +525,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "decode": decode,
     "demo-output": demo_output,
     "demo-tasks": demo_tasks,
-    "evaluation": evaluation,
+    "evaluation": partial(evaluation, "eval"),
+    "generation": partial(evaluation, "generation"),
     "extract": extraction,
     "growth": growth,
     "rl-signal": rl_signal,

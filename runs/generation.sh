@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # What supervised adapters do to generation: problems of GSM8K's test set, answered greedily and by sampling, by the
-# frozen model, by linear experts and by the free ones of before, at two strengths; accuracy, loops, distinct n-grams,
-# lengths. Needs the feature store of runs/defaults.sh.
+# frozen model, by linear experts, by such that were held near the base, and by the free ones of before, at two
+# strengths; accuracy, loops, distinct n-grams, lengths. Needs the feature store of runs/defaults.sh.
 #
 #   runs/generation.sh GSM8K_TEST.jsonl
 #
-# Records go to records/eval/generation-*.json.
+# Records go to records/generation.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 store=runs/out/stores/gsm8k
@@ -16,14 +16,15 @@ train() {
 }
 
 train linear
+train linear-kl --kl-weight 0.3
 train free --experts free --num-experts 16
 for way in greedy sampled; do
   case $way in
     greedy) choices=(--samples 1 --temperature 0) ;;
-    sampled) choices=(--samples 2 --temperature 1) ;;
+    sampled) choices=(--samples 1 --temperature 1) ;;
   esac
-  uv run moe-bias eval --data "$1" --limit 32 --adapter runs/out/generation/linear,runs/out/generation/free \
+  uv run moe-bias eval --data "$1" --limit 32 --adapter runs/out/generation/linear,runs/out/generation/linear-kl,runs/out/generation/free \
     --strength 0.5,1 --max-new-tokens 256 "${choices[@]}" --output "runs/out/generation/eval-$way"
-  mkdir -p records/eval
-  cp "runs/out/generation/eval-$way/record.json" "records/eval/generation-$way.json"
+  mkdir -p records/generation
+  cp "runs/out/generation/eval-$way/record.json" "records/generation/$way.json"
 done
