@@ -36,6 +36,10 @@ ALTERNATING = (
     "{% for m in messages %}{% if loop.index > 1 and m['role'] == messages[loop.index0 - 1]['role'] %}"
     "{{ raise_exception('one after the other') }}{% endif %}<turn> {{ m['role'] }} {{ m['content'] }}" + _END
 )
+NO_SYSTEM_AT_ALL = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + TEMPLATE
+)
+UNDEFINED = "{{ messages[0].plan.steps }}" + TEMPLATE
 THINKING_PROMPT = TEMPLATE.replace("<turn> assistant {%", "<turn> assistant so so {%")
 TWO = ({"role": "user", "content": "how many"},)
 WORDS = ["<unk>", "<turn>", "<end>", "<eos>", "user", "assistant", "system", "how", "many", "two", "three", "so"]
@@ -181,6 +185,17 @@ CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name":
         (Conversation(TWO, "two", tools=({"name": "many"},)), TEMPLATE, "row 4 of it: .* no place for tools"),
         (Conversation(({"role": "system", "content": "so"}, *TWO), "two"), NO_SYSTEM, "no place for turns of 'system'"),
         (Conversation((*TWO, *TWO), "two"), ALTERNATING, r"refuses its turns of 'user, user' \(one after the other\)"),
+        (
+            Conversation(({"role": "system", "content": "so"}, *TWO), "two"),
+            NO_SYSTEM_AT_ALL,
+            r"row 4 of it: .* refuses its turns of 'system, user' \(System role not supported\)$",
+        ),
+        (
+            Conversation(TWO, "two"),
+            UNDEFINED,
+            r"row 4 of it: .* refuses its turns of 'user' \('.* object' has no attribute 'plan'\)$",
+        ),
+        (Conversation(TWO, "two"), "{% for m in messages %}", r"row 4 of it: .* refuses its turns of 'user' \(Unexp"),
         (
             Conversation(TWO, "two", reply={**CALL, "content": "two <end>"}),
             TOOLS,

@@ -1,8 +1,9 @@
 """Prompts and completions as tokens, and where an answer ends.
 
-The chat template decides what a model sees. An answer that is text is tokenised as text, whatever it spells: of the
-special tokens a completion has the one alone that ends its turn. An answer that calls tools, or has reasoning before
-it, is written by the template. What a template has no place for is never dropped without a word.
+The chat template decides what a model sees: an answer's tokens are those that it has in the template's text of the
+whole conversation, after the tokens that the prompt has when an answer is asked for. An answer that is text is
+tokenised as text, whatever it spells: of the special tokens a completion has the template's own alone. What a template
+has no place for is never dropped without a word.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ Message = dict[str, Any]
 _MARK = "\u241f"
 _PLAIN_ROLES = ("user", "assistant")
 """What every template has a place for."""
+_CONTEXTS = ("\n", ".")
+"""Texts that hardly any token begins in and goes on after."""
 
 
 @dataclass(frozen=True)
@@ -99,11 +102,12 @@ def prompt_text(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) 
 
 
 def encode_prompt(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of the prompt; a chat template brings its own special tokens."""
-    ids: list[int] = tokenizer(
-        prompt_text(conversation, tokenizer), add_special_tokens=not conversation.is_chat
-    ).input_ids
-    return ids
+    """Token ids of the prompt; a chat template brings its own special tokens, and a text goes on: none closes it."""
+    text = prompt_text(conversation, tokenizer)
+    if conversation.is_chat:
+        return _ids(text, tokenizer)
+    ids: list[int] = tokenizer(text).input_ids
+    return ids[: len(ids) - _closing_tokens(tokenizer)]
 
 
 def encode(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Example | None:
@@ -135,14 +139,7 @@ def encode_all(conversations: Sequence[Conversation], tokenizer: PreTrainedToken
 
 def end_of_turn(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token that ends an answer to learn: what the chat template puts after one, else EOS."""
-    if conversation.is_chat:
-        turns = [*conversation.turns, {"role": "assistant", "content": _MARK}]
-        after = _rendered(conversation, turns, tokenizer).rpartition(_MARK)[2]
-        ids: list[int] = tokenizer(after, add_special_tokens=False).input_ids
-        special = [token for token in ids if token in tokenizer.all_special_ids]
-        if special:
-            return special[:1]
-    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return _ending(conversation, tokenizer).ids
 
 
 def answer_ends(model: Any, tokenizer: PreTrainedTokenizerBase, is_chat: bool = True) -> list[int]:
@@ -190,19 +187,109 @@ def _rendered(
     return text
 
 
+@dataclass(frozen=True)
+class _Ending:
+    """What the template writes after an answer, the part of it before the token that ends the turn, and that token."""
+
+    after: str
+    gap: str
+    ids: list[int]
+
+
+def _ending(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> _Ending:
+    after = ""
+    if conversation.is_chat:
+        turns = [*conversation.turns, {"role": "assistant", "content": _MARK}]
+        after = _rendered(conversation, turns, tokenizer).rpartition(_MARK)[2]
+        added = _added_tokens(after, tokenizer)
+        # a tokenizer may not know that the end of a turn is special, but every one has it whole
+        ends = [token for token in added if token.special] or [token for token in added if token.content.strip()]
+        if ends:
+            return _Ending(after, after.partition(ends[0].content)[0], _ids(ends[0].content, tokenizer))
+    return _Ending(after, "", [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
+
+
 def _completion_ids(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The answer's token ids and the end of its turn."""
-    end = end_of_turn(conversation, tokenizer)
+    ending, prompt = _ending(conversation, tokenizer), prompt_text(conversation, tokenizer)
     if conversation.reply is None:
-        # split: a text that spells a special token is still a text
-        ids: list[int] = tokenizer(
-            conversation.completion, add_special_tokens=False, split_special_tokens=True
-        ).input_ids
-        return ids + end
-    ids = tokenizer(_reply_text(conversation, tokenizer), add_special_tokens=False).input_ids
-    if end and end[0] in ids:
-        return ids[: len(ids) - ids[::-1].index(end[0])]
-    return ids + end
+        opening, text = _written(conversation, prompt, ending.after, tokenizer)
+        ids = _continued(text + ending.gap, prompt + opening, tokenizer, is_text=True)
+        return [*_ids(opening, tokenizer), *ids, *ending.ids]
+    ids = _continued(_reply_text(conversation, tokenizer), prompt, tokenizer, is_text=False)
+    if ending.ids and ending.ids[0] in ids:
+        return ids[: len(ids) - ids[::-1].index(ending.ids[0])]
+    return ids + ending.ids
+
+
+def _written(
+    conversation: Conversation, prompt: str, after: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, str]:
+    """What the template writes for an answer that is text: up to its own last special token, and from there.
+
+    Where it does not write the answer itself after the prompt, this is the answer as it was given.
+    """
+    if conversation.is_chat:
+        whole, answer = _rendered(conversation, conversation.messages, tokenizer), conversation.completion.strip()
+        written = whole.removeprefix(prompt).removesuffix(after)
+        if whole.startswith(prompt) and written.rstrip().endswith(answer):
+            before = written.rstrip().removesuffix(answer)
+            special = [token for token in _added_tokens(before, tokenizer) if token.special]
+            place = before.rindex(special[-1].content) + len(special[-1].content) if special else 0
+            return written[:place], written[place:]
+    return "", conversation.completion
+
+
+def _continued(text: str, before: str, tokenizer: PreTrainedTokenizerBase, is_text: bool) -> list[int]:
+    """Token ids of a text that goes on from another, of which no token lies in both.
+
+    Most tokenizers give a text the same tokens wherever it stands. Others put a space before whatever begins, which
+    a text that goes on must not have. `is_text`: what spells a special token is none.
+    """
+    contexts = [context for context in _CONTEXTS if _is_known(context, tokenizer)]
+    marks_beginnings = not any(_is_beginning(context, tokenizer) for context in contexts)
+    if marks_beginnings and not _is_beginning(before, tokenizer):
+        for context in contexts:
+            own, both = (_ids(part, tokenizer, is_text) for part in (context, context + text))
+            if both[: len(own)] == own:
+                return both[len(own) :]
+    return _ids(text, tokenizer, is_text)
+
+
+def _is_known(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the vocabulary has tokens for all of a text; unknown ones next to each other are one in some."""
+    ids = _ids(text, tokenizer)
+    return bool(ids) and tokenizer.unk_token_id not in ids
+
+
+def _is_beginning(before: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether what stands after a text has the tokens that it has alone."""
+    return _ids(f"{before}a", tokenizer) == _ids(before, tokenizer) + _ids("a", tokenizer)
+
+
+def _ids(text: str, tokenizer: PreTrainedTokenizerBase, is_text: bool = False) -> list[int]:
+    """Token ids without any that the tokenizer adds; `is_text`: what spells a special token is none."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=is_text).input_ids
+    return ids
+
+
+def _added_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """The tokens that a text spells and that stand outside the vocabulary's rules, special ones among them.
+
+    `all_special_ids` lacks those that no attribute of the tokenizer names, as Llama 3's end of turn.
+    """
+    if not text:
+        return []
+    known = tokenizer.added_tokens_decoder
+    found = [known[token] for token in _ids(text, tokenizer) if token in known]
+    return [token for token in found if token.content in text]  # what is unknown spells no token
+
+
+def _closing_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens the tokenizer adds after a text."""
+    ids, bare = tokenizer("a").input_ids, _ids("a", tokenizer)
+    starts = [start for start in range(len(ids)) if bare and ids[start : start + len(bare)] == bare]
+    return len(ids) - starts[0] - len(bare) if starts else 0
 
 
 def _reply_text(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -221,11 +308,11 @@ def _reply_text(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) 
 def _refuse_special_tokens(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> None:
     """A reply is tokenised with the template's special tokens, so its own texts must not spell any."""
     for text in texts_in(conversation.reply):
-        for token in tokenizer.all_special_tokens:
-            if token in text:
+        for token in _added_tokens(text, tokenizer):
+            if token.special:
                 raise UserError(
-                    f"{conversation.where}: an answer with reasoning or tool calls spells the special token {token!r}, "
-                    "which could not be told from the template's own"
+                    f"{conversation.where}: an answer with reasoning or tool calls spells the special token "
+                    f"{token.content!r}, which could not be told from the template's own"
                 )
 
 
