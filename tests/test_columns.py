@@ -51,6 +51,31 @@ def tokenizer():
         ({"instruction": "how many", "input": "", "output": "two"}, ask("how many", "two")),
         ({"instruction": "how many", "input": None, "output": "two"}, ask("how many", "two")),
         ({"instruction": "how many", "input": float("nan"), "output": "two"}, ask("how many", "two")),
+        ({"instruction": "how", "context": "many", "response": "two"}, ask("how\n\nmany", "two")),
+        ({"instruction": "how many", "context": "", "response": "two", "category": "qa"}, ask("how many", "two")),
+        ({"instruction": "how many", "context": None, "response": "two"}, ask("how many", "two")),
+        ({"instruction": "how", "input": "many", "context": "so", "output": "two"}, ask("how\n\nmany\n\nso", "two")),
+        ({"question": "how", "context": "many", "answer": "two"}, ask("how\n\nmany", "two")),
+        ({"input": "how", "context": "many", "output": "two"}, ask("how\n\nmany", "two")),
+        ({"prompt": "how", "context": "many", "completion": "two"}, ask("how", "two", is_chat=False)),
+        ({"system_prompt": "", "question": "how many", "response": "two"}, ask("how many", "two")),
+        (
+            {"system_prompt": "so", "question": "how many", "response": "two"},
+            Conversation((said("system", "so"), *TWO), "two"),
+        ),
+        ({**GOOD, "system": "so"}, Conversation((said("system", "so"), *TWO), "two")),
+        (
+            {"messages": [*TWO, said("assistant", "two")], "system": "so"},
+            Conversation((said("system", "so"), *TWO), "two"),
+        ),
+        (
+            {"prompt": list(TWO), "completion": "two", "system": "so"},
+            Conversation((said("system", "so"), *TWO), "two"),
+        ),
+        (
+            {"messages": [said("system", "be"), *TWO, said("assistant", "two")], "system": "so"},
+            Conversation((said("system", "be"), *TWO), "two"),
+        ),
         (
             {"conversations": [{"from": "human", "value": "how many"}, {"from": "gpt", "value": "two"}]},
             Conversation(TWO, "two"),
@@ -183,6 +208,8 @@ def test_a_result_of_a_tool_works_where_the_template_writes_any_role(tmp_path, t
         ({"prompt": None, "completion": "yes"}, "row 2 of .*: prompt is not text but None"),
         ({"prompt": "a", "completion": 3}, "row 2 of .*: completion is not text but 3"),
         ({"instruction": "how", "input": 5, "output": "two"}, "row 2 of .*: input is not text but 5"),
+        ({**GOOD, "context": {"title": ["a"]}}, r"row 2 of .*: context is not text but \{'title': \['a'\]\}"),
+        ({**GOOD, "system_prompt": 5}, "row 2 of .*: system_prompt is not text but 5"),
         (
             {"messages": ["hello", "hi"]},
             "row 2 of .*: messages, message 1 is not a message with role and",

@@ -6,8 +6,10 @@ A row is one of:
   has them. Its last turn is the assistant's answer; or each of the assistant's turns is one (`all-turns`).
 - `prompt` and `completion`: text to be continued, or lists of messages. Every turn of the assistant in a completion
   is an answer.
-- a pair of the Hub's usual column names (`COLUMN_PAIRS`): a question and its answer.
+- a pair of the Hub's usual column names (`COLUMN_PAIRS`): a question and its answer. What is in `BESIDE_QUESTIONS`
+  (Alpaca's `input`, Dolly's `context`) belongs to the question, and follows it.
 
+A chat may have its system turn in a column of its own (`SYSTEM`). The text of `prompt` stands as it is.
 A message's content is text, or a list of parts that are text. An answer may be a call of tools, or have reasoning
 before it; a row's `tools` go to the chat template with it.
 """
@@ -34,8 +36,11 @@ COLUMN_PAIRS = (
     ("problem", "answer"),
     ("query", "response"),
     ("input", "output"),
+    ("question", "response"),
 )
 CHATS = ("messages", "conversations")
+BESIDE_QUESTIONS = ("input", "context")
+SYSTEM = ("system", "system_prompt")
 _SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
@@ -92,9 +97,7 @@ class _Row:
 
     def _of_chat(self, column: str, train_on: TrainOn) -> list[Conversation]:
         where = f"{self.where}: {column}"
-        messages = self._messages(column)
-        if column == "conversations" and messages[0]["role"] != "system" and not is_missing(self.value.get("system")):
-            messages = [{"role": "system", "content": self._text("system")}, *messages]
+        messages = self._with_system(self._messages(column))
         if train_on == "all-turns":
             answers = [index for index, message in enumerate(messages) if index and _is_answer(message)]
             if not answers:
@@ -111,21 +114,30 @@ class _Row:
         prompt, answer = self.value[prompt_column], self.value[answer_column]
         if prompt_column == "prompt" and (_is_list(prompt) or _is_list(answer)):
             return self._of_turns(prompt_column, answer_column)
-        question = self._text(prompt_column)
-        if prompt_column == "instruction" and not is_missing(self.value.get("input")):
-            question = f"{question}\n\n{self._text('input')}"
-        conversation = ask(question, self._text(answer_column), is_chat=prompt_column != "prompt")
-        return [self._kept(conversation, f"{self.where}: {answer_column}")]
+        where, answer = f"{self.where}: {answer_column}", self._text(answer_column)
+        if prompt_column == "prompt":
+            return [self._kept(ask(self._text(prompt_column), answer, is_chat=False), where)]
+        rest = {name: value for name, value in self.value.items() if name != prompt_column}
+        question = with_context(self._text(prompt_column), rest, self.where)
+        turns = self._with_system([{"role": "user", "content": question}])
+        return [self._kept(Conversation(tuple(turns), answer), where)]
 
     def _of_turns(self, prompt_column: str, answer_column: str) -> list[Conversation]:
         """A prompt or an answer of messages, the other perhaps text."""
-        before = self._turns(prompt_column, "user")
+        before = self._with_system(self._turns(prompt_column, "user"))
         messages = [*before, *self._turns(answer_column, "assistant")]
         where = f"{self.where}: {answer_column}"
         if not _is_answer(messages[-1]):
             raise UserError(f"{where} ends with a turn of {shown(messages[-1]['role'])}, not of the assistant")
         answers = [index for index in range(len(before), len(messages)) if _is_answer(messages[index])]
         return [self._answered(messages, index, where) for index in answers]
+
+    def _with_system(self, messages: list[Message]) -> list[Message]:
+        """The messages after the system turn that a column of its own has, unless they begin with one."""
+        found = next((name for name in SYSTEM if not is_missing(self.value.get(name))), None)
+        if found is None or messages[0]["role"] == "system":
+            return messages
+        return [{"role": "system", "content": self._text(found)}, *messages]
 
     def _turns(self, column: str, role: str) -> list[Message]:
         if _is_list(self.value[column]):
@@ -161,6 +173,12 @@ class _Row:
         if not _is_list(tools) or not all(isinstance(tool, Mapping) for tool in tools):
             raise UserError(f"{where} is not a list of descriptions but {shown(tools)}")
         return tuple(_clean(tool, where) for tool in tools)
+
+
+def with_context(question: str, row: Mapping[str, Any], where: str) -> str:
+    """The question of a row, and what other columns say that it is about. Raises UserError where that is no text."""
+    beside = [name for name in BESIDE_QUESTIONS if not is_missing(row.get(name))]
+    return "\n\n".join([question, *(text_of(row[name], f"{where}: {name}") for name in beside)])
 
 
 def message_of(value: Any, where: str) -> Message:
