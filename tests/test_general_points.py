@@ -77,6 +77,7 @@ def test_the_plainest_way_is_taken():
         "So \\boxed{8 \\div \\left(3 - \\frac{8}{3}\\right) = 24}",
         "\\[ \\frac{8}{3 - 8/3} = 24 \\]",
         "First 3 + 3 = 6, but then: 8 ÷ (3 − 8 ÷ 3) = 24",
+        "8 ÷ (3 － 8 ÷ 3) = 24",
         "The answer is [8 / (3 - 8 / 3)] = 24, and I am sure of it.",
         "8 / (3 - 8 / 3) = 8 / (1 / 3) = 24",
         "3 * 8 = 24? No.\n<answer>8 / (3 - 8 / 3)</answer>",

@@ -21,6 +21,17 @@ from moe_bias.tasks.mathematics import INSTRUCTION, Columns, data_task, gold_ans
 CORRECT = r"""
 72 | The answer is 72.
 72 | #### 72
+-3 | \boxed{−3}
+-3 | The answer is −3.
+-3 | The answer is –3.
+-3 | \boxed{－3}
+-3 | #### −3
+−3 | \boxed{-3}
+−3 | −3
+-\frac{1}{2} | $−\frac{1}{2}$
+x-3 | \boxed{x − 3}
+(3,500) | \boxed{(3, 500)}
+(3,500) | #### (3,500)
 72 | So she has 72 eggs left
 72 | \boxed{72}.
 72 | $\boxed{72}$
@@ -408,6 +419,18 @@ def test_columns_can_be_named_by_their_paths(tmp_path, grader):
     assert (problem.question, problem.gold) == ("1 + 1?", "2")
 
 
+def test_a_context_belongs_to_its_question(tmp_path, grader):
+    about = {"question": "How many?", "answer": 2, "context": "There are two."}
+    source = write(tmp_path / "own.jsonl", about, {**about, "context": None}, {**about, "context": "There are 2."})
+    problems = data_task(source, instruction="", grader=grader).all_problems
+    questions = ["How many?\n\nThere are two.", "How many?", "How many?\n\nThere are 2."]
+    assert [problem.question for problem in problems] == questions
+    (alone,) = data_task(source, columns=Columns("question"), instruction="", grader=grader).all_problems
+    assert alone.question == "How many?"
+    with pytest.raises(UserError, match=r"row 1 of .*: context is not text but \['two'\]"):
+        data_task(write(tmp_path / "list.jsonl", {**about, "context": ["two"]}), grader=grader)
+
+
 def test_draws_are_different_questions_decided_by_the_seed(tmp_path, grader):
     numbered = [{"problem": f"What is {n} + 1?", "answer": n + 1} for n in range(30)]
     task = data_task(write(tmp_path / "sums.jsonl", *numbered, *numbered), grader=grader)
@@ -487,6 +510,19 @@ def test_gold_answers_of_data_sets():
     assert gold_answer("4 + 4 = <<4+4=8>>8\n#### 1,008") == "1008"
     assert gold_answer("#### 1,234,567") == "1234567"
     assert gold_answer("#### (1,2)") == "(1,2)"
+    for listed in (
+        "(3, 5)",
+        "(3,500)",
+        "[100,200]",
+        r"\{100,200,300\}",
+        "1,2",
+        "1, 200",
+        "3,5000",
+        "1,200,30",
+        "0.5,125",
+    ):
+        assert gold_answer(f"#### {listed}") == listed
+    assert gold_answer("#### -$1,200.50 for 3") == "-$1200.50 for 3"
     assert gold_answer(r"so $\boxed{\text{(A)}}$.") == r"\text{(A)}"
     assert gold_answer(" 1,2 ") == "1,2"
     assert gold_answer(r"30^\circ.") == r"30^\circ"

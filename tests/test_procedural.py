@@ -77,6 +77,13 @@ def _impatience(impatient, monkeypatch):
         ("2/3 of it", "2/3", "2/3"),
         (r"It is \boxed{\frac{2}{3}}.", "2/3", "2/3"),
         (r"It is \boxed{1{,}200}, not 7.", "1200", "1200"),
+        ("The answer is \u22123.", "-3", "-3"),
+        ("4 \u2212 7 = \uff0d3", "-3", "-3"),
+        ("It is \u20133", "-3", "-3"),
+        ("From 1\u20133", "3", "3"),
+        ("The answer is ['4', '\u22127'].", "['4', '-7']", "['4', '-7']"),
+        ("The answer is 3 \u2212 2i.", "3 - 2i", "3 - 2i"),
+        ("The answer is a\u2212b.", "a\u2212b", "a\u2212b"),
         ("I cannot say.", "5", None),
         ("Let me think.\n\nThe answer is Yes.", "Yes", "Yes"),
         ("It follows from 2.\nNo", "No", "No"),
@@ -92,6 +99,17 @@ def _impatience(impatient, monkeypatch):
 def test_the_plainest_reading(completion, gold, answer):
     found = readings(completion, gold)
     assert (found[-1] if found else None) == answer
+
+
+def test_any_minus_sign_is_one_for_the_scorers():
+    task = ProceduralTask("chain_sum", {"min_digits": 1, "max_digits": 1})
+    negative = [problem for problem in task.problems(30, seed=1) if problem.gold.startswith("-")]
+    for minus in "-\u2212\uff0d\u2013":
+        right = [f"The answer is {problem.gold.replace('-', minus)}." for problem in negative]
+        assert all(verdict.is_correct for verdict in task.verify(negative, right))
+        wrong = [f"The answer is {problem.gold.removeprefix('-')}." for problem in negative]
+        assert not any(verdict.is_correct for verdict in task.verify(negative, wrong))
+    assert len(negative) > 3
 
 
 def test_marks_that_may_belong_to_the_answer_are_read_with_and_without():

@@ -7,7 +7,14 @@ import re
 CLAUSE_END = re.compile(r"[,;.](?:\s|$)")
 _STATED = re.compile(r"answer\**(?: is\b|:):?\**", re.IGNORECASE)
 _BRACES = re.compile(r"\\(?:boxed|framebox|fbox)\{|[{}]")
+_MINUS = re.compile(r"[\u2212\ufe63\uff0d]|(?<![\w)\]}])[\u2010-\u2013](?=[\d.\\(])")
+"""Unicode's minus signs, and its hyphens and dashes where they are the sign of a number."""
 _OPEN_TAG, _CLOSE_TAG = "<answer>", "</answer>"
+
+
+def with_plain_minus(text: str) -> str:
+    """The text with `-` for every minus sign, which is what scorers read."""
+    return _MINUS.sub("-", text)
 
 
 def answer_place(completion: str) -> str | None:

@@ -25,7 +25,7 @@ from sympy.physics import units
 from sympy.physics.units import Dimension
 from sympy.physics.units.systems.si import SI
 
-from moe_bias.tasks.answers import last_boxed, last_tagged, stated_answer
+from moe_bias.tasks.answers import last_boxed, last_tagged, stated_answer, with_plain_minus
 from moe_bias.tasks.verdict import Verdict, failed, judged
 
 _BASES = {
@@ -186,7 +186,7 @@ def _places(completion: str) -> list[str]:
 
 def _plain(text: str) -> str:
     """The text with its numbers in forms that math-verify reads."""
-    text = _SPACED_THOUSANDS.sub("", _OTHER_BOX.sub(r"\\boxed{", text))
+    text = _SPACED_THOUSANDS.sub("", _OTHER_BOX.sub(r"\\boxed{", with_plain_minus(text)))
     text = _STYLED_BASE.sub(_base_in_digits, text)
     text = _STOP_IN_A_BRACE.sub("", _STYLED_NUMBER.sub(r"\1", text))
     text = _BARE_TRUTH.sub(r"\\text{\1}", text)

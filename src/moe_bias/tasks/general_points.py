@@ -151,7 +151,7 @@ _SIGNS = (
     (re.compile(r"\\times|\\cdot|[×·∗]"), "*"),
     (re.compile(r"(?<=[\d)])\s*x\s*(?=[\d(])", re.IGNORECASE), "*"),
     (re.compile(r"\\div|÷"), "/"),
-    (re.compile(r"[−–]"), "-"),
+    (re.compile(r"[−–﹣－]"), "-"),
     (re.compile(r"\\left|\\right"), ""),
     (re.compile(r"\\[()\[\],;!]|\$"), " "),
     (re.compile(r"\["), "("),

@@ -2,8 +2,8 @@ r"""Mathematical problems with gold answers, from JSON Lines files or the Hub, g
 
 Read as they are: MATH and MATH-500 (`problem`, `answer` or a `\boxed{}` in `solution`), GSM8K
 (`question`, an `answer` that ends with "#### 72"), AIME and AMC (whole numbers), and DAPO-Math-17k
-(`prompt` as a message, the gold answer in `reward_model.ground_truth`). Other columns are named by
-their paths.
+(`prompt` as a message, the gold answer in `reward_model.ground_truth`). An `input` or a `context` beside
+a question belongs to it. Other columns are named by their paths, and stand alone.
 
 What counts as equal is decided in `equality`, by math-verify over sympy: 1/2 is 0.5, x = 3 is 3, a percentage is
 its number with or without the sign. tests/test_mathematics.py holds two hundred cases of it.
@@ -22,7 +22,7 @@ from typing import Any
 from moe_bias.config import UserError
 from moe_bias.mistakes import shown
 from moe_bias.tasks.answers import last_boxed
-from moe_bias.tasks.columns import message_of
+from moe_bias.tasks.columns import message_of, with_context
 from moe_bias.tasks.grader import Grader, shared_grader
 from moe_bias.tasks.rows import is_missing, read_rows, text_of
 from moe_bias.tasks.task import Problem, too_few
@@ -34,7 +34,9 @@ WORKED_COLUMNS = ("solution", "answer")
 INSTRUCTION = "Reason step by step, and put your final answer within \\boxed{}."
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 """GSM8K's marks of a calculator's use."""
-_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+_THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
+_BRACKETS = re.compile(r"[(\[{]")
+"""In a point, an interval or a set a comma stands between numbers."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,10 @@ def read_problem(row: Any, where: str, columns: Columns, instruction: str) -> Pr
     """One row as a problem; `where` names it in errors."""
     if not isinstance(row, Mapping):
         raise UserError(f"{where} is not an object with columns but {shown(row)}")
-    question = _question(_wanted(row, columns.question, QUESTION_COLUMNS, where), where, instruction)
+    asked = _wanted(row, columns.question, QUESTION_COLUMNS, where)
+    if isinstance(asked, str) and not columns.question:
+        asked = with_context(asked, row, where)
+    question = _question(asked, where, instruction)
     gold = _text(_wanted(row, columns.gold, GOLD_COLUMNS, where), where)
     worked = _column(row, (columns.worked,) if columns.worked else WORKED_COLUMNS)
     return Problem(question, gold_answer(gold), _worked(worked), row)
@@ -100,7 +105,8 @@ def gold_answer(text: str) -> str:
     r"""The answer within what a data set gives as one: after GSM8K's "####", in the last `\boxed{}`, or all of it."""
     _, mark, after = text.rpartition("####")
     if mark:
-        return _THOUSANDS.sub("", after.strip())
+        after = after.strip()
+        return after if _BRACKETS.search(after) else _THOUSANDS.sub(lambda number: number[0].replace(",", ""), after)
     boxed = last_boxed(text)
     return (text if boxed is None else boxed).strip().rstrip(".,")  # a sentence's end, which LaTeX cannot read
 

@@ -19,7 +19,7 @@ from functools import lru_cache
 from io import StringIO
 from typing import Any
 
-from moe_bias.tasks.answers import CLAUSE_END, answer_place
+from moe_bias.tasks.answers import CLAUSE_END, answer_place, with_plain_minus
 from moe_bias.tasks.verdict import Verdict, failed, judged
 
 BLOCKS = frozenset(
@@ -183,6 +183,8 @@ def readings(completion: str, gold: str, task: str = "") -> list[str]:
     Read is the place that `answer_place` finds; without one, the end of the completion. Of the numbers of a clause
     the last counts, as in "the answer is 3 * 6 = 18".
     """
+    if with_plain_minus(gold) == gold:
+        completion = with_plain_minus(completion)
     place = answer_place(completion)
     if task in BLOCKS:
         return _distinct(way for block in _blocks(completion, place) for way in _peeled(block))
