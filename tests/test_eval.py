@@ -1,6 +1,7 @@
 """`moe-bias eval` on a tiny model: cut short and gone on with, graded again, other methods' adapters, refusals."""
 
 import json
+import re
 from operator import itemgetter
 from pathlib import Path
 
@@ -266,6 +267,22 @@ def test_samples_are_graded_again_without_the_model(ground, monkeypatch, capsys)
     assert json.loads(Path("out/record.json").read_text())["arms"][0]["accuracy"]["value"] == 0.8
     write(ground / "problems.jsonl", [{**row, "problem": row["problem"] + " w7"} for row in rows])
     assert "holds an unfinished run with other problems" in complaint(capsys, *words_to("out", "--regrade"))
+
+
+def test_bad_golds_are_in_the_table_and_named(ground, monkeypatch, capsys):
+    assert main(words_to("good")) == 0
+    assert "bad gold" not in capsys.readouterr().out
+    rows = [json.loads(line) for line in (ground / "problems.jsonl").read_text().splitlines()]
+    write(ground / "problems.jsonl", [{**rows[0], "answer": "\\frac{1}{"}, *rows[1:]])
+    assert main(words_to("out")) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"avg@1 . +unread . +bad gold", said)
+    assert re.search(r"base .* 80% . +20%", said)
+    assert "1 of 5 problems have a gold answer that the grader cannot read ('p0'): every answer to them" in said
+    write(ground / "problems.jsonl", rows)
+    monkeypatch.setattr(eval_model, "load_model", None)
+    assert main(words_to("out", "--regrade")) == 0
+    assert "bad gold" not in capsys.readouterr().out
 
 
 def test_regrading_needs_samples(ground, capsys):

@@ -130,6 +130,18 @@ def test_equal_rewards_stop_with_the_success_rate(ground, capsys):
     assert "in 2 steps in a row no problem had samples of different rewards" in capsys.readouterr().err
 
 
+def test_bad_golds_are_said(ground, capsys):
+    rows = [json.loads(line) for line in (ground / "problems.jsonl").read_text().splitlines()]
+    (ground / "problems.jsonl").write_text("\n".join(json.dumps({**row, "gold": "\\frac{1}{"}) for row in rows))
+    assert main(words_to(ground / "out", steps=1)) == 0
+    said = capsys.readouterr()
+    assert "0% right, 100% with a bad gold" in said.out + said.err
+    assert "4 of 4 problems have a gold answer that the grader cannot read ('\\\\frac{1}{, " in said.out
+    assert main(words_to(ground / "equal", "--equal-steps", "1", reward="--verdict-weight 1")) == 2
+    assert "of the last samples are right, " in (error := capsys.readouterr().err)
+    assert "100% have a bad gold; start from" in error
+
+
 def test_compare_runs_arms_once_and_prints_them(ground, capsys):
     words = [
         "compare",

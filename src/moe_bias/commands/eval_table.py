@@ -31,7 +31,8 @@ def _scores(found: Sequence[Score], protocol: Protocol, problems: ProblemSet) ->
     headings = [f"avg@{n}", f"to {first.name}"] if len(found) > 1 else [f"avg@{n}"]
     if first.majority is not None:
         headings += [f"pass@{n}", f"maj@{n}"]
-    for heading in (*headings, "unread"):
+    has_bad_golds = any(score.failures["bad gold"] for score in found)
+    for heading in (*headings, "unread", *(["bad gold"] if has_bad_golds else [])):
         table.add_column(heading, justify="right")
     for score in found:
         cells = [percent(score.accuracy)]
@@ -40,7 +41,8 @@ def _scores(found: Sequence[Score], protocol: Protocol, problems: ProblemSet) ->
         if score.majority is not None:
             cells += [percent(score.pass_at[str(n)]), percent(score.majority)]
         unread = score.failures["unparseable"] + score.failures["timed out"]
-        table.add_row(score.name, *cells, f"{unread:.0%}")
+        bad_golds = [f"{score.failures['bad gold']:.0%}"] if has_bad_golds else []
+        table.add_row(score.name, *cells, f"{unread:.0%}", *bad_golds)
     return table
 
 

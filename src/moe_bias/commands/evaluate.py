@@ -16,6 +16,7 @@ from moe_bias.commands.demo_report import report_console
 from moe_bias.commands.eval_arms import EvalArm, arms_of, refuse_changed_arms
 from moe_bias.commands.eval_model import answer_by_model
 from moe_bias.commands.eval_table import print_scores
+from moe_bias.commands.examples import say
 from moe_bias.config import EvalSettings, Interrupted, UserError
 from moe_bias.evaluation.ledger import Ledger
 from moe_bias.evaluation.samples import SampleFile, write_prompts
@@ -24,6 +25,7 @@ from moe_bias.progress import meter
 from moe_bias.records import provenance, write_json
 from moe_bias.rollout.endpoint import Endpoint, EndpointChoices, EndpointError
 from moe_bias.tasks.benchmarks import ProblemSet, Protocol, problem_set, protocol_of
+from moe_bias.tasks.task import of_bad_golds
 from moe_bias.training.run_folder import begin, refuse_other_settings
 
 RECORD_FILE = "record.json"
@@ -49,8 +51,8 @@ def run(settings: EvalSettings) -> None:
         ledger.check_whole()
     begin(settings.output, deciding, {"problems": problems.digest()})
     refuse_changed_arms(settings.output, arms)
-    named = zip(problems.ids, problems.problems, strict=True)
-    write_prompts(settings.output, {name: protocol.prompt(problem) for name, problem in named})
+    asked = zip(problems.ids, problems.problems, strict=True)
+    write_prompts(settings.output, {name: protocol.prompt(problem) for name, problem in asked})
     started = time.perf_counter()
     if settings.regrade:
         ledger.regrade()
@@ -61,6 +63,10 @@ def run(settings: EvalSettings) -> None:
     _record(settings, protocol, problems, arms, found, seconds)
     console = report_console()
     print_scores(console, found, protocol, problems)
+    unread = {sample.problem for sample in ledger.file.read() if sample.outcome == "bad gold"}
+    if unread:
+        named = of_bad_golds([name for name in problems.ids if name in unread], len(problems.ids))
+        say(console, f"{named}; mend them and give --regrade, or leave them out.")
     console.print(f"Samples and {RECORD_FILE} are in {settings.output}.", highlight=False, soft_wrap=True)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from rich.console import Console
 
 from moe_bias.adapter import save_layer
+from moe_bias.commands.examples import say
 from moe_bias.commands.policy import (
     Beginning,
     Ground,
@@ -29,6 +30,7 @@ from moe_bias.evaluation.statistics import Estimate, mean, wilson
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.progress import text_console
 from moe_bias.records import provenance, write_json
+from moe_bias.tasks.task import of_bad_golds
 from moe_bias.training.checkpoint import Checkpoints
 from moe_bias.training.metrics import FILE, MetricsLog, SampleLog
 from moe_bias.training.rl import PolicyPosition, PolicyTrainer, Watching
@@ -141,6 +143,10 @@ def _record(
     for name, value in accuracy.items():
         console.print(f"held-out accuracy, {name:<8} {_percent(value)}")
     console.print(f"trained less start          {_percent(change)}")
+    held_out = zip(ground.test.problems, verdicts[0], strict=True)
+    unread = [problem.gold for problem, verdict in held_out if verdict.outcome == "bad gold"]
+    if unread:
+        say(console, f"{of_bad_golds(unread, len(ground.test.problems))}.")
     console.print(
         f"{position.sampled_tokens:,} tokens sampled; {position.update_seconds / max(position.seconds, 1e-9):.1%} "
         f"of {position.seconds:,.0f} s was updating"

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from moe_bias.config import UserError
+from moe_bias.mistakes import shown
 from moe_bias.tasks.verdict import Verdict
 
 Entry = Mapping[str, Any]
@@ -46,3 +47,11 @@ class Task(Protocol):
 def too_few(task: str, found: int, wanted: int, way_out: str = "") -> UserError:
     """The error of a task that has fewer different problems than were asked for."""
     return UserError(f"task {task} gives only {found} different problems, {wanted} were asked for{way_out}")
+
+
+def of_bad_golds(names: Sequence[str], total: int) -> str:
+    """The sentence on the problems, of so many, whose gold answers cannot be read."""
+    return (
+        f"{len(names)} of {total} problems have a gold answer that the grader cannot read ({shown(', '.join(names))}): "
+        "every answer to them counts as not correct"
+    )

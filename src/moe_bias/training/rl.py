@@ -184,8 +184,9 @@ class PolicyTrainer:
 
     def _say(self, bar: Meter, metrics: Metrics) -> None:
         kl = f", KL {metrics['kl']:.3f}" if "kl" in metrics else ", nothing to learn from"
+        bad_golds = f"{metrics['bad_gold']:.0%} with a bad gold, " if metrics["bad_gold"] else ""
         bar.say(
-            f"step {self._position.step}: reward {metrics['reward']:.3f}, {metrics['correct']:.0%} right, "
+            f"step {self._position.step}: reward {metrics['reward']:.3f}, {metrics['correct']:.0%} right, {bad_golds}"
             f"{metrics['tokens_per_answer']:.0f} tokens, entropy {metrics['entropy']:.2f}{kl}"
         )
 
@@ -202,11 +203,13 @@ class PolicyTrainer:
             return
         right = collected.outcomes["correct"] / max(len(collected.judged), 1)
         cut = sum(not one.finished for one in collected.judged) / max(len(collected.judged), 1)
+        unread = collected.outcomes["bad gold"] / max(len(collected.judged), 1)
+        bad_golds = f", {unread:.0%} have a bad gold" if unread else ""
         raise UserError(
             f"in {self._position.equal} steps in a row no problem had samples of different rewards, so there is "
-            f"nothing to learn from: {right:.0%} of the last samples are right, {cut:.0%} reached the token limit; "
-            "start from an adapter trained on worked answers (--adapter), take easier or harder problems, or raise "
-            "--group or --max-new-tokens"
+            f"nothing to learn from: {right:.0%} of the last samples are right, {cut:.0%} reached the token "
+            f"limit{bad_golds}; start from an adapter trained on worked answers (--adapter), take easier or harder "
+            "problems, or raise --group or --max-new-tokens"
         )
 
     def _save(self) -> None:
