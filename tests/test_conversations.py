@@ -1,3 +1,4 @@
+from dataclasses import replace
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -69,6 +70,21 @@ def test_plain_text_ends_with_eos(tokenizer):
     conversation = Conversation(({"role": "user", "content": "how many"},), "two", is_chat=False)
     example = encode(conversation, tokenizer, 100)
     assert (example.prompt_ids, example.completion_ids) == (ids("how many"), ids("two <eos>"))
+
+
+def test_an_unknown_word_hides_none_beside_it(tokenizer):
+    """Also where the tokenizer does not say which token stands for the unknown."""
+    tokenizer.unk_token = None
+    example = encode(ask("how many .", "two three", is_chat=False), tokenizer, 100)
+    assert example.completion_ids == ids("two three <eos>")
+
+
+def test_what_a_model_said_after_a_prompt_stands_as_it_was_said(tokenizer):
+    """A template without a place to begin an answer writes one there, which the model left out."""
+    tokenizer.chat_template = "{% for m in messages %}<turn> {{ m['content'] }} <end> {% endfor %}"
+    said = ask("how many", "so two")
+    assert encode(said, tokenizer, 100).completion_ids == ids("<turn> so two <end>")
+    assert encode(replace(said, is_sampled=True), tokenizer, 100).completion_ids == ids("so two <end>")
 
 
 def test_too_long_is_cut_and_a_prompt_without_room_gives_none(tokenizer):

@@ -62,7 +62,7 @@ def test_a_second_run_finds_the_hidden_states_of_the_first(passes, capsys):
     assert len(passes) > 0
     size = f"{FeatureStore.open(*kept()).manifest.bytes / 1024:.1f} KiB"
     said = printed(capsys)
-    assert "120 completion tokens of 30 examples" in said
+    assert "150 completion tokens of 30 examples" in said
     assert f"{size} of hidden states stay there for later runs; the folder can be dele" in said
     passes.clear()
     assert main(words("train sft", "second")) == 0
@@ -164,7 +164,7 @@ def test_an_interrupted_extraction_says_what_is_whole(folder, monkeypatch, capsy
     monkeypatch.setattr(build, "completion_hidden", pressed)
     for command, whole in (("train sft", 0), ("sweep --grid epochs=1", 2)):
         assert main(words(command, "out", "--features", "features")) == 130
-        sentence = f"{whole} of 6 shards are whole in 'features'; the same command continues there"
+        sentence = f"{whole} of 8 shards are whole in 'features'; the same command continues there"
         assert sentence in " ".join(capsys.readouterr().err.split()), command
 
 

@@ -7,7 +7,7 @@ split: a problem is held out with all of them, or with none.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +127,7 @@ def _texts(samples: Iterable[Sample], prompts: dict[str, str], source: str, chat
     place = {problem: number for number, problem in enumerate(prompts)}
     ordered = sorted(samples, key=lambda sample: (place[sample.problem], sample.number))
     return Texts(
-        [ask(prompts[sample.problem], sample.text, chat) for sample in ordered],
+        [replace(ask(prompts[sample.problem], sample.text, chat), is_sampled=True) for sample in ordered],
         source,
         [place[sample.problem] for sample in ordered],
         "problems with right answers",

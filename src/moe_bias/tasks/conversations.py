@@ -31,7 +31,8 @@ class Conversation:
     """Turns before the answer, and the answer. `is_chat` is False for plain text to be continued.
 
     `reply` is the answer as a message where it is more than the text `completion`; `tools` are descriptions for
-    the template. `row` is the row of `source` that it comes from, from 0.
+    the template. `is_sampled`: a model gave the text after the very prompt, without what a template may write around
+    an answer. `row` is the row of `source` that it comes from, from 0.
     """
 
     turns: tuple[Message, ...]
@@ -39,6 +40,7 @@ class Conversation:
     is_chat: bool = True
     reply: Message | None = None
     tools: tuple[Any, ...] = ()
+    is_sampled: bool = False
     row: int = field(default=0, compare=False)
     source: str = field(default="", compare=False)
 
@@ -212,6 +214,8 @@ def _ending(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> _
 def _completion_ids(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The answer's token ids and the end of its turn."""
     ending, prompt = _ending(conversation, tokenizer), prompt_text(conversation, tokenizer)
+    if conversation.is_sampled:  # decoded by itself, which takes away what a tokenizer puts before a text
+        return _ids(conversation.completion, tokenizer, is_text=True) + ending.ids
     if conversation.reply is None:
         opening, text = _written(conversation, prompt, ending.after, tokenizer)
         ids = _continued(text + ending.gap, prompt + opening, tokenizer, is_text=True)
@@ -257,9 +261,8 @@ def _continued(text: str, before: str, tokenizer: PreTrainedTokenizerBase, is_te
 
 
 def _is_known(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the vocabulary has tokens for all of a text; unknown ones next to each other are one in some."""
-    ids = _ids(text, tokenizer)
-    return bool(ids) and tokenizer.unk_token_id not in ids
+    """Whether the vocabulary has tokens for all of a text; an unknown one may take in what stands after it."""
+    return text in tokenizer.decode(_ids(text, tokenizer))
 
 
 def _is_beginning(before: str, tokenizer: PreTrainedTokenizerBase) -> bool:
