@@ -1,6 +1,7 @@
 """`moe-bias train sft --samples`: right samples of an evaluation, with their prompts, problems held out whole."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,10 @@ def answers_to(problem):
     return [sample(f"p{problem}", n, text, "wrong" if text == "w1" else "correct") for n, text in enumerate(texts)]
 
 
+def sampled(question, answer):
+    return replace(ask(question, answer), is_sampled=True)
+
+
 def record_of(output):
     return json.loads(Path(output, "record.json").read_text())
 
@@ -95,11 +100,11 @@ def test_the_right_answers_of_each_problem_are_taken_once(folder, capsys):
     others = [sample("p18", 0, "w60", arm="adapter"), sample("p3", 0, "w61", arm="adapter")]
     measured([*(each for n in range(17, -1, -1) for each in answers_to(n)), *wrong, cut, *others])
     found = RightAnswers.of(Path("measured"), None)
-    assert found.texts.conversations[:2] == [ask("w5 w6", "w9 w20"), ask("w5 w6", "w40")]
+    assert found.texts.conversations[:2] == [sampled("w5 w6", "w9 w20"), sampled("w5 w6", "w40")]
     assert found.texts.units == [n for n in range(18) for _ in range(2)]
     assert RightAnswers.of(Path("measured"), "adapter").texts.conversations == [
-        ask("w8 w6", "w61"),
-        ask("w23 w6", "w60"),
+        sampled("w8 w6", "w61"),
+        sampled("w23 w6", "w60"),
     ]
     assert main(train_words("out", "--held-out", "0.2")) == 0
     said = " ".join(capsys.readouterr().out.split())
@@ -116,6 +121,9 @@ def test_the_right_answers_of_each_problem_are_taken_once(folder, capsys):
 
 
 def test_one_answer_a_problem_trains_what_its_rows_would_and_finds_their_hidden_states(folder, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained("model")
+    tokenizer.chat_template += "{% if add_generation_prompt %}w3 {% endif %}"  # else a row's answer begins with w3
+    tokenizer.save_pretrained("model")
     rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
     measured([sample(f"p{n}", 0, row["answer"]) for n, row in enumerate(rows)], problems=30)
     assert main(train_words("data", source=("--data", "rows.jsonl"))) == 0
