@@ -21,6 +21,7 @@ from pydantic import (
     ByteSize,
     ConfigDict,
     Field,
+    JsonValue,
     NonNegativeInt,
     PositiveInt,
     StrictBool,
@@ -77,6 +78,11 @@ def _listed(value: object) -> object:
     return [value] if isinstance(value, int) else _split_at_commas(value)
 
 
+def _whole_or_word(value: object) -> object:
+    """A word that is a whole number as Python writes it, as that number."""
+    return int(value) if isinstance(value, str) and re.fullmatch("0|-?[1-9][0-9]{0,18}", value) else value
+
+
 def _plain(value: object) -> object:
     """NumPy's whole numbers as Python's."""
     return value.__index__() if hasattr(value, "__index__") and not isinstance(value, bool) else value
@@ -90,8 +96,8 @@ Seeds = Annotated[list[NonNegativeInt], NoDecode, BeforeValidator(_split_at_comm
 """A list of seeds, written `0,1,2`."""
 Folders = Annotated[list[Annotated[str, Field(min_length=1)]] | None, NoDecode, BeforeValidator(_split_at_commas)]
 """A list of folders, or None; in a variable or an option it is written `part-1,part-2`."""
-TaskOption = Annotated[int | str, Field(union_mode="left_to_right")]
-"""A number where it can be read as one, else a word."""
+TaskOption = Annotated[JsonValue, BeforeValidator(_whole_or_word)]
+"""Of what type it is to be, the task says (`tasks.options`); of the command line all but whole numbers are words."""
 Names = Annotated[list[Annotated[str, Field(min_length=1)]], NoDecode, BeforeValidator(_split_at_commas)]
 """A list of names, written `static,moe-bias`."""
 Normalisation = Literal["standardise", "rms", "none"]

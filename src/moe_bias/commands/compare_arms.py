@@ -47,7 +47,7 @@ from moe_bias.layer import MoEBiasLayer
 from moe_bias.records import peak_bytes
 from moe_bias.rollout.policy import Policy
 from moe_bias.tasks.conversations import ask, encode_prompt
-from moe_bias.tasks.task import Task
+from moe_bias.tasks.task import Problem, Task
 from moe_bias.training.collect import Curriculum
 from moe_bias.training.grpo_lora import train_grpo_lora
 from moe_bias.training.grpo_trainer import GRPOChoices, check_trl
@@ -65,20 +65,28 @@ def prepare_stage(settings: CompareSettings, names: Sequence[str]) -> Stage:
     if {LORA, LORA_HIGH_ENTROPY} & set(names):
         check_trl()
         _grpo_choices(LORA, settings)
+    shifted = _shifted(settings)
     ground = prepare_ground(settings, settings, seed=0)
     refuse_impossible(settings, ground.head)
     _check_worked(ground, settings, names)
     if SUPERVISED in names and not settings.warm_problems:
         raise UserError(f"{SUPERVISED} goes on from a supervised phase: leave it out, or set --warm-problems above 0")
     tests = {HELD_OUT: (ground.task, ground.test)}
-    if settings.shifted_task or settings.shifted_options:
-        options = {**settings.task_options, **settings.shifted_options}
-        name = settings.shifted_task or settings.task
-        shifted = task_of(settings.model_copy(update={"task": name, "task_options": options, "problems": ""}))
-        problems = shifted.problems(settings.test_problems, seed=1)
+    if shifted is not None:
+        task, problems = shifted
         prompts = [encode_prompt(ask(problem.question), ground.tokenizer) for problem in problems]
-        tests[SHIFTED] = (shifted, Curriculum(problems, prompts))
+        tests[SHIFTED] = (task, Curriculum(problems, prompts))
     return Stage(ground, tests, with_changes(settings, {"seed": 0}))
+
+
+def _shifted(settings: CompareSettings) -> tuple[Task, list[Problem]] | None:
+    """The task that nothing is trained on, and its problems. Raises UserError where there are none."""
+    if not (settings.shifted_task or settings.shifted_options):
+        return None
+    options = {**settings.task_options, **settings.shifted_options}
+    name = settings.shifted_task or settings.task
+    shifted = task_of(settings.model_copy(update={"task": name, "task_options": options, "problems": ""}))
+    return shifted, shifted.problems(settings.test_problems, seed=1)
 
 
 @dataclass(frozen=True)

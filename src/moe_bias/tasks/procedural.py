@@ -77,7 +77,8 @@ class ProceduralTask:
     def problems(self, count: int, seed: int) -> list[Problem]:
         """`count` problems, no question twice.
 
-        Raises UserError on a task that is unknown or refused, and where the options allow too few different problems.
+        Raises UserError on a task that is unknown or refused, on options that it lacks or cannot use, and where these
+        allow too few different problems.
         """
         seen: dict[str, Problem] = {}
         for size in (count * 2, count * 8):
@@ -112,6 +113,8 @@ class ProceduralTask:
             raise UserError(f"reasoning-gym has no task {self.name!r}; near names are {', '.join(near)}")
         try:
             return make_dataset(self.name, self.options, size, seed)
+        except UserError:
+            raise
         except (ValueError, TypeError, AssertionError) as error:
             raise UserError(
                 f"reasoning-gym cannot make task {self.name!r} with {dict(self.options)}: {error}"

@@ -20,6 +20,7 @@ from io import StringIO
 from typing import Any
 
 from moe_bias.tasks.answers import CLAUSE_END, answer_place, with_plain_minus
+from moe_bias.tasks.options import fitted
 from moe_bias.tasks.verdict import Verdict, failed, judged
 
 BLOCKS = frozenset(
@@ -81,12 +82,17 @@ def _unpacked(value: Any) -> Any:
 
 
 def make_dataset(name: str, options: Mapping[str, Any], size: int, seed: int) -> Any:
-    """The data set of reasoning-gym, which raises what it will on unknown options."""
+    """The data set of reasoning-gym, which raises what it will on values that it cannot use.
+
+    Raises UserError on options that the task lacks or that are of another type.
+    """
     with warnings.catch_warnings(), redirect_stdout(StringIO()):
         warnings.simplefilter("ignore", SyntaxWarning)
         import reasoning_gym
+        from reasoning_gym.factory import DATASETS
 
-        return reasoning_gym.create_dataset(name, size=size, seed=seed, **options)
+        given = fitted(name, DATASETS[name][1], options, apart=("size", "seed"))
+        return reasoning_gym.create_dataset(name, size=size, seed=seed, **given)
 
 
 def load(case: Mapping[str, Any]) -> None:
