@@ -7,6 +7,7 @@ from transformers import Trainer, TrainingArguments
 
 from conftest import HIDDEN, VOCABULARY, tiny_model
 from moe_bias import MoEBiasConfig
+from moe_bias.adapter import save_layer
 from moe_bias.backbone import find_head
 from moe_bias.config import LayerConfig
 
@@ -80,3 +81,29 @@ def test_a_card_that_is_written_anew_keeps_the_tag(tmp_path):
     assert "moe-bias" in ModelCard.load(tmp_path / "README.md").data.tags
     peft_model.unload()
     assert model.model_tags is None
+
+
+def saved_beside(readme: bytes | None, folder, num_experts=2) -> bytes:
+    """The README.md of a folder after an adapter was saved into it, as training does."""
+    folder.mkdir(exist_ok=True)
+    if readme is not None:
+        (folder / "README.md").write_bytes(readme)
+    model = tiny_model()
+    save_layer(find_head(model)[1].layer(LayerConfig(num_experts=num_experts)), folder, model)
+    assert (folder / "adapter_config.json").is_file()
+    return (folder / "README.md").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "readme", [b"# My notes\n", b"", b"---\nlicense: mit\n---\n\nMine.\n", b"\xff\xfe no UTF-8", b"---\n: [\n---\n"]
+)
+def test_a_readme_that_was_there_stays(readme, tmp_path):
+    assert saved_beside(readme, tmp_path) == readme
+    assert saved_beside(None, tmp_path, num_experts=3) == readme
+
+
+def test_our_own_card_is_replaced_until_someone_adds_to_it(tmp_path):
+    assert b"| experts | 2, 2 per token |" in saved_beside(None, tmp_path)
+    own = saved_beside(None, tmp_path, num_experts=3)
+    assert b"| experts | 3, 2 per token |" in own
+    assert saved_beside(own + b"More.\n", tmp_path, num_experts=4) == own + b"More.\n"

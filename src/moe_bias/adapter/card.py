@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
+from peft.utils import CONFIG_NAME
 
 from moe_bias.config import LayerConfig
 from moe_bias.records import temporary_folder
 
 TAG = "moe-bias"
+CARD = "README.md"
 _COVERED = {
     "support": "probability mass at forks covered, held out",
     "vocabulary": "probability mass at forks that the support it was trained on holds, held out",
@@ -26,15 +29,28 @@ def write_card(folder: Path, config: Mapping[str, Any]) -> None:
     The metadata of an earlier card are kept; the text that PEFT generates, which is all
     placeholders, is replaced.
     """
-    path = folder / "README.md"
+    path = folder / CARD
     earlier = ModelCard.load(path, ignore_metadata_errors=True) if path.exists() else None
     if earlier is not None and _PLACEHOLDER not in earlier.text:
         return
-    data = earlier.data if earlier is not None else ModelCardData()
+    _card(folder, config, earlier.data if earlier is not None else ModelCardData()).save(path)
+
+
+def has_other_card(folder: Path) -> bool:
+    """Whether there is a README.md that is not word for word the one that was written for the folder's adapter."""
+    try:
+        written = (folder / CARD).read_text(encoding="utf-8")
+        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        return bool(written != str(_card(folder, config, ModelCardData())))
+    except (OSError, ValueError, LookupError, TypeError):  # no such file, or not what we write
+        return (folder / CARD).exists()
+
+
+def _card(folder: Path, config: Mapping[str, Any], data: ModelCardData) -> ModelCard:
     data.library_name = "peft"
     data.tags = sorted({*(data.tags or []), TAG})
     data.base_model = data.base_model or config["base_model_name_or_path"] or None
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(folder.resolve().name, config)}").save(path)
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(folder.resolve().name, config)}")
 
 
 def tag_model(model: Any) -> None:

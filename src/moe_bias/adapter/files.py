@@ -11,6 +11,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from moe_bias.adapter.card import CARD, has_other_card
 from moe_bias.adapter.config import MoEBiasConfig
 from moe_bias.backbone import OutputRows, output_embedding, unwrapped
 from moe_bias.config import LayerConfig, UserError
@@ -56,7 +57,7 @@ def save_layer(
     """Writes a layer that stands alone as an adapter folder that PEFT loads; returns its config.
 
     The files are written in a folder of their own and moved out of it, the config last: until it is there,
-    there is no adapter to be found.
+    there is no adapter to be found. A README.md that someone wrote there stays.
     """
     head = output_embedding(model)
     name = next(name for name, module in model.named_modules() if module is head)
@@ -75,6 +76,8 @@ def save_layer(
         beside = scratch / target.name
         config.save_pretrained(str(beside))
         save_file(tensors, beside / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        if has_other_card(target):
+            (beside / CARD).unlink()
         for file in sorted(beside.iterdir(), key=lambda file: file.name == CONFIG_NAME):
             file.replace(target / file.name)
     return config
