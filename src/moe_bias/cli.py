@@ -18,6 +18,7 @@ import select
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from io import TextIOWrapper
@@ -65,12 +66,18 @@ _OUT_OF_MEMORY = re.compile("not enough memory|out of memory|can't allocate memo
 
 @dataclass(frozen=True)
 class Command:
-    """One subcommand: its words, its positional argument if any, its settings, and what runs it."""
+    """One subcommand: its words, its positional argument if any, its settings, and what runs it.
+
+    `writes` are the files that end a run in its folder, `--output`, which is then one run's as long as it goes on; or,
+    where it is `shared`, of several runs of this command.
+    """
 
     words: str
     settings: type[Settings]
     run: Callable[[Any], None]
     argument: str = ""
+    writes: tuple[str, ...] = ()
+    shared: bool = False
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -140,8 +147,17 @@ def _run(arguments: argparse.Namespace, passed_on: Sequence[str]) -> None:
     settings = _settings(command.settings, source, given)
     # These pass between our dependencies; someone at a terminal can do nothing about them.
     warnings.filterwarnings("ignore", category=FutureWarning)
-    with system_errors_about(settings.texts()):
+    with system_errors_about(settings.texts()), _folder_held(command, settings):
         command.run(settings)
+
+
+def _folder_held(command: Command, settings: Any) -> AbstractContextManager[None]:
+    """The run's folder, where the command has one, for this run alone."""
+    if not command.writes:
+        return nullcontext()
+    from moe_bias.commands.run_lock import held
+
+    return held(settings.output, command.words, command.writes, command.shared)
 
 
 def _settings(cls: type[Settings], source: CliSettingsSource[Any], given: Mapping[str, Any]) -> Settings:
@@ -321,23 +337,24 @@ def _report(settings: ReportSettings) -> None:
 
 
 _DESCRIPTION = "Adapt a frozen language model at its output: entropy-gated, routed logit biases."
+_ADAPTER = ("record.json", "adapter_model.safetensors", "adapter_config.json")
 GROUPS = {"train": "Train an adapter."}
 COMMANDS = (
-    Command("demo", DemoSettings, _demo),
-    Command("train sft", TrainSFTSettings, _train_sft),
-    Command("train rl", TrainRLSettings, _train_rl),
+    Command("demo", DemoSettings, _demo, writes=_ADAPTER),
+    Command("train sft", TrainSFTSettings, _train_sft, writes=_ADAPTER),
+    Command("train rl", TrainRLSettings, _train_rl, writes=_ADAPTER),
     Command("extract", ExtractSettings, _extract),
     Command("verify", VerifySettings, _verify, argument="STORE"),
-    Command("sweep", SweepSettings, _sweep),
-    Command("arms", ArmsSettings, _arms),
-    Command("compare", CompareSettings, _compare),
-    Command("analyze", AnalyzeSettings, _analyze),
-    Command("eval", EvalSettings, _eval),
+    Command("sweep", SweepSettings, _sweep, writes=("table.json",)),
+    Command("arms", ArmsSettings, _arms, writes=("table.json",)),
+    Command("compare", CompareSettings, _compare, writes=("table.json",), shared=True),
+    Command("analyze", AnalyzeSettings, _analyze, writes=("analysis.json",)),
+    Command("eval", EvalSettings, _eval, writes=("samples.jsonl", "record.json")),
     Command(LM_EVAL, LmEvalSettings, lambda settings: _lm_eval([]), argument="ARGUMENTS"),
     Command(SERVE, ServeSettings, _serve, argument="[-- ARGUMENTS]"),
     Command("generate", GenerateSettings, _generate, argument="PROMPT"),
     Command("params", ParamsSettings, _params),
     Command("inspect", InspectSettings, _inspect, argument="ADAPTER"),
     Command("inspect-text", InspectTextSettings, _inspect_text),
-    Command("report", ReportSettings, _report, argument="RUN..."),
+    Command("report", ReportSettings, _report, argument="RUN...", writes=("report.md", "report.html")),
 )

@@ -27,6 +27,7 @@ from pydantic import (
     StrictBool,
     StrictInt,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -69,8 +70,18 @@ OWN_SUPPORT = "own"
 """The support that a feature store was extracted on."""
 
 
+_PATHS = (Path, Path | None)
+
+
 def _split_at_commas(value: object) -> object:
     return value.split(",") if isinstance(value, str) else value
+
+
+def _not_empty(value: object) -> object:
+    """For a path: Python takes an empty one for the current folder, where a shell's variable was not set."""
+    if value == "":
+        raise ValueError("it is empty; the current folder is '.'")
+    return value
 
 
 def _listed(value: object) -> object:
@@ -231,6 +242,12 @@ class Settings(BaseSettings):
     def texts(self) -> list[str]:
         """Every text in the settings: all that may be a path."""
         return list(_texts(dict(self)))
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_no_empty_path(cls, value: object, info: ValidationInfo) -> object:
+        """Of a path; other texts may be empty."""
+        return _not_empty(value) if cls.model_fields[str(info.field_name)].annotation in _PATHS else value
 
     @field_validator("*", mode="before")
     @classmethod
@@ -440,6 +457,13 @@ class TextSettings(Settings):
                 "source",
                 "--features {features} and --no-keep-features exclude each other; give one",
                 {"features": str(self.features), "keep_features": False},
+            )
+        output = getattr(self, "output", None)
+        if self.features and output is not None and os.path.realpath(self.features) == os.path.realpath(output):
+            raise PydanticCustomError(
+                "source",
+                "--features {features} and --output {output} are one folder; give two",
+                {"features": str(self.features), "output": str(output)},
             )
         return self
 
@@ -1030,7 +1054,9 @@ class InspectTextSettings(ModelSettings):
 class ReportSettings(Settings):
     """Make a page, figures and tables of finished runs from their records."""
 
-    runs: CliPositionalArg[list[Path]] = Field(min_length=1, description="folders or records of runs of one model")
+    runs: CliPositionalArg[list[Annotated[Path, BeforeValidator(_not_empty)]]] = Field(
+        min_length=1, description="folders or records of runs of one model"
+    )
     output: Path = Field(Path("report"), description="folder of report.html, report.md, figures and tables")
     title: str = Field("", description="heading of the report; none: the runs' names")
 

@@ -149,7 +149,7 @@ def reason_of(error: BaseException) -> str:
     said = lines[0] if lines else ""
     if isinstance(error, OSError) and error.strerror:
         said = error.strerror
-    return said if said and not isinstance(error, KeyError) else f"{type(error).__name__} {said}".strip()
+    return said if said and not isinstance(error, LookupError) else f"{type(error).__name__} {said}".strip()
 
 
 def interrupt_behind(error: BaseException) -> KeyboardInterrupt | None:

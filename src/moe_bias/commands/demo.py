@@ -31,7 +31,6 @@ from moe_bias.layer import MoEBiasLayer
 from moe_bias.records import provenance, write_json
 from moe_bias.rollout.greedy import greedy_answers
 from moe_bias.training.rl import PolicyTrainer, Watching
-from moe_bias.training.run_folder import refuse_unwritable
 from moe_bias.training.sft import Prepared, refuse_impossible
 
 MEASURING_SECONDS = 200
@@ -44,7 +43,6 @@ def run(settings: DemoSettings) -> None:
     Raises UserError where the task is none, or has no worked answers.
     """
     started = time.perf_counter()
-    refuse_unwritable(settings.output)
     console = report_console()
     ground = prepare_ground(settings, settings, settings.seed)
     refuse_impossible(settings, ground.head)

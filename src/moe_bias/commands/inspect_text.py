@@ -15,6 +15,7 @@ from moe_bias.analysis.readings import TokenReadings, TopTokens, read_tokens, to
 from moe_bias.backbone import Head, find_head, load_model
 from moe_bias.commands.demo_report import report_console
 from moe_bias.commands.policy import saved_layer
+from moe_bias.commands.run_lock import refuse_unwritable
 from moe_bias.commands.saved import adapter_folder
 from moe_bias.config import InspectTextSettings, UserError
 from moe_bias.features.extract import run_backbone
@@ -42,13 +43,14 @@ def run(settings: InspectTextSettings) -> None:
     Raises UserError on an adapter that does not fit, and on a model without a chat template where one is
     asked for.
     """
+    record = settings.output.with_suffix(".json")
+    refuse_unwritable(settings.output.parent, (settings.output.name, record.name))
     adapter_folder(settings.adapter)
     model, tokenizer = load_model(settings)
     head = find_head(model)[1]
     subject = Subject(model, tokenizer, head, saved_layer(settings.adapter, head).layer)
     inspection = inspect(subject, settings)
     made_with = {"settings": settings.model_dump(mode="json"), "provenance": provenance()}
-    record = settings.output.with_suffix(".json")
     write_json(record, {"inspection": asdict(inspection), **made_with})
     write_page(settings.output, inspection)
     print_inspection(report_console(), inspection)

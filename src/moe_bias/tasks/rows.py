@@ -101,6 +101,10 @@ def _hub_rows(name: str, split: str, configuration: str | None) -> Sequence[Any]
     try:
         rows: Sequence[Any] = load_dataset(name, configuration, split=split)
     except (OSError, ValueError, TypeError, LookupError, RuntimeError, ImportError, DatasetsError) as error:
+        if Path(name).is_dir():
+            raise UserError(
+                f"{shown(name)} is a folder whose files cannot be read as rows: {reason_of(error)}"
+            ) from error
         raise UserError(
             f"{shown(name)} is neither a file nor a data set that the Hub delivered ({reason_of(error)})"
         ) from error
@@ -111,6 +115,11 @@ def _check_folder(path: Path) -> None:
     """Raises UserError on a folder without data: what is asked to look for some walks through all that is below it."""
     if not path.is_dir():
         return
+    if not path.resolve().name:
+        raise UserError(
+            f"{shown(str(path))} is the root of all folders; give a JSON Lines file, a folder of data, or the name "
+            "of a data set of the Hub"
+        )
     try:
         files = [file for folder in (path, path / "data") if folder.is_dir() for file in folder.iterdir()]
     except OSError as error:

@@ -97,4 +97,11 @@ class Processes:
             self._state.wait_for_everyone()
 
 
+def is_beside_the_first() -> bool:
+    """Whether a launcher started this process beside the first one, which speaks and writes for all; asked before
+    they join.
+    """
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0"
+
+
 ALONE = Processes()

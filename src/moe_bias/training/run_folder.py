@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -32,18 +31,8 @@ _FREE = frozenset(
 """Settings that do not change what a run, or a cell of a sweep, ends with."""
 
 
-def refuse_unwritable(folder: Path) -> None:
-    """Raises UserError where the folder cannot be made, or nothing written into it: a run would find out last."""
-    place = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    if not place.is_dir():
-        raise UserError(f"--output {str(folder)!r} cannot be a folder: {str(place)!r} is a file")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"--output {str(folder)!r} cannot be written: {str(place)!r} does not allow it")
-
-
 def refuse_other_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Raises UserError on an unusable folder, and naming the first setting in which its unfinished run differs."""
-    refuse_unwritable(folder)
+    """Raises UserError naming the first setting in which the folder's unfinished run differs."""
     before = _read(folder)
     if before is None:
         return
