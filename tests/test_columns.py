@@ -10,8 +10,10 @@ from transformers import AutoTokenizer
 
 from moe_bias.backbone import resolve_model
 from moe_bias.config import UserError
+from moe_bias.mistakes import reason_of
 from moe_bias.tasks.columns import read_conversations
 from moe_bias.tasks.conversations import Conversation, ask, encode, encode_all
+from moe_bias.tasks.rows import read_rows
 
 TWO = ({"role": "user", "content": "how many"},)
 FOUR = {"role": "assistant", "content": "four"}
@@ -388,3 +390,21 @@ def test_odd_rows(tmp_path, tokenizer):
 @pytest.mark.slow
 def test_many_odd_rows(tmp_path, tokenizer):
     check_odd_rows(tokenizer, tmp_path / "rows.jsonl", range(10_000))
+
+
+@pytest.mark.parametrize("name", ["/", "//", "/usr/.."])
+def test_the_root_of_all_folders_is_no_data(name):
+    with pytest.raises(UserError, match=r"^'/.*' is the root of all folders; give a JSON Lines file, a folder of data"):
+        read_rows(name, "train")
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00\xff", b"no JSON"])
+def test_a_folder_whose_files_are_no_rows_is_called_a_folder(content, tmp_path):
+    (tmp_path / "data.parquet").write_bytes(content)
+    with pytest.raises(UserError, match=r"is a folder whose files cannot be read as rows: .*\w{4}"):
+        read_rows(str(tmp_path), "train")
+
+
+def test_lookups_that_fail_within_a_loader_are_named_by_their_type():
+    assert reason_of(IndexError("list index out of range")) == "IndexError list index out of range"
+    assert reason_of(KeyError("split")) == "KeyError 'split'"
