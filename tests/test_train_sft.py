@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from conftest import tiny_model
 from moe_bias.cli import main
@@ -64,6 +65,10 @@ def test_a_stopped_command_goes_on_to_the_same_bytes(folder, capsys, number):
 @pytest.mark.parametrize("more", [[], ["--no-keep-features"]])
 def test_two_launched_processes_train_one_adapter(folder, more):
     """Through the launcher's own variables; the first one alone runs the backbone."""
+    tokenizer = AutoTokenizer.from_pretrained("model")
+    # else each answer begins with w3, soon so sure that Adam makes steps of its gradients' rounding
+    tokenizer.chat_template += "{% if add_generation_prompt %}w3 {% endif %}"
+    tokenizer.save_pretrained("model")
     words = words_to(folder / "out", "--epochs", "2", *more)
     codes = run_two_commands(words, folder / "errors")
     assert codes == [0, 0]
@@ -74,7 +79,8 @@ def test_two_launched_processes_train_one_adapter(folder, more):
     assert [json.loads(line)["step"] for line in lines] == list(range(len(lines)))
     assert main(words_to(folder / "alone", "--epochs", "2")) == 0
     one, two = (adapter(folder / name) for name in ("alone", "out"))
-    assert all(torch.allclose(one[name], two[name], rtol=1e-5, atol=1e-6) for name in one)
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-6)
 
 
 def test_processes_that_do_not_join_are_refused(monkeypatch):
