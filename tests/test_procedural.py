@@ -290,8 +290,10 @@ def test_unknown_tasks_are_refused_with_near_names():
 
 
 def test_unknown_options_are_refused():
-    with pytest.raises(UserError, match="reasoning-gym cannot make task 'products' with"):
+    with pytest.raises(UserError, match="task products has no option 'no_such_option'; its options are min_terms, "):
         ProceduralTask("products", {"no_such_option": 1}).problems(3, seed=0)
+    with pytest.raises(UserError, match="reasoning-gym cannot make task 'products' with"):
+        ProceduralTask("products", {"min_terms": 5, "max_terms": 2}).problems(3, seed=0)
 
 
 def test_an_answer_on_which_a_scorer_hangs_is_timed_out_and_the_next_one_is_graded(impatient):
