@@ -30,10 +30,11 @@ sweep gsm8k linear-rates "experts=linear expert_rate=1e-3,3e-3,1e-2 router_rate=
   "expert_rate=3e-3 router_rate=3e-3" 250000
 sweep gsm8k linear-reach "reach=support,vocabulary experts=linear,directions" "reach=support experts=linear" 70000
 sweep gsm8k directions "experts=directions num_experts=16,32 top_k=2,4" "num_experts=16 top_k=2" 70000
+sweep gsm8k linear-passes "epochs=2,4,6,8" "epochs=4" 200000
 for text in gsm8k python; do
   sweep $text linear-start "entropy_gate=true,false normalisation=standardise,rms,none" \
     "entropy_gate=true normalisation=standardise" 70000
-  sweep $text linear-passes "epochs=2,4,8 expert_dropout=0,0.1" "epochs=4 expert_dropout=0" 70000
+  sweep $text linear-dropout "expert_dropout=0,0.1" "expert_dropout=0" 70000
 done
 
 # The layer beside what it could be without: a static bias, free experts, no gate, no routing, LoRA on the output embedding.
