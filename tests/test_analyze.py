@@ -48,12 +48,12 @@ def test_a_text_is_read_and_said(adapter, capsys):
     assert main(words()) == 0
     said, record = printed(capsys), record_of()
     assert record["format"] == "moe-bias analysis 1"
-    assert record["text"]["tokens"] == 120  # 30 rows of three words and an end
+    assert record["text"]["tokens"] == 150  # 30 rows of a header, three words and an end
     (entry,) = record["adapters"]
     strata = entry["strata"]
-    assert strata["high"]["tokens"] + strata["low"]["tokens"] == strata["all"]["tokens"] == 120
-    assert sum(entry["histograms"]["adapted"]) == 120
-    assert "120 tokens of 30 examples of rows.jsonl" in said
+    assert strata["high"]["tokens"] + strata["low"]["tokens"] == strata["all"]["tokens"] == 150
+    assert sum(entry["histograms"]["adapted"]) == 150
+    assert "150 tokens of 30 examples of rows.jsonl" in said
     assert "analysis.json is in out" in said
     cards = entry["experts"]
     assert sum(card["high"] for card in cards) == pytest.approx(1)

@@ -334,7 +334,7 @@ def test_training_without_an_end_is_refused_before_anything_is_extracted(folder,
     write_rows(folder / "rows.jsonl")
     words = ["train", "sft", "--model", model, "--data", "rows.jsonl", "--output", "o", "--support", "auto:9"]
     words += ["--device", "cpu", "--epochs", str(2**32 - 1), "--features", "f"]
-    assert "4,294,967,295 epochs over 8 tokens, 512 in a step, are 4,294,967,295 optimiser steps" in complaint(
+    assert "4,294,967,295 epochs over 12 tokens, 512 in a step, are 4,294,967,295 optimiser steps" in complaint(
         capsys, *words
     )
     assert not os.path.exists("f")
