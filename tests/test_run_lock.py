@@ -58,6 +58,7 @@ def words_of(command: str, model: str) -> list[str]:
     write_rows(Path("rows.jsonl"))
     given = {
         "demo": "--output out",
+        "extract": "--data rows.jsonl --output out",
         "train sft": "--data rows.jsonl --support auto:9 --features kept --output out",
         "train rl": "--task products --output out",
         "sweep": "--data rows.jsonl --features kept --grid epochs=1 --output out",
@@ -75,9 +76,9 @@ HOLDING = [command for command in COMMANDS if command.writes]
 
 
 def test_every_command_with_a_folder_of_its_own_holds_it():
-    """A feature store has a lock of its own, and waits; the page of inspect-text is one file."""
+    """The page of inspect-text is one file."""
     with_output = {command.words for command in COMMANDS if "output" in command.settings.model_fields}
-    assert with_output - {command.words for command in HOLDING} == {"extract", "inspect-text"}
+    assert with_output - {command.words for command in HOLDING} == {"inspect-text"}
 
 
 @forks
@@ -109,7 +110,7 @@ def test_runs_of_compare_share_a_folder_and_nothing_else_does(folder):
             pass
     with held(Path("out"), "eval", FILES):
         pass
-    assert [command.words for command in COMMANDS if command.shared] == ["compare"]
+    assert [command.words for command in COMMANDS if command.shared] == ["extract", "compare"]
 
 
 @forks

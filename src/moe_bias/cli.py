@@ -343,7 +343,8 @@ COMMANDS = (
     Command("demo", DemoSettings, _demo, writes=_ADAPTER),
     Command("train sft", TrainSFTSettings, _train_sft, writes=_ADAPTER),
     Command("train rl", TrainRLSettings, _train_rl, writes=_ADAPTER),
-    Command("extract", ExtractSettings, _extract),
+    # of two extractions into one store the second waits, which the store sees to itself
+    Command("extract", ExtractSettings, _extract, writes=("manifest.json",), shared=True),
     Command("verify", VerifySettings, _verify, argument="STORE"),
     Command("sweep", SweepSettings, _sweep, writes=("table.json",)),
     Command("arms", ArmsSettings, _arms, writes=("table.json",)),

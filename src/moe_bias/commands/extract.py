@@ -10,7 +10,6 @@ import torch
 from moe_bias.backbone import Head, find_head, load_model
 from moe_bias.commands.examples import encoded, length_limit, say
 from moe_bias.commands.making import made
-from moe_bias.commands.run_lock import refuse_unwritable
 from moe_bias.config import ExtractSettings, UserError
 from moe_bias.features.build import Choices, make_plan
 from moe_bias.features.fingerprint import model_facts
@@ -27,7 +26,6 @@ def run(settings: ExtractSettings) -> None:
 
     Raises UserError on data or settings that cannot be used; Interrupted, with what is whole.
     """
-    refuse_unwritable(settings.output)
     console = text_console()
     conversations = read_conversations(settings.data, settings.split, settings.train_on)
     model, tokenizer = load_model(settings.model_copy(update={"dtype": "auto"}))
