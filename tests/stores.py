@@ -1,6 +1,7 @@
 """Making small feature stores in tests."""
 
 import os
+import signal
 from pathlib import Path
 
 import torch
@@ -57,6 +58,29 @@ def contents(folder: Path) -> dict[str, bytes]:
     """Every file with its bytes, apart from what says how long it took and what was found whole."""
     names = {path.name for path in folder.iterdir()} - {SECONDS, CHECKED}
     return {name: (folder / name).read_bytes() for name in sorted(names)}
+
+
+def die() -> None:
+    """Kills this process, as a system out of memory does."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_at(step, *functions) -> None:
+    """Lets this process kill itself before its `step`-th call of these functions, each by its owner and name."""
+    left = step
+
+    def mortal(function):
+        def call(*args, **kwargs):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                die()
+            return function(*args, **kwargs)
+
+        return call
+
+    for owner, name in functions:
+        setattr(owner, name, mortal(getattr(owner, name)))
 
 
 def in_child(work) -> int:

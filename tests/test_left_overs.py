@@ -22,7 +22,7 @@ from moe_bias.commands.saved import refuse_overwriting
 from moe_bias.config import LayerConfig, UserError
 from moe_bias.records import remove_left_overs, temporary_folder, unfinished, write_json, write_whole
 from moe_bias.training.checkpoint import Checkpoints, Position, saved_layers
-from stores import in_child
+from stores import die, die_at, in_child
 
 NAME = re.compile(r"\.record\.json\.moe-bias-unfinished-\w+-\d+")
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")
@@ -30,10 +30,6 @@ forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fo
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def left_by(process: int, machine: str = "", name: str = "record.json", kind: str = "unfinished") -> str:
@@ -154,20 +150,7 @@ def test_saving_an_adapter_killed_at_any_step_ends_with_the_same_files(tmp_path)
     save_layer(layer, tmp_path / "whole", model)
 
     def killed_at(step, folder):
-        left = step
-
-        def mortal(function):
-            def call(*args, **kwargs):
-                nonlocal left
-                left -= 1
-                if left == 0:
-                    die()
-                return function(*args, **kwargs)
-
-            return call
-
-        for owner, name in ((Path, "replace"), (Path, "mkdir"), (records.shutil, "rmtree")):
-            setattr(owner, name, mortal(getattr(owner, name)))
+        die_at(step, (Path, "replace"), (Path, "mkdir"), (records.shutil, "rmtree"))
         save_layer(layer, folder, model)
 
     step, status = 0, signal.SIGKILL

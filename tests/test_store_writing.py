@@ -19,7 +19,7 @@ from moe_bias.features.build import extract
 from moe_bias.features.extract import evenly_spaced
 from moe_bias.features.store import FeatureStore
 from moe_bias.tasks.conversations import Corpus, Example
-from stores import FACTS, SUPPORT, contents, corpus_of, in_child, make_store, plan_of
+from stores import FACTS, SUPPORT, contents, corpus_of, die_at, in_child, make_store, plan_of
 
 CHOICES = {"keep_top": 0.5, "support": 20}
 """Both of what is calibrated, so that a continued run has all of it to read back."""
@@ -39,20 +39,7 @@ def uninterrupted(tmp_path_factory):
 
 def make_and_die(folder: Path, step: int) -> None:
     """Makes a store in a process that kills itself before its `step`-th sync, rename or removal of a file."""
-    left = step
-
-    def mortal(function):
-        def call(*args, **kwargs):
-            nonlocal left
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **kwargs)
-
-        return call
-
-    for owner, name in ((os, "fsync"), (Path, "replace"), (Path, "unlink"), (Path, "mkdir")):
-        setattr(owner, name, mortal(getattr(owner, name)))
+    die_at(step, (os, "fsync"), (Path, "replace"), (Path, "unlink"), (Path, "mkdir"))
     make(folder)
 
 

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -130,10 +130,24 @@ def as_kind(kind: type[Kind], value: object, what: str, remedy: str = "") -> Kin
     try:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(map(str, first["loc"]))
-        reason = f"{first['msg'][0].lower()}{first['msg'][1:]}, not {shown(first['input'])}"
-        raise damaged(what, f"{field}: {reason}" if field else reason, remedy) from error
+        first = first_mistake(error)
+        reason = f"{first.reason}, not {shown(first.value)}"
+        raise damaged(what, f"{first.field}: {reason}" if first.field else reason, remedy) from error
+
+
+class Mistake(NamedTuple):
+    """What is wrong with a document: the dotted field, empty where it is all of it, why, and what stands there."""
+
+    field: str
+    reason: str
+    value: object
+
+
+def first_mistake(error: ValidationError) -> Mistake:
+    """The first thing that is wrong."""
+    first = error.errors(include_url=False)[0]
+    reason = first["msg"].removeprefix("Value error, ")
+    return Mistake(".".join(map(str, first["loc"])), f"{reason[0].lower()}{reason[1:]}", first["input"])
 
 
 def damaged(what: str, reason: str, remedy: str = "") -> UserError:

@@ -7,7 +7,6 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from moe_bias.config import ReportSettings, UserError
-from moe_bias.mistakes import damaged
 from moe_bias.progress import meter, text_console
 from moe_bias.records import write_whole
 
@@ -31,9 +30,9 @@ def run(settings: ReportSettings) -> None:
     records = read_records(settings.runs)
     try:
         files = _made(records, settings.title)
-    except _OF_WRONG_VALUES as error:
+    except _OF_WRONG_VALUES:
         _refuse_damaged(records)
-        raise error
+        raise
     for name, content in files.items():
         write_whole(settings.output / name, content)
     page = settings.output / PAGE
@@ -60,9 +59,10 @@ def _made(records: Sequence[Record], title: str, visible: bool = True) -> dict[s
 
 def _refuse_damaged(records: Sequence[Record]) -> None:
     """Raises UserError on the first record of which alone no report can be made; without one the fault is ours."""
+    from moe_bias.report.record import of_wrong_values
+
     for record in records:
         try:
             _made([record], "", visible=False)
         except _OF_WRONG_VALUES as error:
-            reason = f"it does not hold what {record.kind.value} writes ({type(error).__name__}: {error})"
-            raise damaged(f"record {str(record.path)!r}", reason) from error
+            raise of_wrong_values(record.path, record.kind, error) from error

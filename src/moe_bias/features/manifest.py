@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from moe_bias.config import UserError, check_support
 from moe_bias.features.fingerprint import Count, ModelFacts, Size
-from moe_bias.mistakes import read_json
+from moe_bias.mistakes import first_mistake, read_json
 
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.json"
@@ -243,11 +243,8 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 def _first(error: ValidationError) -> str:
     """The first thing that is wrong, with the field that it is wrong in."""
-    first = error.errors(include_url=False)[0]
-    field = ".".join(map(str, first["loc"]))[:80]
-    reason = first["msg"].removeprefix("Value error, ")
-    reason = reason[0].lower() + reason[1:]
-    return f"{field}: {reason}" if field else reason
+    first = first_mistake(error)
+    return f"{first.field[:80]}: {first.reason}" if first.field else first.reason
 
 
 def first_difference(

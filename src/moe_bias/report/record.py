@@ -96,6 +96,13 @@ class Record:
         return found
 
 
+def of_wrong_values(path: Path, kind: Kind, error: Exception) -> UserError:
+    """The error to raise over a record whose values are not what its kind of run writes, by what came of them."""
+    return damaged(
+        f"record {str(path)!r}", f"it does not hold what {kind.value} writes ({type(error).__name__}: {error})"
+    )
+
+
 def read_records(paths: Sequence[Path]) -> list[Record]:
     """The records of all runs, named by their folder or file, with numbers where two names are the same.
 
@@ -156,8 +163,7 @@ def _refuse_empty(path: Path, kind: Kind, content: dict[str, Any]) -> None:
     try:
         is_empty = kind in measured and not measured[kind]()
     except (LookupError, TypeError, AttributeError) as error:
-        reason = f"it does not hold what {kind.value} writes ({type(error).__name__}: {error})"
-        raise damaged(f"record {str(path)!r}", reason) from error
+        raise of_wrong_values(path, kind, error) from error
     if is_empty:
         raise UserError(f"{str(path)!r} is the record of a run without samples; there is nothing to report")
 

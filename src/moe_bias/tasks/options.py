@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from moe_bias.config import UserError
-from moe_bias.mistakes import shown
+from moe_bias.mistakes import first_mistake, shown
 
 
 def fitted(task: str, config: type[Any], given: Mapping[str, Any], apart: Collection[str] = ()) -> dict[str, Any]:
@@ -45,5 +45,5 @@ def _fitted(task: str, name: str, kind: TypeAdapter[Any], value: Any) -> Any:
             return kind.validate_strings(str(value))
         return kind.validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
-        reason = error.errors(include_url=False)[0]["msg"]
-        raise UserError(f"option {name} of task {task} is {shown(value)}: {reason[0].lower()}{reason[1:]}") from error
+        reason = first_mistake(error).reason
+        raise UserError(f"option {name} of task {task} is {shown(value)}: {reason}") from error
