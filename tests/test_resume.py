@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from moe_bias.config import UserError
+from moe_bias.interrupts import deferred_interrupt
 from moe_bias.training import checkpoint, trainer
 from moe_bias.training.checkpoint import Checkpoints, Position
-from moe_bias.training.interrupt import deferred_interrupt
 from moe_bias.training.sft import train
 from moe_bias.training.trainer import Trainer
 from test_trainer import lines_of, run_settings

@@ -6,12 +6,15 @@ import os
 import signal
 import sys
 
+from moe_bias.interrupts import interrupt_between_imports
+
 INTERRUPTED = 130
 
 
 def main() -> int:
     """Runs the command line; returns its exit code, unless it was interrupted."""
     try:
+        interrupt_between_imports()
         from moe_bias.cli import main as run
 
         code = run()

@@ -37,12 +37,12 @@ from moe_bias.backbone import Head
 from moe_bias.config import PolicySettings, UserError
 from moe_bias.features.extract import Features
 from moe_bias.features.source import on_device
+from moe_bias.interrupts import deferred_interrupt
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.progress import Meter, meter
 from moe_bias.tasks.verdict import Outcome
 from moe_bias.training.checkpoint import LAYER, Checkpoints, Standing
 from moe_bias.training.collect import Collected, Collector
-from moe_bias.training.interrupt import deferred_interrupt
 from moe_bias.training.metrics import Metrics, SampleLog, router_use
 from moe_bias.training.optimisation import Optimisation
 from moe_bias.training.policy_gradients import mean_kl_between, mean_kl_to_base, policy_gradients

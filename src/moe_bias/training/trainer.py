@@ -18,12 +18,12 @@ from moe_bias.backbone import Head
 from moe_bias.config import TrainingSettings, UserError
 from moe_bias.features.extract import Features
 from moe_bias.features.source import FeatureSource, on_device
+from moe_bias.interrupts import deferred_interrupt
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.limits import refuse_endless_steps
 from moe_bias.progress import Meter, meter
 from moe_bias.training.base_logits import BaseLogits
 from moe_bias.training.checkpoint import LAYER, Checkpoints, Position
-from moe_bias.training.interrupt import deferred_interrupt
 from moe_bias.training.metrics import Metrics, MetricsLog, step_metrics
 from moe_bias.training.objective import SupervisedLoss, mean_nll, supervised_gradients
 from moe_bias.training.optimisation import GradientNorms, Optimisation, dropped_experts
