@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from moe_bias.backbone import Head, find_head, load_model
-from moe_bias.config import ModelSettings, UserError
+from moe_bias.config import ModelConfig
 from moe_bias.features.extract import Features, HiddenTokens, run_backbone, with_scalars
 from moe_bias.features.source import on_device
+from moe_bias.mistakes import UserError
 from moe_bias.tasks.conversations import Example
 
 LENGTH = 128
@@ -58,7 +59,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 def model_of(options: argparse.Namespace) -> PreTrainedModel:
     """The frozen model that the options name. Raises UserError where there is none."""
     if options.shape is None:
-        settings = ModelSettings(model=options.model, device=options.device, dtype=options.dtype)
+        settings = ModelConfig(model=options.model, device=options.device, dtype=options.dtype)
         return load_model(settings)[0]
     return random_model(options.shape, options.device, options.dtype)
 

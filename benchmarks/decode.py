@@ -21,7 +21,7 @@ from peft import LoraConfig, get_peft_model
 from memory import peak_in_own_process, print_peak
 from moe_bias import MoEBiasConfig
 from moe_bias.backbone import load_model
-from moe_bias.config import LayerConfig, ModelSettings
+from moe_bias.config import LayerConfig, ModelConfig
 from side_by_side import ratio, take_turns, write_record
 
 SUPPORT = 4096
@@ -55,7 +55,7 @@ def main() -> None:
 def adapted_model(name: str, model_name: str) -> Any:
     """A model of its own for an arm, its adapter's weights random so that no shortcut applies."""
     torch.manual_seed(0)
-    model, _ = load_model(ModelSettings(model=model_name))
+    model, _ = load_model(ModelConfig(model=model_name))
     config = CONFIGS[name]()
     if config is None:
         return model

@@ -25,7 +25,7 @@ import torch
 
 from memory import peak_in_own_process, print_peak
 from moe_bias.backbone import find_head, load_model
-from moe_bias.config import ModelSettings
+from moe_bias.config import ModelConfig
 from moe_bias.features.build import Choices, extract, make_plan
 from moe_bias.features.extract import batches_by_length, chunk_rows, completion_hidden
 from moe_bias.features.fingerprint import model_facts
@@ -79,7 +79,7 @@ def examples_of(options: argparse.Namespace) -> list[Example]:
 
 def build_arms(options: argparse.Namespace) -> dict[str, Callable[[], int]]:
     """Every arm on the same examples; each returns the tokens that went through the backbone."""
-    model, tokenizer = load_model(ModelSettings(model=options.model, device=options.device))
+    model, tokenizer = load_model(ModelConfig(model=options.model, device=options.device))
     head = find_head(model)[1]
     examples = examples_of(options)
     tokens = sum(len(example) for example in examples)

@@ -23,7 +23,7 @@ import time
 import torch
 
 from moe_bias.backbone import find_head, load_model
-from moe_bias.config import LayerConfig, ModelSettings, PolicySettings
+from moe_bias.config import LayerConfig, ModelConfig, RLConfig
 from moe_bias.features.extract import measure_fork_mass
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.rollout.sampler import Rollouts, SamplingChoices
@@ -87,7 +87,7 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.model, self.tokenizer = load_model(ModelSettings(model=options.model, device=options.device))
+        self.model, self.tokenizer = load_model(ModelConfig(model=options.model, device=options.device))
         self.head = find_head(self.model)[1]
         problems = ProceduralTask.sized_for_small_models("products", {}).problems(options.prompts, 0)
         self.questions = [problem.question for problem in problems]
@@ -122,7 +122,7 @@ class Bench:
 
     def _update(self, rollouts: Rollouts, share: float, epochs: int) -> tuple[float, float]:
         """Seconds from the sampler's tokens to the updated layer, and the gap."""
-        settings = PolicySettings(epochs=epochs, rho=share)
+        settings = RLConfig(epochs=epochs, rho=share)
         update = Update(self.layer, self.head, settings, Optimisation(self.layer, settings, 1))
         advantage_T = torch.linspace(-1, 1, len(rollouts.features))
         kept = {name: tensor.clone() for name, tensor in self.layer.state_dict().items()}

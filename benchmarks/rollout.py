@@ -27,7 +27,7 @@ import torch
 from transformers import PreTrainedModel
 
 from moe_bias.backbone import find_head, load_model, resolve_model
-from moe_bias.config import LayerConfig, ModelSettings
+from moe_bias.config import LayerConfig, ModelConfig
 from moe_bias.rollout.engines import EngineChoices
 from moe_bias.rollout.sampler import Sampler, SamplingChoices
 from moe_bias.rollout.sampling import TransformersSampler
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--model", default="bundled")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
-    model, tokenizer = load_model(ModelSettings(model=options.model, device=options.device))
+    model, tokenizer = load_model(ModelConfig(model=options.model, device=options.device))
     problems = ProceduralTask.sized_for_small_models(TASK, {}).problems(options.prompts, 0)
     prompts = [encode_prompt(ask(problem.question), tokenizer) for problem in problems]
     head = find_head(model)[1]

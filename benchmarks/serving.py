@@ -42,7 +42,7 @@ from vllm.lora.request import LoRARequest
 
 from moe_bias.adapter.files import save_layer
 from moe_bias.backbone import find_head, load_model, resolve_model
-from moe_bias.config import Experts, LayerConfig, ModelSettings, Reach
+from moe_bias.config import Experts, LayerConfig, ModelConfig, Reach
 from side_by_side import ratio, take_turns, write_record
 
 SUPPORT, RANK, OWN_TOKENS = 4096, 8, 32
@@ -120,7 +120,7 @@ def main() -> None:
 
 def write_adapters(folder: Path, options: argparse.Namespace) -> None:
     """Random adapters of both kinds, all different, in `ours` and `lora`."""
-    model, _ = load_model(ModelSettings(model=options.model, device="cpu"))
+    model, _ = load_model(ModelConfig(model=options.model, device="cpu"))
     head = find_head(model)[1]
     chosen = {name: value for name, value in vars(options).items() if name in LayerConfig.model_fields}
     torch.manual_seed(0)

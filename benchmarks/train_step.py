@@ -25,7 +25,7 @@ from peft import LoraConfig, get_peft_model
 from moe_bias import MoEBiasConfig
 from moe_bias.adapter import find_adapter_head
 from moe_bias.backbone import Head, find_head, load_model
-from moe_bias.config import LayerConfig, ModelSettings
+from moe_bias.config import LayerConfig, ModelConfig
 from moe_bias.features.extract import Features, run_backbone, with_scalars
 from moe_bias.layer import load_balance_loss
 from moe_bias.tasks.conversations import Example
@@ -60,7 +60,7 @@ def build_arms(options: argparse.Namespace) -> dict[str, Callable[[], int]]:
     """One step of every arm, all on the same random tokens."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(10, SUPPORT, (options.sequences, options.length), generator=generator)
-    settings = ModelSettings(model=options.model)
+    settings = ModelConfig(model=options.model)
     lora = get_peft_model(
         load_model(settings)[0], LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
     ).train()

@@ -40,7 +40,8 @@ from corpus import Corpus, add_model_options, corpus_of, model_of, random_ids
 from growth import TOKENS, measure_growth
 from lora_arm import LoRAArm, fastest
 from memory import Peak, peak_in_own_process, print_peak
-from moe_bias.config import LayerConfig, UserError
+from moe_bias.config import LayerConfig
+from moe_bias.mistakes import UserError
 from side_by_side import Ratio, ratio, take_turns, wait, write_record
 from update_arms import BATCH, LAYER_ARMS, LAYERS, Arm
 

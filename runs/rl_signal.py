@@ -22,8 +22,8 @@ import numpy as np
 import torch
 
 from moe_bias.commands.policy import Ground, collector_of, prepare_ground, rewards_of
+from moe_bias.commands.training_settings import CompareSettings
 from moe_bias.commands.warm_start import prepare_warm_start, warm_layer
-from moe_bias.config import CompareSettings
 from moe_bias.evaluation.policy_arms import LAYER_ARMS
 from moe_bias.features.extract import Features
 from moe_bias.layer import MoEBiasLayer

@@ -22,7 +22,7 @@ from moe_bias import (
     push_to_hub,
 )
 from moe_bias.adapter import read_adapter, save_layer
-from moe_bias.config import UserError
+from moe_bias.mistakes import UserError
 
 SUPPORT = [2, 3, 5, 8, 40, 96]
 GENERATE = {"max_new_tokens": 8, "pad_token_id": 0}

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from moe_bias.config import UserError
+from moe_bias.mistakes import UserError
 from moe_bias.serving.names import AdapterNames
 
 SERVED = ["tiny", "tiny:chat", "org/tiny"]

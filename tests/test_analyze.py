@@ -12,7 +12,7 @@ from moe_bias.backbone import find_head, load_model
 from moe_bias.cli import main
 from moe_bias.commands import analysis_text, analyze
 from moe_bias.commands.policy import policy_of, saved_layer
-from moe_bias.config import ModelSettings
+from moe_bias.config import ModelConfig
 from moe_bias.features.extract import run_backbone
 from moe_bias.layer import entropy_from_logits
 from moe_bias.tasks.columns import read_conversations
@@ -68,7 +68,7 @@ def test_cards_of_linear_experts_say_what_they_read(folder, capsys):
     assert main(words(adapters="linear")) == 0
     said, (entry,) = printed(capsys), record_of()["adapters"]
     assert (entry["kind"], entry["rank"], entry["free_entries"], entry["reach"]) == ("linear", 2, False, "support")
-    model, tokenizer = load_model(ModelSettings(model="model", device="cpu"))
+    model, tokenizer = load_model(ModelConfig(model="model", device="cpu"))
     layer = saved_layer("linear", find_head(model)[1]).layer
     views = expert_views(layer, 8, tokenizer.decode)
     assert [view_of_record(card) for card in entry["experts"]] == views
@@ -80,7 +80,7 @@ def test_cards_of_linear_experts_say_what_they_read(folder, capsys):
 def test_the_record_holds_what_the_model_does(adapter):
     """Against a direct pass of the model over the rows."""
     assert main(words()) == 0
-    model, tokenizer = load_model(ModelSettings(model="model", device="cpu"))
+    model, tokenizer = load_model(ModelConfig(model="model", device="cpu"))
     head = find_head(model)[1]
     layer = saved_layer("adapter", head).layer
     corpus = encode_all(read_conversations("rows.jsonl", "train"), tokenizer, 2048)

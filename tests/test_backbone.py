@@ -21,14 +21,15 @@ from moe_bias.backbone import (
     model_sizes,
     resolve_model,
 )
-from moe_bias.config import ModelSettings, UserError
+from moe_bias.config import ModelConfig
+from moe_bias.mistakes import UserError
 
 quick = settings(max_examples=50, deadline=None)
 CAPPED = HeadTransform(scale=0.5, cap=30.0)
 
 
-def settings_for(model: str, **changes) -> ModelSettings:
-    return ModelSettings(**{"model": model, "device": "cpu", **changes})
+def settings_for(model: str, **changes) -> ModelConfig:
+    return ModelConfig(**{"model": model, "device": "cpu", **changes})
 
 
 @quick

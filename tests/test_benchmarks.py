@@ -12,7 +12,7 @@ import side_by_side
 import update
 from corpus import corpus_of, model_of, shaped_config
 from lora_arm import Form, LoRAArm
-from moe_bias.config import UserError
+from moe_bias.mistakes import UserError
 from update_arms import DEFAULT, EVERYTHING, LAYER_ARMS, head_autograd, lora_head_support, support_autograd
 
 SHAPE = "64,512,1000000"

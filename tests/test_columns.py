@@ -9,8 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from moe_bias.backbone import resolve_model
-from moe_bias.config import UserError
-from moe_bias.mistakes import reason_of
+from moe_bias.mistakes import UserError, reason_of
 from moe_bias.tasks.columns import read_conversations
 from moe_bias.tasks.conversations import Conversation, ask, encode, encode_all
 from moe_bias.tasks.rows import read_rows

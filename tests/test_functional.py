@@ -134,11 +134,11 @@ def test_another_support_for_the_same_model_is_refused():
         get_moe_bias_layer(model, support=[3, 5])
 
 
-def test_a_toml_file_is_read_and_variables_win(monkeypatch, tmp_path):
-    (tmp_path / "moe-bias.toml").write_text("num_experts = 8\ntop_k = 4\n")
+def test_variables_count_and_a_settings_file_does_not(monkeypatch, tmp_path):
+    (tmp_path / "moe-bias.toml").write_text("[layer]\nnum_experts = 8\ntop_k = 4\n")
     monkeypatch.setenv("MOE_BIAS_TOP_K", "1")
     config = get_moe_bias_layer(tiny_model()).config
-    assert (config.num_experts, config.top_k) == (8, 1)
+    assert (config.num_experts, config.top_k) == (4, 1)
 
 
 def test_bad_variable_is_named(monkeypatch):

@@ -144,7 +144,8 @@ def settings_case(folder: Path, monkeypatch: pytest.MonkeyPatch):
         for name in [name for name in os.environ if name.startswith("MOE_BIAS_")]:
             monkeypatch.delenv(name)
         odd = [*ODD_VALUES, *ODD_TEXTS]
-        lines = [
+        lines = [f"[{random.choice(sorted(cli.SECTIONS.keys))}]"] if random.random() < 0.9 else []
+        lines += [
             f"{random.choice(names)} = {toml_value(random, random.choice(odd))}" for _ in range(random.randint(0, 2))
         ]
         text = "\n".join(lines).encode("utf-8", "surrogatepass")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_bias.config import UserError
+from moe_bias.mistakes import UserError
 from moe_bias.tasks.arithmetic import NotArithmetic, reachable, read
 from moe_bias.tasks.catalogue import make_task
 from moe_bias.tasks.general_points import GeneralPoints, read_equation

@@ -7,7 +7,7 @@ from peft import get_peft_model
 from conftest import randomise, tiny_model, token_ids
 from moe_bias.adapter import MoEBiasConfig, find_adapter_head
 from moe_bias.backbone import find_head
-from moe_bias.config import LayerConfig, TrainingSettings
+from moe_bias.config import LayerConfig, SFTConfig
 from moe_bias.evaluation.likelihood import token_nll
 from moe_bias.features.extract import run_backbone, with_scalars
 from moe_bias.layer import MoEBiasLayer
@@ -44,7 +44,7 @@ def test_features_training_and_answers_on_the_gpu():
     layer = MoEBiasLayer(
         LayerConfig(experts="free", num_experts=4, support=tuple(SUPPORT)), head.hidden_size, head.vocab_size
     ).cuda()
-    fit(layer, features, head, TrainingSettings(epochs=40, expert_rate=0.5), "test")
+    fit(layer, features, head, SFTConfig(epochs=40, expert_rate=0.5), "test")
     assert token_nll(layer, features, head).mean() < token_nll(None, features, head).mean() - 1
     base, adapted = greedy_answers(
         model,

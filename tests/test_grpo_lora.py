@@ -8,7 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from conftest import tiny_model, token_ids
-from moe_bias.config import ModelSettings, UserError
+from moe_bias.config import ModelConfig
+from moe_bias.mistakes import UserError
 from moe_bias.training import grpo_trainer as grpo_trainer_module
 from moe_bias.training.grpo_lora import _Watch, sampler_trainer_gap, train_grpo_lora
 from moe_bias.training.grpo_trainer import GRPOChoices, grpo_trainer
@@ -219,7 +220,7 @@ def test_without_trl_the_message_says_how_to_install_it(monkeypatch):
 def test_the_bundled_model_is_trained(entropy_share):
     from moe_bias.backbone import load_model
 
-    model, tokenizer = load_model(ModelSettings(model="bundled"))
+    model, tokenizer = load_model(ModelConfig(model="bundled"))
     chats = [[{"role": "user", "content": f"What is {number} + {number + 1}?"}] for number in range(6)]
     choices = GRPOChoices(steps=2, prompts=4, group=4, max_new_tokens=16, entropy_share=entropy_share)
     with lora_on(model, 8, seed=0) as adapted:

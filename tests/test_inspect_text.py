@@ -9,7 +9,7 @@ from moe_bias.backbone import find_head, load_model
 from moe_bias.cli import main
 from moe_bias.commands.inspect_text import coloured, harmless
 from moe_bias.commands.policy import saved_layer
-from moe_bias.config import ModelSettings
+from moe_bias.config import ModelConfig
 from moe_bias.report.inspector import read_inspection, shared_length
 from moe_bias.tasks.conversations import ask, encode_prompt
 from test_cli import complaint, folder, save_adapter, save_model
@@ -54,7 +54,7 @@ def test_page_and_record_hold_both_answers(saved, folder, capsys):
 def test_numbers_are_those_of_the_readings(saved, folder):
     inspected(saved)
     found = read_inspection(folder / "tokens.json").answers[1]
-    model, tokenizer = load_model(ModelSettings(model=saved[0], device="cpu"))
+    model, tokenizer = load_model(ModelConfig(model=saved[0], device="cpu"))
     head, prompt = find_head(model)[1], encode_prompt(ask("w11 w6"), tokenizer)
     written = torch.tensor([token.id for token in found.tokens])
     with torch.no_grad():

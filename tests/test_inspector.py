@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_bias.config import UserError
+from moe_bias.mistakes import UserError
 from moe_bias.records import write_json
 from moe_bias.report import inspector
 from moe_bias.report.inspector import (

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from moe_bias.config import UserError
+from moe_bias.mistakes import UserError
 from moe_bias.tasks.answers import answer_place, last_boxed
 from moe_bias.tasks.catalogue import make_task
 from moe_bias.tasks.grader import Grader

@@ -18,10 +18,12 @@ from fuzzing import ended, look_at, nested
 from moe_bias import MoEBiasConfig
 from moe_bias.cli import main
 from moe_bias.commands import params
-from moe_bias.config import DemoSettings, EvalSettings, LayerConfig, TrainRLSettings, UserError
+from moe_bias.commands.looking_settings import EvalSettings
+from moe_bias.commands.training_settings import DemoSettings, TrainRLSettings
+from moe_bias.config import LayerConfig
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.limits import endless_sampling, in_days, machine_bytes, refuse_beyond_memory, refuse_endless_steps
-from moe_bias.mistakes import as_kind, printable, read_json, shortened, shown, system_errors_about
+from moe_bias.mistakes import UserError, as_kind, printable, read_json, shortened, shown, system_errors_about
 from test_cli import adapter as saved_adapter
 from test_cli import complaint, save_model
 from test_cli import folder as empty_folder

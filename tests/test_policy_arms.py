@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from moe_bias.config import UserError
 from moe_bias.evaluation.policy_arms import PolicyArm, PolicyRecords, compare_policies
+from moe_bias.mistakes import UserError
 
 
 def arm(name: str, seed: int, right: list[float]) -> PolicyArm:

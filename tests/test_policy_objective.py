@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from conftest import HIDDEN, VOCABULARY, randomise, tiny_model
 from moe_bias.backbone import HeadTransform, find_head
-from moe_bias.config import LayerConfig, UserError
+from moe_bias.config import LayerConfig
 from moe_bias.features.extract import Features, support_columns
 from moe_bias.layer import MoEBiasLayer, Routing, entropy_from_logits, itself
+from moe_bias.mistakes import UserError
 from moe_bias.support import full_log_prob, full_stats, rest_scalars
 from moe_bias.training import objective
 from moe_bias.training.policy_gradients import adapted_policy, mean_kl_to_base, policy_gradients, policy_stats

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 
-from moe_bias.config import UserError
+from moe_bias.mistakes import UserError
 from moe_bias.tasks import procedural
 from moe_bias.tasks.grader import Grader
 from moe_bias.tasks.procedural import REFUSED, SMALL_OPTIONS, WORKED, ProceduralTask

@@ -10,10 +10,11 @@ from torch import nn
 from conftest import randomise, tiny_model, token_ids
 from moe_bias import MoEBiasConfig, apply_moe_bias, find_adapter_head, get_moe_bias_layer
 from moe_bias.backbone import Head, HeadTransform, OutputRows, find_head
-from moe_bias.config import LayerConfig, TrainingSettings, UserError
+from moe_bias.config import LayerConfig, SFTConfig
 from moe_bias.evaluation.likelihood import token_nll
 from moe_bias.features.extract import run_backbone, with_scalars
 from moe_bias.features.fingerprint import head_hash, model_facts
+from moe_bias.mistakes import UserError
 from moe_bias.support import full_log_prob
 from moe_bias.tasks.conversations import Example
 from moe_bias.training.sft import fit
@@ -143,7 +144,7 @@ def test_training_on_features_lowers_the_loss_of_the_model_itself(kind):
     features = with_scalars(head, run_backbone(model, examples, 8, "test"), SUPPORT, "test")
     torch.manual_seed(0)
     layer = head.layer(LayerConfig(support=tuple(SUPPORT), expert_rank=2))
-    report = fit(layer, features, head, TrainingSettings(epochs=20), "test")
+    report = fit(layer, features, head, SFTConfig(epochs=20), "test")
     assert report.steps > 10
     nll_T, base_T = token_nll(layer, features, head), token_nll(None, features, head)
     assert nll_T.mean() < base_T.mean() - 0.5

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from moe_bias.config import UserError
+from moe_bias.mistakes import UserError
 from moe_bias.serving.recording import SCALARS, RowLayout, Spool
 
 

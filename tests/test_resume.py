@@ -9,15 +9,14 @@ import time
 import pytest
 import torch
 
-from moe_bias.config import UserError
 from moe_bias.interrupts import deferred_interrupt
+from moe_bias.mistakes import UserError
 from moe_bias.training import checkpoint, trainer
 from moe_bias.training.checkpoint import Checkpoints, Position
-from moe_bias.training.sft import train
 from moe_bias.training.trainer import Trainer
 from test_trainer import lines_of, run_settings
 from test_training import features_of, head_of, layer_of
-from training_processes import ADAPTER, run_training, start_training
+from training_processes import ADAPTER, run_training, start_training, train_in
 
 CHOICES = {
     "epochs": 60,
@@ -130,7 +129,7 @@ def stopped_run(folder, method, after=0, **changes):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, method, stopped)
         with pytest.raises(AssertionError, match="stopped"):
-            train(layer_of(), features, features, head, run_settings(folder, **changes))
+            train_in(layer_of(), features, features, head, run_settings(folder, **changes))
     return head, features
 
 
@@ -144,7 +143,7 @@ def test_a_run_that_ran_out_of_patience_stays_so(tmp_path, monkeypatch):
     with_nlls(monkeypatch, [3.0, 1.0, 2.0, 2.0])
     changes = {"epochs": 9, "evaluate_every": 2, "patience": 2}
     head, features = stopped_run(tmp_path, "_finish", **changes)
-    report = train(layer_of(), features, features, head, run_settings(tmp_path, **changes))
+    report = train_in(layer_of(), features, features, head, run_settings(tmp_path, **changes))
     assert (report.steps, report.layer_step, report.held_out_nll) == (6, 2, 1.0)
 
 
@@ -157,7 +156,7 @@ def test_the_best_layer_survives_a_kill(tmp_path, monkeypatch):
         if folder.name == "cut":
             stopped_run(folder, "_step", after=7, **changes)
         layers.append(layer_of())
-        assert train(layers[-1], features, features, head, run_settings(folder, **changes)).layer_step == 2
+        assert train_in(layers[-1], features, features, head, run_settings(folder, **changes)).layer_step == 2
     assert torch.equal(layers[0].experts, layers[1].experts)
 
 
@@ -176,11 +175,11 @@ def test_ctrl_c_keeps_the_step_that_was_running(tmp_path, monkeypatch):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
-            train(layer, features, features, head, run_settings(tmp_path, checkpoint_every=100))
+            train_in(layer, features, features, head, run_settings(tmp_path, checkpoint_every=100))
     finally:
         signal.signal(signal.SIGINT, before)
     assert names(tmp_path / "checkpoints") == ["step-00000005.safetensors"]
-    report = train(layer_of(), features, features, head, run_settings(tmp_path, checkpoint_every=100))
+    report = train_in(layer_of(), features, features, head, run_settings(tmp_path, checkpoint_every=100))
     assert report.steps == 12
     assert len(calls) == 12
 
@@ -221,18 +220,20 @@ def test_handlers_of_the_program_are_left_alone():
 def test_other_settings_are_refused_by_the_first_that_differs(tmp_path, changes, difference):
     head, features = stopped_run(tmp_path, "_step", after=2)
     with pytest.raises(UserError, match=f"holds an unfinished run with {difference}; give its settings"):
-        train(layer_of(), features, features, head, run_settings(tmp_path, **changes))
+        train_in(layer_of(), features, features, head, run_settings(tmp_path, **changes))
 
 
 def test_other_tokens_are_refused(tmp_path):
     head, features = stopped_run(tmp_path, "_step", after=2)
     with pytest.raises(UserError, match="holds an unfinished run with other training tokens"):
-        train(layer_of(), features.at(slice(0, 60)), features, head, run_settings(tmp_path))
+        train_in(layer_of(), features.at(slice(0, 60)), features, head, run_settings(tmp_path))
 
 
 def test_how_often_checkpoints_are_written_may_change(tmp_path):
     head, features = stopped_run(tmp_path, "_step", after=2)
-    report = train(layer_of(), features, features, head, run_settings(tmp_path, checkpoint_every=5, keep_checkpoints=3))
+    report = train_in(
+        layer_of(), features, features, head, run_settings(tmp_path, checkpoint_every=5, keep_checkpoints=3)
+    )
     assert report.steps == 12
     assert names(tmp_path / "checkpoints") == [f"step-{step:08d}.safetensors" for step in (2, 5, 10)]
 
@@ -241,7 +242,7 @@ def test_a_damaged_run_file_is_named(tmp_path):
     head, features = stopped_run(tmp_path, "_step", after=2)
     (tmp_path / "run.json").write_text(json.dumps({"settings": {}}))
     with pytest.raises(UserError, match=r"run\.json' is damaged"):
-        train(layer_of(), features, features, head, run_settings(tmp_path))
+        train_in(layer_of(), features, features, head, run_settings(tmp_path))
 
 
 def test_one_run_in_this_process_is_the_one_in_another(tmp_path, undisturbed):

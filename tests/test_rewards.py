@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_bias.config import UserError
+from moe_bias.mistakes import UserError
 from moe_bias.tasks.rewards import RewardRules, Rewards, load_reward, overlong_penalty
 from moe_bias.tasks.task import Problem
 from moe_bias.tasks.verdict import Verdict, failed, judged

@@ -210,6 +210,6 @@ def test_what_cannot_be_trained_on_is_told_in_one_sentence(folder, more, sentenc
 
 
 def test_a_number_of_samples_in_the_settings_file_is_that_of_eval(folder):
-    Path("moe-bias.toml").write_text("samples = 4")
+    Path("moe-bias.toml").write_text("[eval]\nsamples = 4")
     assert main(train_words("out", source=("--data", "rows.jsonl"))) == 0
     assert record_of("out")["settings"]["samples"] is None

@@ -9,8 +9,9 @@ import torch
 
 from conftest import VOCABULARY, randomise, tiny_model
 from moe_bias.backbone import find_head
-from moe_bias.config import LayerConfig, PolicySettings, UserError
+from moe_bias.config import LayerConfig, RLConfig
 from moe_bias.layer import MoEBiasLayer
+from moe_bias.mistakes import UserError
 from moe_bias.rollout.sampler import SamplingChoices
 from moe_bias.rollout.sampling import TransformersSampler
 from moe_bias.tasks.task import Problem
@@ -28,9 +29,9 @@ PROMPTS = [[5, 7, 9 + number] for number in range(10)]
 PROBLEMS = [Problem(f"question {number}", "gold", "", {}) for number in range(10)]
 
 
-def settings_of(**changes) -> PolicySettings:
+def settings_of(**changes) -> RLConfig:
     usual = {"steps": 4, "prompts": 4, "group": 4, "max_new_tokens": 5, "epochs": 2, "batch_tokens": 8, "rho": 0.5}
-    return PolicySettings(**{**usual, "experts": "free", "num_experts": 4, "expert_rate": 3.0, **changes})
+    return RLConfig(**{**usual, "experts": "free", "num_experts": 4, "expert_rate": 3.0, **changes})
 
 
 def share_of_wanted(tokens) -> float:

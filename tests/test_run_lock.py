@@ -10,16 +10,10 @@ import pytest
 
 from moe_bias.cli import COMMANDS
 from moe_bias.commands import run_lock
+from moe_bias.commands.looking_settings import AnalyzeSettings, ReportSettings, VerifySettings
 from moe_bias.commands.run_lock import LOCK, NOTE, held
-from moe_bias.config import (
-    AnalyzeSettings,
-    DemoSettings,
-    ExtractSettings,
-    ReportSettings,
-    TrainSFTSettings,
-    UserError,
-    VerifySettings,
-)
+from moe_bias.commands.training_settings import DemoSettings, ExtractSettings, TrainSFTSettings
+from moe_bias.mistakes import UserError
 from test_cli import adapter as saved_adapter
 from test_cli import complaint
 from test_cli import folder as empty_folder

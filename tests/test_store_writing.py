@@ -13,11 +13,11 @@ import torch
 
 from conftest import tiny_model
 from moe_bias.backbone import find_head
-from moe_bias.config import Interrupted, UserError
 from moe_bias.features import build
 from moe_bias.features.build import extract
 from moe_bias.features.extract import evenly_spaced
 from moe_bias.features.store import FeatureStore
+from moe_bias.mistakes import Interrupted, UserError
 from moe_bias.tasks.conversations import Corpus, Example
 from stores import FACTS, SUPPORT, contents, corpus_of, die_at, in_child, make_store, plan_of
 

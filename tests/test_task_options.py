@@ -8,8 +8,8 @@ from dataclasses import fields
 
 import pytest
 
-from moe_bias.cli import main
-from moe_bias.config import EvalSettings, UserError
+from moe_bias.cli import main, settings_of
+from moe_bias.mistakes import UserError
 from moe_bias.tasks.catalogue import make_task
 from moe_bias.tasks.options import fitted
 from moe_bias.tasks.procedural import REFUSED, ProceduralTask
@@ -27,15 +27,20 @@ OPTIONS = {"allow_negation": False, "max_terms": 3, "probability": 0.5, "name": 
 RUN_SETS = ("size", "seed")
 
 
+def task_options():
+    return settings_of(["eval", "--output", "o", "--task", "chain_sum"])[1].task_options
+
+
 def test_types_of_a_settings_file_and_of_variables_stay(folder, monkeypatch):
     (folder / "moe-bias.toml").write_text(
-        '[task_options]\nallow_negation = false\nmax_terms = 3\nprobability = 0.5\nname = "007"\noperators = ["+", "-"]'
+        "[eval.task_options]\nallow_negation = false\n"
+        'max_terms = 3\nprobability = 0.5\nname = "007"\noperators = ["+", "-"]'
     )
-    found = EvalSettings(output="o", task="chain_sum").task_options
+    found = task_options()
     assert json.dumps(found) == json.dumps(OPTIONS)
     (folder / "moe-bias.toml").unlink()
     monkeypatch.setenv("MOE_BIAS_TASK_OPTIONS", json.dumps(OPTIONS))
-    assert json.dumps(EvalSettings(output="o", task="chain_sum").task_options) == json.dumps(OPTIONS)
+    assert json.dumps(task_options()) == json.dumps(OPTIONS)
 
 
 @pytest.mark.parametrize("given", [False, "false", "False", "no", "off", "0", 0])

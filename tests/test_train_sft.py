@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from conftest import tiny_model
 from moe_bias.cli import main
-from moe_bias.config import UserError
+from moe_bias.mistakes import UserError
 from moe_bias.training.checkpoint import Checkpoints
 from moe_bias.training.processes import Processes
 from test_sweep import folder as prepared_folder

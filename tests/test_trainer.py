@@ -10,18 +10,21 @@ import torch
 
 import training_processes
 from conftest import HIDDEN, randomise
-from moe_bias.config import TrainingSettings, TrainSFTSettings, UserError
+from moe_bias.commands.training_settings import TrainSFTSettings
+from moe_bias.config import SFTConfig
 from moe_bias.evaluation.likelihood import token_nll
 from moe_bias.layer import Routing
+from moe_bias.mistakes import UserError
 from moe_bias.training import metrics, trainer
 from moe_bias.training.base_logits import BaseLogits
 from moe_bias.training.metrics import MetricsLog, router_use
 from moe_bias.training.objective import mean_nll
 from moe_bias.training.optimisation import Optimisation, dropped_experts, rate_factor
 from moe_bias.training.processes import ALONE
-from moe_bias.training.sft import NORMALISATION_TOKENS, fit, start, train
+from moe_bias.training.sft import NORMALISATION_TOKENS, fit, start
 from moe_bias.training.trainer import Evaluations, Trainer, Watch, batches
 from test_training import features_of, head_of, layer_of
+from training_processes import train_in
 
 
 def test_rates_by_hand():
@@ -36,7 +39,7 @@ def test_first_step_of_adamw_by_hand():
     layer = layer_of(num_experts=2, support=[1, 2])
     torch.nn.init.constant_(layer.experts, 2.0)
     router = layer.router.weight.detach().clone()
-    settings = TrainingSettings(expert_rate=0.1, router_rate=0.01, weight_decay=0.5, max_grad_norm=1e9, warmup=0)
+    settings = SFTConfig(expert_rate=0.1, router_rate=0.01, weight_decay=0.5, max_grad_norm=1e9, warmup=0)
     optimisation = Optimisation(layer, settings, 10)
     layer.experts.grad = torch.tensor([[3.0, -4.0], [0.0, 0.0]])
     layer.router.weight.grad = torch.ones_like(router)
@@ -51,7 +54,7 @@ def test_first_step_of_adamw_by_hand():
 
 def test_gradients_are_clipped_to_the_norm():
     layer = layer_of(num_experts=1, top_k=1, support=[1, 2], entropy_gate=False)
-    optimisation = Optimisation(layer, TrainingSettings(max_grad_norm=1.0), 10)
+    optimisation = Optimisation(layer, SFTConfig(max_grad_norm=1.0), 10)
     layer.experts.grad = torch.tensor([[3.0, 4.0]])
     optimisation.step(0)
     torch.testing.assert_close(layer.experts.grad, torch.tensor([[0.6, 0.8]]), rtol=1e-5, atol=0)
@@ -75,7 +78,7 @@ def test_dropout_leaves_entries_out_and_puts_them_back():
 
 
 def test_every_epoch_has_every_token_once_and_a_later_start_sees_the_same_rest():
-    settings = TrainingSettings(epochs=3, batch_tokens=4, seed=5)
+    settings = SFTConfig(epochs=3, batch_tokens=4, seed=5)
     whole = list(batches(10, settings))
     assert [len(index) for index in whole] == [4, 4, 2] * 3
     orders = [torch.cat(whole[first : first + 3]).tolist() for first in (0, 3, 6)]
@@ -106,7 +109,7 @@ def test_a_run_ends_alike_with_logits_kept_and_recomputed():
     layers = []
     for budget in (2**20, 0):
         layer = layer_of()
-        fit(layer, features, head, TrainingSettings(epochs=3, batch_tokens=16, logits_budget=budget), "test")
+        fit(layer, features, head, SFTConfig(epochs=3, batch_tokens=16, logits_budget=budget), "test")
         layers.append(layer)
     torch.testing.assert_close(layers[0].experts, layers[1].experts, rtol=1e-4, atol=1e-5)
 
@@ -143,7 +146,7 @@ class Long:
 
 def test_start_reads_few_tokens_from_all_over_the_source():
     source, layer = Long(), layer_of()
-    start(layer, source, TrainingSettings(gate_alpha=2.0, gate_beta=-1.0))
+    start(layer, source, SFTConfig(gate_alpha=2.0, gate_beta=-1.0))
     assert torch.equal(source.read, torch.arange(NORMALISATION_TOKENS) * 10)
     assert (layer.entropy_gate.weight.item(), layer.entropy_gate.bias.item()) == (2.0, -1.0)
 
@@ -158,7 +161,7 @@ def test_early_stopping_ends_with_the_best_layer(monkeypatch):
         return next(nlls)
 
     monkeypatch.setattr(trainer, "mean_nll", scripted)
-    settings = TrainingSettings(epochs=9, batch_tokens=16)
+    settings = SFTConfig(epochs=9, batch_tokens=16)
     report = fit(layer, features, head, settings, "test", Evaluations(features, every=2, patience=2))
     assert (report.steps, report.layer_step, report.held_out_nll) == (8, 4, 3.0)
     assert torch.equal(layer.experts.detach(), seen[2])
@@ -168,7 +171,7 @@ def test_without_patience_the_last_layer_stays(monkeypatch):
     head, layer = head_of(), layer_of()
     features, nlls = features_of(head), iter([5.0, 1.0, 2.0, 3.0])
     monkeypatch.setattr(trainer, "mean_nll", lambda *arguments: next(nlls))
-    report = fit(layer, features, head, TrainingSettings(epochs=3, batch_tokens=16), "test", Evaluations(features))
+    report = fit(layer, features, head, SFTConfig(epochs=3, batch_tokens=16), "test", Evaluations(features))
     assert (report.steps, report.layer_step, report.held_out_nll) == (12, 12, 3.0)
 
 
@@ -184,7 +187,7 @@ def lines_of(folder):
 def test_metrics_of_every_step(tmp_path):
     head = head_of()
     features = features_of(head)
-    train(layer_of(), features, features, head, run_settings(tmp_path, evaluate_every=5))
+    train_in(layer_of(), features, features, head, run_settings(tmp_path, evaluate_every=5))
     lines = lines_of(tmp_path)
     assert [line["step"] for line in lines] == list(range(13))  # 61 tokens by 16: 4 steps an epoch
     assert [line["step"] for line in lines if "held_out_nll" in line] == [0, 5, 10, 12]
@@ -283,7 +286,7 @@ def test_a_bad_step_stops_the_run_and_names_the_last_good_checkpoint(tmp_path, m
     spoil(monkeypatch, 6, change)
     found = rf"training stopped at step 6 of 12: {cause}.*; the last good checkpoint is .*step-00000004.safetensors$"
     with pytest.raises(UserError, match=found):
-        train(layer, features, features, head, run_settings(tmp_path))
+        train_in(layer, features, features, head, run_settings(tmp_path))
     assert torch.isfinite(layer.experts).all()
 
 
@@ -292,14 +295,14 @@ def test_a_bad_step_before_any_checkpoint_says_so(tmp_path, monkeypatch):
     features = features_of(head)
     spoil(monkeypatch, 1, with_total(math.inf))
     with pytest.raises(UserError, match=r"step 1 of 12: the loss became inf.*; there is no checkpoint yet"):
-        train(layer_of(), features, features, head, run_settings(tmp_path))
+        train_in(layer_of(), features, features, head, run_settings(tmp_path))
 
 
 def test_a_batch_that_is_not_finite_is_named_as_the_cause():
     head, layer = head_of(), layer_of()
     features = features_of(head)
     features.logit[7] = math.nan
-    runner = Trainer(layer, features, head, TrainingSettings(epochs=1, batch_tokens=61), Watch())
+    runner = Trainer(layer, features, head, SFTConfig(epochs=1, batch_tokens=61), Watch())
     features.column[7] = -1
     with pytest.raises(UserError, match="its hidden states, logits or entropies are not finite; extract them again"):
         runner.run("test")

@@ -7,10 +7,11 @@ import torch
 
 from conftest import HIDDEN, VOCABULARY, randomise, tiny_model
 from moe_bias.backbone import find_head
-from moe_bias.config import LayerConfig, TrainingSettings, UserError
+from moe_bias.config import LayerConfig, SFTConfig
 from moe_bias.evaluation.likelihood import per_example, token_nll
 from moe_bias.features.extract import Features, HiddenTokens, with_scalars
 from moe_bias.layer import MoEBiasLayer
+from moe_bias.mistakes import UserError
 from moe_bias.support import full_log_prob, full_stats
 from moe_bias.training import objective
 from moe_bias.training.base_logits import BaseLogits
@@ -156,7 +157,7 @@ def test_supervised_loss_by_hand():
 def test_fit_learns_what_the_hidden_state_tells_and_a_static_bias_cannot():
     head = head_of()
     features = features_of(head, tokens=400)
-    settings = TrainingSettings(epochs=60, batch_tokens=64, expert_rate=0.2, router_rate=0.02)
+    settings = SFTConfig(epochs=60, batch_tokens=64, expert_rate=0.2, router_rate=0.02)
     nll = {}
     for name, choices in {"static": {"num_experts": 1, "top_k": 1, "entropy_gate": False}, "moe": {}}.items():
         layer = layer_of(**choices)
@@ -173,7 +174,7 @@ def test_fit_gives_the_same_bytes_again():
     runs = []
     for _ in range(2):
         layer = layer_of()
-        fit(layer, features, head, TrainingSettings(epochs=2, batch_tokens=16), "test")
+        fit(layer, features, head, SFTConfig(epochs=2, batch_tokens=16), "test")
         runs.append(layer.state_dict())
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
 
@@ -183,7 +184,7 @@ def test_hidden_states_that_are_not_finite_are_refused():
     features = features_of(head)
     features.hidden[3, 0] = math.nan
     with pytest.raises(UserError, match="the hidden states hold NaN or infinite values"):
-        fit(layer, features, head, TrainingSettings(epochs=1), "test")
+        fit(layer, features, head, SFTConfig(epochs=1), "test")
 
 
 def test_nll_per_example_sums_its_tokens():
@@ -244,7 +245,7 @@ def test_lora_on_the_output_embedding_learns_from_stored_hidden_states():
     head, features = head_of(), features_of(head_of())
     layer = HeadLoRA(head, 2, tuple(SUPPORT))
     before = token_nll(None, features, head).mean()
-    fit(layer, features, head, TrainingSettings(epochs=60, expert_rate=0.1, router_rate=0.1), "test")
+    fit(layer, features, head, SFTConfig(epochs=60, expert_rate=0.1, router_rate=0.1), "test")
     assert token_nll(layer, features, head).mean() < before - 0.5
 
 
@@ -253,6 +254,6 @@ def test_training_on_the_first_tokens_leaves_the_others_alone():
     spoilt = replace(features, hidden=torch.cat([features.hidden[:20], features.hidden[20:] * torch.nan]))
     layers = [layer_of(), layer_of()]
     for layer, source in zip(layers, (features.at(slice(20)), spoilt), strict=True):
-        fit(layer, source, head, TrainingSettings(epochs=2, batch_tokens=8, train_tokens=20), "test")
+        fit(layer, source, head, SFTConfig(epochs=2, batch_tokens=8, train_tokens=20), "test")
     for name, value in layers[0].state_dict().items():
         assert torch.equal(value, layers[1].state_dict()[name]), name

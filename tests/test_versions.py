@@ -10,8 +10,9 @@ from conftest import HIDDEN, VOCABULARY, randomise, tiny_model
 from moe_bias.adapter.embedding import embedding_sample
 from moe_bias.adapter.files import save_layer
 from moe_bias.backbone import find_head
-from moe_bias.config import LayerConfig, UserError
+from moe_bias.config import LayerConfig
 from moe_bias.layer import MoEBiasLayer
+from moe_bias.mistakes import UserError
 from moe_bias.serving import versions
 from moe_bias.serving.versions import AdapterFolder, read_version
 

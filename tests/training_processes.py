@@ -16,9 +16,11 @@ from safetensors.torch import load_file
 from conftest import tiny_model
 from moe_bias.adapter import save_layer
 from moe_bias.cli import main
-from moe_bias.config import TrainSFTSettings
-from moe_bias.training.processes import Processes
+from moe_bias.commands.training_settings import TrainSFTSettings
+from moe_bias.training.checkpoint import Checkpoints
+from moe_bias.training.processes import ALONE, Processes
 from moe_bias.training.sft import train
+from moe_bias.training.trainer import FitReport
 from test_training import features_of, head_of, layer_of
 
 _SERVED = multiprocessing.get_context("forkserver")
@@ -34,13 +36,19 @@ def settings_of(folder: Path, choices: dict[str, Any]) -> TrainSFTSettings:
     return TrainSFTSettings(data="none", output=folder, device="cpu", **choices)
 
 
+def train_in(layer, source, held_out, head, settings: TrainSFTSettings, processes: Processes = ALONE) -> FitReport:
+    """Trains in the folder that the settings name, as the command does."""
+    checkpoints = Checkpoints(settings.output, settings.checkpoint_every, settings.keep_checkpoints)
+    return train(layer, source, held_out, head, settings, checkpoints, settings.model_dump(mode="json"), processes)
+
+
 def run_training(folder: Path, choices: dict[str, Any]) -> None:
     """Trains, or goes on, and saves the adapter."""
     torch.set_num_threads(1)
     settings, head = settings_of(folder, choices), head_of()
     features, layer = features_of(head), layer_of()
     processes = Processes.join("cpu")
-    train(layer, features, features.at(slice(0, 20)), head, settings, processes)
+    train_in(layer, features, features.at(slice(0, 20)), head, settings, processes)
     if processes.is_first:
         save_layer(layer, folder, tiny_model())
 

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from moe_bias.config import BUNDLED_MODEL, LayerConfig, ModelSettings, UserError
+from moe_bias.config import BUNDLED_MODEL, LayerConfig, ModelConfig
 from moe_bias.layer import MoEBiasLayer, at_least_float32
-from moe_bias.mistakes import reason_of
+from moe_bias.mistakes import UserError, reason_of
 from moe_bias.records import unfinished
 
 BUNDLED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -323,7 +323,7 @@ def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -
     return seen[0]
 
 
-def load_model(settings: ModelSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(settings: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The frozen model in evaluation mode, and its tokenizer.
 
     'auto' as a type is float32 on a CPU and the checkpoint's own type elsewhere. Raises UserError
@@ -340,7 +340,7 @@ def load_model(settings: ModelSettings) -> tuple[PreTrainedModel, PreTrainedToke
     return model, tokenizer
 
 
-def model_sizes(settings: ModelSettings) -> tuple[int, int, int]:
+def model_sizes(settings: ModelConfig) -> tuple[int, int, int]:
     """(D, V, number of parameters) from the model's config alone: no weight is read.
 
     Raises UserError where the config cannot be had or describes no causal language model.
@@ -400,7 +400,7 @@ def _converted_bundle() -> Path:
     return target
 
 
-def _from_pretrained(auto_class: Any, path: str, settings: ModelSettings, **kwargs: Any) -> Any:
+def _from_pretrained(auto_class: Any, path: str, settings: ModelConfig, **kwargs: Any) -> Any:
     try:
         return auto_class.from_pretrained(path, trust_remote_code=settings.trust_remote_code, **kwargs)
     except Exception as error:  # a damaged file of a model makes its loader raise anything

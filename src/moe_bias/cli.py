@@ -11,48 +11,55 @@ fault of the program and shows its traceback. What the system says of a path tha
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import re
 import select
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from io import TextIOWrapper
 from typing import Any, NoReturn
 
-from pydantic import ValidationError
-from pydantic_settings import CliSettingsSource, SettingsError
+from pydantic_settings import CliSettingsSource
 
-from moe_bias.config import (
-    ENV_PREFIX,
+from moe_bias.commands.looking_settings import (
     AnalyzeSettings,
-    ArmsSettings,
-    CompareSettings,
-    DemoSettings,
     EvalSettings,
-    ExtractSettings,
     GenerateSettings,
     InspectSettings,
     InspectTextSettings,
-    Interrupted,
     LmEvalSettings,
     ParamsSettings,
     ReportSettings,
     ServeSettings,
-    Settings,
+    VerifySettings,
+)
+from moe_bias.commands.sources import Sections, as_typed, options_on, read
+from moe_bias.commands.training_settings import (
+    ArmsSettings,
+    CompareSettings,
+    DemoSettings,
+    ExtractSettings,
     SweepSettings,
     TrainRLSettings,
     TrainSFTSettings,
-    UserError,
-    VerifySettings,
-    describe_error,
-    describe_unreadable,
 )
-from moe_bias.mistakes import interrupt_behind, printable, reading, reason_of, shortened, system_errors_about
+from moe_bias.config import Config
+from moe_bias.mistakes import (
+    Interrupted,
+    UserError,
+    interrupt_behind,
+    printable,
+    reason_of,
+    shortened,
+    system_errors_about,
+)
+from moe_bias.variables import PREFIX
 
 PROGRAM = "moe-bias"
 LM_EVAL = "lm-eval"
@@ -66,18 +73,27 @@ _OUT_OF_MEMORY = re.compile("not enough memory|out of memory|can't allocate memo
 
 @dataclass(frozen=True)
 class Command:
-    """One subcommand: its words, its positional argument if any, its settings, and what runs it.
+    """One subcommand: its words, its settings, the module of `commands` that runs it, its positional argument if any.
 
     `writes` are the files that end a run in its folder, `--output`, which is then one run's as long as it goes on; or,
     where it is `shared`, of several runs of this command.
     """
 
     words: str
-    settings: type[Settings]
-    run: Callable[[Any], None]
+    settings: type[Config]
+    module: str
     argument: str = ""
     writes: tuple[str, ...] = ()
     shared: bool = False
+
+    @property
+    def section(self) -> str:
+        """The section of its own in the settings file."""
+        return self.words.rpartition(" ")[2]
+
+    def run(self, settings: Config) -> None:
+        """Runs it."""
+        importlib.import_module(f"moe_bias.commands.{self.module}").run(settings)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,10 +103,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with system_errors_about([*words, *_variables()]):
             if is_passed_on(words):
-                _lm_eval(words[1:])
+                importlib.import_module("moe_bias.commands.harness").run(words[1:])
             else:
-                own, passed_on = split_at_dashes(words)
-                _run(build_parser().parse_args(own), passed_on)
+                _run(*settings_of(words))
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
         code, sentence = _ending(error)
@@ -110,14 +125,13 @@ def build_parser() -> argparse.ArgumentParser:
         if group not in groups:
             groups[group] = _group(_subparser(groups[""], group, "COMMAND", GROUPS[group]))
         leaf = _subparser(groups[group], word, command.argument, _summary(command.settings), group)
-        source: CliSettingsSource[Any] = CliSettingsSource(command.settings, root_parser=leaf, cli_parse_args=False)
-        leaf.set_defaults(command=command, source=source)
+        leaf.set_defaults(command=command, options=options_on(leaf, command.settings))
     return parser
 
 
 def is_passed_on(words: Sequence[str]) -> bool:
     """Whether what follows the first word is for the lm-evaluation-harness to read."""
-    return words[:1] == [LM_EVAL] and not {*words[1:]} <= {"-h", "--help"}
+    return words[:1] == [LM_EVAL] and (len(words) == 1 or not {*words[1:]} <= {"-h", "--help"})
 
 
 def split_at_dashes(words: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
@@ -138,17 +152,35 @@ def _subparser(group: Any, word: str, argument: str, summary: str, parent: str =
     return parser
 
 
-def _run(arguments: argparse.Namespace, passed_on: Sequence[str]) -> None:
-    given = vars(arguments)
+def settings_of(words: Sequence[str]) -> tuple[Command, Config]:
+    """The command of these words and its settings, with those of variables and the settings file.
+
+    Raises UserError on settings that cannot be; exits with 2 on words that no command takes.
+    """
+    own, passed_on = split_at_dashes(words)
+    given = vars(build_parser().parse_args(own))
     if passed_on:  # as JSON, or commas and brackets in them would be read as parts of a list
         given["arguments"] = json.dumps(passed_on)
     command: Command = given.pop("command")
-    source: CliSettingsSource[Any] = given.pop("source")
-    settings = _settings(command.settings, source, given)
+    options: CliSettingsSource[Any] = given.pop("options")
+    with _as_typed(command):
+        return command, read(command.settings, SECTIONS, options, given)
+
+
+def _run(command: Command, settings: Config) -> None:
     # These pass between our dependencies; someone at a terminal can do nothing about them.
     warnings.filterwarnings("ignore", category=FutureWarning)
-    with system_errors_about(settings.texts()), _folder_held(command, settings):
+    with _as_typed(command), system_errors_about(settings.texts()), _folder_held(command, settings):
         command.run(settings)
+
+
+@contextmanager
+def _as_typed(command: Command) -> Iterator[None]:
+    """What the library says of a field is said of the command's option."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(as_typed(str(error), command.settings.model_fields)) from error
 
 
 def _folder_held(command: Command, settings: Any) -> AbstractContextManager[None]:
@@ -158,18 +190,6 @@ def _folder_held(command: Command, settings: Any) -> AbstractContextManager[None
     from moe_bias.commands.run_lock import held
 
     return held(settings.output, command.words, command.writes, command.shared)
-
-
-def _settings(cls: type[Settings], source: CliSettingsSource[Any], given: Mapping[str, Any]) -> Settings:
-    """The settings of this run. Raises UserError naming where a bad value came from."""
-    try:
-        with reading("the command line", SettingsError):
-            words = source(parsed_args=dict(given))
-        return cls(_cli_settings_source=words)
-    except ValidationError as error:
-        raise UserError(describe_error(error, given)) from error
-    except SettingsError as error:
-        raise UserError(describe_unreadable(error)) from error
 
 
 def _ending(error: BaseException) -> tuple[int | None, str]:
@@ -189,7 +209,7 @@ def _ending(error: BaseException) -> tuple[int | None, str]:
 
 
 def _variables() -> list[str]:
-    return [value for name, value in os.environ.items() if name.startswith(ENV_PREFIX)]
+    return [value for name, value in os.environ.items() if name.startswith(PREFIX)]
 
 
 def _print_anything() -> None:
@@ -211,7 +231,7 @@ def _nobody_reads() -> bool:
     return True
 
 
-def _summary(settings: type[Settings]) -> str:
+def _summary(settings: type[Config]) -> str:
     return (settings.__doc__ or "").strip().splitlines()[0]
 
 
@@ -234,128 +254,27 @@ class _Parser(argparse.ArgumentParser):
         return str(self.usage).partition(" [")[0]
 
 
-def _demo(settings: DemoSettings) -> None:
-    from moe_bias.commands import demo
-
-    demo.run(settings)
-
-
-def _train_sft(settings: TrainSFTSettings) -> None:
-    from moe_bias.commands import train_sft
-
-    train_sft.run(settings)
-
-
-def _train_rl(settings: TrainRLSettings) -> None:
-    from moe_bias.commands import train_rl
-
-    train_rl.run(settings)
-
-
-def _extract(settings: ExtractSettings) -> None:
-    from moe_bias.commands import extract
-
-    extract.run(settings)
-
-
-def _verify(settings: VerifySettings) -> None:
-    from moe_bias.commands import verify
-
-    verify.run(settings)
-
-
-def _sweep(settings: SweepSettings) -> None:
-    from moe_bias.commands import sweep
-
-    sweep.run(settings)
-
-
-def _arms(settings: ArmsSettings) -> None:
-    from moe_bias.commands import arms
-
-    arms.run(settings)
-
-
-def _compare(settings: CompareSettings) -> None:
-    from moe_bias.commands import compare
-
-    compare.run(settings)
-
-
-def _analyze(settings: AnalyzeSettings) -> None:
-    from moe_bias.commands import analyze
-
-    analyze.run(settings)
-
-
-def _eval(settings: EvalSettings) -> None:
-    from moe_bias.commands import evaluate
-
-    evaluate.run(settings)
-
-
-def _lm_eval(arguments: Sequence[str]) -> None:
-    from moe_bias.commands import harness
-
-    harness.run(arguments)
-
-
-def _serve(settings: ServeSettings) -> None:
-    from moe_bias.commands import serve
-
-    serve.run(settings)
-
-
-def _generate(settings: GenerateSettings) -> None:
-    from moe_bias.commands import generate
-
-    generate.run(settings)
-
-
-def _params(settings: ParamsSettings) -> None:
-    from moe_bias.commands import params
-
-    params.run(settings)
-
-
-def _inspect(settings: InspectSettings) -> None:
-    from moe_bias.commands import inspect_adapter
-
-    inspect_adapter.run(settings)
-
-
-def _inspect_text(settings: InspectTextSettings) -> None:
-    from moe_bias.commands import inspect_text
-
-    inspect_text.run(settings)
-
-
-def _report(settings: ReportSettings) -> None:
-    from moe_bias.commands import report
-
-    report.run(settings)
-
-
 _DESCRIPTION = "Adapt a frozen language model at its output: entropy-gated, routed logit biases."
 _ADAPTER = ("record.json", "adapter_model.safetensors", "adapter_config.json")
 GROUPS = {"train": "Train an adapter."}
 COMMANDS = (
-    Command("demo", DemoSettings, _demo, writes=_ADAPTER),
-    Command("train sft", TrainSFTSettings, _train_sft, writes=_ADAPTER),
-    Command("train rl", TrainRLSettings, _train_rl, writes=_ADAPTER),
+    Command("demo", DemoSettings, "demo", writes=_ADAPTER),
+    Command("train sft", TrainSFTSettings, "train_sft", writes=_ADAPTER),
+    Command("train rl", TrainRLSettings, "train_rl", writes=_ADAPTER),
     # of two extractions into one store the second waits, which the store sees to itself
-    Command("extract", ExtractSettings, _extract, writes=("manifest.json",), shared=True),
-    Command("verify", VerifySettings, _verify, argument="STORE"),
-    Command("sweep", SweepSettings, _sweep, writes=("table.json",)),
-    Command("arms", ArmsSettings, _arms, writes=("table.json",)),
-    Command("compare", CompareSettings, _compare, writes=("table.json",), shared=True),
-    Command("analyze", AnalyzeSettings, _analyze, writes=("analysis.json",)),
-    Command("eval", EvalSettings, _eval, writes=("samples.jsonl", "record.json")),
-    Command(LM_EVAL, LmEvalSettings, lambda settings: _lm_eval([]), argument="ARGUMENTS"),
-    Command(SERVE, ServeSettings, _serve, argument="[-- ARGUMENTS]"),
-    Command("generate", GenerateSettings, _generate, argument="PROMPT"),
-    Command("params", ParamsSettings, _params),
-    Command("inspect", InspectSettings, _inspect, argument="ADAPTER"),
-    Command("inspect-text", InspectTextSettings, _inspect_text),
-    Command("report", ReportSettings, _report, argument="RUN...", writes=("report.md", "report.html")),
+    Command("extract", ExtractSettings, "extract", writes=("manifest.json",), shared=True),
+    Command("verify", VerifySettings, "verify", argument="STORE"),
+    Command("sweep", SweepSettings, "sweep", writes=("table.json",)),
+    Command("arms", ArmsSettings, "arms", writes=("table.json",)),
+    Command("compare", CompareSettings, "compare", writes=("table.json",), shared=True),
+    Command("analyze", AnalyzeSettings, "analyze", writes=("analysis.json",)),
+    Command("eval", EvalSettings, "evaluate", writes=("samples.jsonl", "record.json")),
+    Command(LM_EVAL, LmEvalSettings, "harness", argument="ARGUMENTS"),
+    Command(SERVE, ServeSettings, "serve", argument="[-- ARGUMENTS]"),
+    Command("generate", GenerateSettings, "generate", argument="PROMPT"),
+    Command("params", ParamsSettings, "params"),
+    Command("inspect", InspectSettings, "inspect_adapter", argument="ADAPTER"),
+    Command("inspect-text", InspectTextSettings, "inspect_text"),
+    Command("report", ReportSettings, "report", argument="RUN...", writes=("report.md", "report.html")),
 )
+SECTIONS = Sections({command.section: command.settings for command in COMMANDS})

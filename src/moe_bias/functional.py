@@ -7,7 +7,7 @@
     logits = apply_moe_bias(output, model)                  # the final logits, moved by s b
 
 The layer is the one of the PEFT form and so are its files: either loads what the other saved. Its
-settings come from `MOE_BIAS_*` variables (or the TOML file); with MOE_BIAS_ENABLED=0 the logits come
+settings come from `MOE_BIAS_*` variables; with MOE_BIAS_ENABLED=0 the logits come
 back as they are.
 
 A layer that is a shift of the hidden states (see `moe_bias.adapter.shift`) can also act there, so that code which
@@ -29,7 +29,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftModel
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from moe_bias.adapter import (
@@ -43,8 +42,9 @@ from moe_bias.adapter import (
 )
 from moe_bias.adapter.shift import InsertedShift
 from moe_bias.backbone import Head, HeadTransform, find_head
-from moe_bias.config import LayerSettings, UserError, describe_error
 from moe_bias.layer import MoEBiasLayer, at_least_float32, in_type, load_balance_loss
+from moe_bias.mistakes import UserError
+from moe_bias.variables import LayerVariables, from_variables
 
 
 @dataclass
@@ -189,11 +189,8 @@ def _like_model(layer: MoEBiasLayer, head: Head) -> MoEBiasLayer:
     return layer
 
 
-def _settings() -> LayerSettings:
-    try:
-        return LayerSettings.model_validate({})
-    except ValidationError as error:
-        raise UserError(describe_error(error)) from error
+def _settings() -> LayerVariables:
+    return from_variables(LayerVariables)
 
 
 def _adapter_head(model: nn.Module) -> MoEBiasHead | None:

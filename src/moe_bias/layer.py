@@ -34,8 +34,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_bias.config import LayerConfig, Normalisation, Reach, UserError
+from moe_bias.config import LayerConfig, Normalisation, Reach
 from moe_bias.limits import in_short, refuse_beyond_memory
+from moe_bias.mistakes import UserError
 
 LOWEST_LOG_PROB = -1e4
 """Log-probabilities are raised to this before `p log p`: exp(-1e4) is 0 in float32 and in float64,

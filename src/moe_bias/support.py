@@ -36,8 +36,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_bias.config import UserError
 from moe_bias.layer import LOWEST_LOG_PROB, at_least_float32, entropy_from_logits
+from moe_bias.mistakes import UserError
 
 FORK_SHARE = 0.2
 """rho: forks are the positions in the top 20% of base entropy (arXiv 2506.01939)."""

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from moe_bias.adapter import read_adapter
 from moe_bias.backbone import find_head
 from moe_bias.cli import main
-from moe_bias.config import UserError
+from moe_bias.mistakes import UserError
 
 from .conftest import WITHOUT_VLLM
 

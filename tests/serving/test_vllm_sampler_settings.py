@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from moe_bias.config import UserError
+from moe_bias.mistakes import UserError
 
 from .conftest import WITHOUT_VLLM
 

@@ -17,9 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moe_bias.adapter.card import write_card
 from moe_bias.adapter.embedding import check_embedding, embedding_sample
-from moe_bias.config import LayerConfig, UserError, describe_error
+from moe_bias.config import LayerConfig, describe
 from moe_bias.layer import EmbeddingRows
-from moe_bias.mistakes import read_json, reading
+from moe_bias.mistakes import UserError, read_json, reading
 
 Size = Annotated[int, Field(ge=1, lt=2**31)]
 """A side of the output embedding."""
@@ -114,25 +114,22 @@ class MoEBiasConfig(PeftConfig):
         try:
             _Facts(**{name: getattr(self, name) for name in _Facts.model_fields})
         except ValidationError as error:
-            raise UserError(describe_error(error)) from error
+            raise UserError(describe(error, _Facts)) from error
 
     def layer_config(self) -> LayerConfig:
         """The choices that define the layer. Raises ValueError naming the offending value."""
-        try:
-            return LayerConfig(
-                num_experts=self.num_experts,
-                top_k=self.top_k,
-                experts=self.experts,
-                expert_rank=self.expert_rank,
-                free_entries=self.free_entries,
-                reach=self.reach,
-                support=self.support,
-                entropy_gate=self.entropy_gate,
-                load_balance_weight=self.load_balance_weight,
-                strength=self.strength,
-            )
-        except ValidationError as error:
-            raise UserError(describe_error(error)) from error
+        return LayerConfig(
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+            experts=self.experts,
+            expert_rank=self.expert_rank,
+            free_entries=self.free_entries,
+            reach=self.reach,
+            support=self.support,
+            entropy_gate=self.entropy_gate,
+            load_balance_weight=self.load_balance_weight,
+            strength=self.strength,
+        )
 
     def for_model(self, hidden_size: int, vocab_size: int, rows: EmbeddingRows | None = None) -> MoEBiasConfig:
         """A copy that knows its model's sizes and, from `rows`, a sample of its output embedding.

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moe_bias.config import UserError
 from moe_bias.layer import EmbeddingRows
+from moe_bias.mistakes import UserError
 
 SAMPLED_TOKENS, SAMPLED_ENTRIES = 16, 4
 ROUNDING = 2.0**-7

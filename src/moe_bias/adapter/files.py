@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from moe_bias.adapter.card import CARD, has_other_card
 from moe_bias.adapter.config import MoEBiasConfig
 from moe_bias.backbone import OutputRows, output_embedding, unwrapped
-from moe_bias.config import LayerConfig, UserError
+from moe_bias.config import LayerConfig
 from moe_bias.layer import ROUTER, MoEBiasLayer, at_least_float32, check_layer_tensors, check_layer_values
-from moe_bias.mistakes import reading
+from moe_bias.mistakes import UserError, reading
 from moe_bias.records import unfinished
 
 LAYERS = "moe_bias_layers"

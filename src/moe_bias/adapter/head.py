@@ -22,8 +22,8 @@ from torch.utils.hooks import RemovableHandle
 from moe_bias.adapter.config import MoEBiasConfig
 from moe_bias.adapter.files import LAYERS, layer_shapes
 from moe_bias.backbone import HeadTransform, OutputRows, offload_hook
-from moe_bias.config import UserError
 from moe_bias.layer import LayerOutput, MoEBiasLayer, Routing, check_layer_tensors, entropy_from_logits, in_type
+from moe_bias.mistakes import UserError
 
 if TYPE_CHECKING:
     from moe_bias.adapter.shift import InsertedShift

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from moe_bias.adapter.head import LastRouting
 from moe_bias.backbone import SHIFTED, HeadTransform, backbone_of, output_embedding, unwrapped
-from moe_bias.config import UserError
 from moe_bias.layer import MoEBiasLayer, at_least_float32
+from moe_bias.mistakes import UserError
 
 
 class HiddenShift(nn.Module):

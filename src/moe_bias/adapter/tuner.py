@@ -18,7 +18,7 @@ from moe_bias.adapter.config import PEFT_TYPE, MoEBiasConfig
 from moe_bias.adapter.files import LAYERS, check_adapter_file
 from moe_bias.adapter.head import MoEBiasHead, find_adapter_head
 from moe_bias.backbone import OutputRows, measure_head_transform, output_embedding, unwrapped
-from moe_bias.config import UserError
+from moe_bias.mistakes import UserError
 
 PREFIX = "moe_bias_"
 

@@ -19,9 +19,9 @@ from moe_bias.analysis.answers import Answered
 from moe_bias.analysis.survey import Text
 from moe_bias.backbone import Head, find_head, load_model
 from moe_bias.commands.examples import encoded, length_limit, say, split
+from moe_bias.commands.looking_settings import AnalyzeSettings
 from moe_bias.commands.material import Texts, features_of, texts_of
 from moe_bias.commands.policy import Ground, prepare_ground, saved_layer
-from moe_bias.config import AnalyzeSettings
 from moe_bias.features.build import Choices, make_plan
 from moe_bias.features.extract import run_backbone, with_scalars
 from moe_bias.features.fingerprint import model_facts

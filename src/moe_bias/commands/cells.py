@@ -13,9 +13,11 @@ from rich.console import Console
 
 from moe_bias.commands.cell_table import print_cells
 from moe_bias.commands.material import Material, opened
-from moe_bias.config import ArmsSettings, Interrupted, RunSettings, SweepSettings
+from moe_bias.commands.training_settings import ArmsSettings, SweepSettings
+from moe_bias.config import SFTConfig
 from moe_bias.evaluation.cells import Cell, CellRecords, base_cell, compare_cells, run_cell
 from moe_bias.features.source import Subset
+from moe_bias.mistakes import Interrupted
 from moe_bias.records import provenance, write_json
 from moe_bias.training.base_logits import BaseLogits
 from moe_bias.training.lora import HeadLoRA
@@ -58,24 +60,24 @@ class Workshop:
             self._prepared[support] = material.on(support)
         return self._prepared[support]
 
-    def base(self, settings: RunSettings) -> Outcome:
+    def base(self, settings: SFTConfig) -> Outcome:
         """The frozen model's cell."""
         return base_cell(self.on(settings.support), self.material.head), settings.model_dump(mode="json")
 
-    def cell(self, name: str, settings: RunSettings) -> Outcome:
+    def cell(self, name: str, settings: SFTConfig) -> Outcome:
         """A layer's cell."""
         prepared, logits = self.on(settings.support), self._logits_on(settings)
         cell = run_cell(name, settings, prepared, self.material.head, logits)
         return cell, settings.model_dump(mode="json")
 
-    def head_lora(self, name: str, settings: RunSettings, rank: int) -> Outcome:
+    def head_lora(self, name: str, settings: SFTConfig, rank: int) -> Outcome:
         """The cell of LoRA on the output embedding alone, at one rate."""
         prepared, logits = self.on(settings.support), self._logits_on(settings)
         torch.manual_seed(settings.seed)
         layer = HeadLoRA(self.material.head, rank, prepared.support)
         return run_cell(name, settings, prepared, self.material.head, logits, layer), settings.model_dump(mode="json")
 
-    def cell_on_tokens(self, name: str, settings: RunSettings, tokens: int) -> Outcome:
+    def cell_on_tokens(self, name: str, settings: SFTConfig, tokens: int) -> Outcome:
         """A layer's cell on so many training tokens: the first of them once, or all as many times as that gives."""
         prepared = self.on(settings.support)
         count = min(tokens, len(prepared.train))
@@ -88,7 +90,7 @@ class Workshop:
         logits = BaseLogits(part.train, self.material.head, settings.logits_budget)
         return run_cell(name, settings, part, self.material.head, logits), settings.model_dump(mode="json")
 
-    def _logits_on(self, settings: RunSettings) -> BaseLogits:
+    def _logits_on(self, settings: SFTConfig) -> BaseLogits:
         """Base logits of the training tokens; those of the last support are kept, since many cells share them."""
         asked = (settings.support, int(settings.logits_budget))
         if self._logits is None or self._logits[0] != asked:

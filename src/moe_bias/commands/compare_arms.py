@@ -25,8 +25,8 @@ from moe_bias.commands.policy import (
     rewards_of,
     task_of,
 )
+from moe_bias.commands.training_settings import CompareSettings
 from moe_bias.commands.warm_start import prepare_warm_start, warm_layer, warm_settings, worked_examples
-from moe_bias.config import CompareSettings, UserError
 from moe_bias.evaluation.grid import with_changes
 from moe_bias.evaluation.policy_arms import (
     BASE,
@@ -44,6 +44,7 @@ from moe_bias.evaluation.policy_arms import (
 from moe_bias.features.extract import Features, run_backbone, with_scalars
 from moe_bias.features.source import Subset
 from moe_bias.layer import MoEBiasLayer
+from moe_bias.mistakes import UserError
 from moe_bias.records import peak_bytes
 from moe_bias.rollout.policy import Policy
 from moe_bias.tasks.conversations import ask, encode_prompt

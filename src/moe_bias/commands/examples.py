@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from moe_bias.config import UserError
+from moe_bias.mistakes import UserError
 from moe_bias.tasks.conversations import Conversation, Corpus, encode_all
 
 HELD_OUT_AT_LEAST = 2

@@ -15,7 +15,7 @@ from typing import Any
 
 import moe_bias.adapter  # noqa: F401  # registers the method
 from moe_bias.backbone import resolve_model
-from moe_bias.config import UserError
+from moe_bias.mistakes import UserError
 
 
 def run(arguments: Sequence[str]) -> None:

@@ -16,10 +16,12 @@ from moe_bias.adapter import MoEBiasConfig
 from moe_bias.analysis import Decode, ExpertView, any_off_support, expert_views
 from moe_bias.backbone import resolve_model
 from moe_bias.commands.expert_table import OFF_SUPPORT, moved, readings_table
+from moe_bias.commands.looking_settings import InspectSettings
 from moe_bias.commands.saved import read_saved
 from moe_bias.commands.saved_embedding import embedding_rows
-from moe_bias.config import InspectSettings, ModelSettings, UserError
+from moe_bias.config import ModelConfig
 from moe_bias.layer import EmbeddingRows, MoEBiasLayer
+from moe_bias.mistakes import UserError
 from moe_bias.progress import text_console
 
 WIDTH_OF_A_FILE = 100
@@ -64,7 +66,7 @@ def _rows(config: MoEBiasConfig, settings: InspectSettings) -> EmbeddingRows:
     if not name:
         raise UserError("the adapter does not name its base model; name it with --model")
     rows = embedding_rows(
-        ModelSettings(model=name, device="cpu", dtype="auto", trust_remote_code=settings.trust_remote_code)
+        ModelConfig(model=name, device="cpu", dtype="auto", trust_remote_code=settings.trust_remote_code)
     )
     vocab_size, hidden_size = rows(None).shape
     config.for_model(hidden_size, vocab_size, rows)

@@ -12,11 +12,11 @@ from torch import nn
 
 from moe_bias.backbone import Head
 from moe_bias.commands.examples import say
-from moe_bias.config import UserError
 from moe_bias.features.build import Plan, extract
 from moe_bias.features.manifest import Manifest
 from moe_bias.features.writer import StoreFolder
 from moe_bias.limits import in_bytes
+from moe_bias.mistakes import UserError
 
 LOCK = ".lock"
 """Held by the process that makes the store; a name with a dot is no file of a store."""

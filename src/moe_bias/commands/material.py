@@ -21,13 +21,15 @@ from transformers import PreTrainedModel
 from moe_bias.backbone import Head, cache_folder, find_head, load_model
 from moe_bias.commands.examples import encoded, length_limit, say, split
 from moe_bias.commands.making import made
-from moe_bias.config import OWN_SUPPORT, Interrupted, SupervisedSettings, TextSettings, UserError
+from moe_bias.commands.training_settings import SupervisedSettings, TextSettings
+from moe_bias.config import OWN_SUPPORT
 from moe_bias.evaluation.statistics import Floats
 from moe_bias.features.build import Choices, Plan, make_plan, versions
 from moe_bias.features.fingerprint import corpus_hash, model_facts
 from moe_bias.features.manifest import TEMPERATURE, recipe_hash
 from moe_bias.features.store import FeatureStore
 from moe_bias.limits import in_bytes
+from moe_bias.mistakes import Interrupted, UserError
 from moe_bias.records import temporary_folder
 from moe_bias.tasks.columns import read_conversations
 from moe_bias.tasks.conversations import Conversation, Corpus, Example, answer_ends, encode_all

@@ -10,7 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_bias.backbone import model_sizes
-from moe_bias.config import LayerConfig, ModelSettings, ParamsSettings, UserError
+from moe_bias.commands.looking_settings import ParamsSettings
+from moe_bias.config import LayerConfig, ModelConfig
+from moe_bias.mistakes import UserError
 from moe_bias.progress import text_console
 
 FLOAT32_BYTES = 4
@@ -28,7 +30,7 @@ class Cost:
 
 def run(settings: ParamsSettings) -> None:
     """Prints the table. Raises UserError on a support that is larger than the vocabulary."""
-    model = ModelSettings(model=settings.model, trust_remote_code=settings.trust_remote_code)
+    model = ModelConfig(model=settings.model, trust_remote_code=settings.trust_remote_code)
     hidden_size, vocab_size, total = model_sizes(model)
     console = text_console()
     sizes_of_model = f"{total:,} parameters, hidden size {hidden_size:,}, vocabulary {vocab_size:,}"

@@ -10,16 +10,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_bias.backbone import Head, find_head, load_model
 from moe_bias.commands.saved import read_saved
-from moe_bias.config import (
-    LayerConfig,
-    ModelSettings,
-    PolicySettings,
-    RewardSettings,
-    TaskSettings,
-    UserError,
-)
+from moe_bias.config import LayerConfig, ModelConfig, RewardConfig, RLConfig, TaskConfig
 from moe_bias.features.extract import fork_coverage, measure_fork_mass
 from moe_bias.layer import MoEBiasLayer
+from moe_bias.mistakes import UserError
 from moe_bias.rollout.greedy import greedy_answers
 from moe_bias.rollout.policy import Policy, base_policy, layer_policy
 from moe_bias.rollout.sampler import Rollouts, Sampler, SamplingChoices
@@ -52,7 +46,7 @@ class Ground:
     stop_ids: list[int]
 
 
-def task_of(settings: TaskSettings) -> Task:
+def task_of(settings: TaskConfig) -> Task:
     """The task that the settings name. Raises UserError where there is none."""
     if settings.problems:
         columns = Columns(settings.question_column, settings.gold_column)
@@ -60,7 +54,7 @@ def task_of(settings: TaskSettings) -> Task:
     return make_task(settings.task, settings.task_options, settings.easy)
 
 
-def prepare_ground(model_settings: ModelSettings, settings: TaskSettings, seed: int) -> Ground:
+def prepare_ground(model_settings: ModelConfig, settings: TaskConfig, seed: int) -> Ground:
     """Draws the problems, then loads the model. Raises UserError where there are too few, or none can be had."""
     task = task_of(settings)
     problems = task.problems(settings.train_problems + settings.test_problems, seed)
@@ -78,7 +72,7 @@ def prepare_ground(model_settings: ModelSettings, settings: TaskSettings, seed: 
     )
 
 
-def sampling_choices(settings: PolicySettings, ground: Ground) -> SamplingChoices:
+def sampling_choices(settings: RLConfig, ground: Ground) -> SamplingChoices:
     """How a step samples."""
     return SamplingChoices(
         temperature=settings.temperature,
@@ -91,12 +85,12 @@ def sampling_choices(settings: PolicySettings, ground: Ground) -> SamplingChoice
     )
 
 
-def sampler_of(settings: PolicySettings, ground: Ground) -> TransformersSampler:
+def sampler_of(settings: RLConfig, ground: Ground) -> TransformersSampler:
     """The sampler on the frozen model."""
     return TransformersSampler(ground.model, ground.head, int(settings.sample_budget))
 
 
-def rewards_of(settings: RewardSettings) -> Rewards:
+def rewards_of(settings: RewardConfig) -> Rewards:
     """Shaped rewards by the settings. Raises UserError where form or function cannot be used."""
     return Rewards(
         RewardRules(
@@ -127,7 +121,7 @@ def judge_of(ground: Ground, rewards: Rewards, limit: int) -> Judge:
 def collector_of(
     ground: Ground,
     rewards: Rewards,
-    settings: PolicySettings,
+    settings: RLConfig,
     sampler: Sampler | None = None,
     margin: float | None = None,
 ) -> Collector:
@@ -142,7 +136,7 @@ def policy_of(layer: MoEBiasLayer | None, head: Head) -> Policy:
 
 
 def greedy_verdicts(
-    ground: Ground, curriculum: Curriculum, policies: Sequence[Policy], settings: PolicySettings, description: str
+    ground: Ground, curriculum: Curriculum, policies: Sequence[Policy], settings: RLConfig, description: str
 ) -> list[list[Verdict]]:
     """Verdicts on greedy answers, by policy, then by problem."""
     later = [base_policy] * len(policies) if settings.first_token_only else None
@@ -184,7 +178,7 @@ def saved_layer(name: str, head: Head) -> Beginning:
 
 
 @torch.no_grad()
-def fresh_policy_layer(ground: Ground, settings: PolicySettings) -> Beginning:
+def fresh_policy_layer(ground: Ground, settings: RLConfig) -> Beginning:
     """A layer that changes nothing yet, its support and normalisation from the frozen model's own samples.
 
     The support is chosen on half of the samples' problems, and its coverage measured on the other half.

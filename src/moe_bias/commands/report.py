@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from moe_bias.config import ReportSettings, UserError
+from moe_bias.commands.looking_settings import ReportSettings
+from moe_bias.mistakes import UserError
 from moe_bias.progress import meter, text_console
 from moe_bias.records import write_whole
 

@@ -14,9 +14,8 @@ from typing import Any
 from moe_bias.commands.eval_arms import BASE
 from moe_bias.commands.evaluate import RECORD_FILE
 from moe_bias.commands.material import Texts
-from moe_bias.config import UserError
 from moe_bias.evaluation.samples import FILE, PROMPTS_FILE, Sample, SampleFile, read_prompts
-from moe_bias.mistakes import read_json
+from moe_bias.mistakes import UserError, read_json
 from moe_bias.tasks.conversations import ask
 
 

@@ -19,8 +19,7 @@ from pathlib import Path
 
 from filelock import ReadWriteLock, Timeout
 
-from moe_bias.config import UserError
-from moe_bias.mistakes import reason_of
+from moe_bias.mistakes import UserError, reason_of
 from moe_bias.progress import text_console
 from moe_bias.records import write_json
 from moe_bias.training.processes import is_beside_the_first

@@ -9,14 +9,16 @@ from pathlib import Path
 
 from moe_bias.backbone import resolve_model
 from moe_bias.commands.policy import Ground, sampler_of, sampling_choices
-from moe_bias.config import ServingSettings, TrainRLSettings, UserError
+from moe_bias.commands.training_settings import TrainRLSettings
 from moe_bias.features.extract import run_backbone
 from moe_bias.layer import MoEBiasLayer
+from moe_bias.mistakes import UserError
 from moe_bias.rollout.engines import EngineChoices, ServerEngine, refuse_without_vllm
 from moe_bias.rollout.sampler import Sampler
 from moe_bias.rollout.vllm import VllmSampler, local_sampler
 from moe_bias.serving.recording import RowLayout, Spool
 from moe_bias.tasks.conversations import Example
+from moe_bias.variables import ServingVariables, from_variables
 
 TRIAL_TOKENS = 8
 FARTHEST = 0.1
@@ -68,7 +70,7 @@ def _local_sampler(settings: TrainRLSettings, ground: Ground) -> AbstractContext
 
 def _shared_folders() -> tuple[Path, Path]:
     """The folders of adapters and of record files. Raises UserError where the variables do not name any."""
-    settings = ServingSettings.model_validate({})
+    settings = from_variables(ServingVariables)
     found = []
     for name in ("adapters", "spool"):
         folder = getattr(settings, name)

@@ -15,8 +15,7 @@ from moe_bias.adapter import (
     layer_tensors,
     read_adapter,
 )
-from moe_bias.config import UserError
-from moe_bias.mistakes import damaged, read_json
+from moe_bias.mistakes import UserError, damaged, read_json
 from moe_bias.records import remove_left_overs
 
 CONFIG_FILE = "adapter_config.json"

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from moe_bias.backbone import OutputRows, load_model, output_embedding, resolve_model, unwrapped
-from moe_bias.config import ModelSettings
+from moe_bias.config import ModelConfig
 from moe_bias.layer import EmbeddingRows, at_least_float32
 
 
@@ -36,7 +36,7 @@ class TensorRows:
         return (self.weight_VD.data_ptr(),)
 
 
-def embedding_rows(settings: ModelSettings) -> EmbeddingRows:
+def embedding_rows(settings: ModelConfig) -> EmbeddingRows:
     """The rows of a model's output embedding: that one tensor of its files, or of the model where it is not found.
 
     Raises UserError where the model cannot be had.
@@ -47,7 +47,7 @@ def embedding_rows(settings: ModelSettings) -> EmbeddingRows:
     return OutputRows(unwrapped(output_embedding(load_model(settings)[0])))
 
 
-def stored_embedding(settings: ModelSettings) -> Tensor | None:
+def stored_embedding(settings: ModelConfig) -> Tensor | None:
     """The weight (V, D) as it stands in the model's safetensors files.
 
     None where they are not to be had, name their tensors otherwise than the model does, or hold it packed.

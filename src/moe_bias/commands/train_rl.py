@@ -25,9 +25,10 @@ from moe_bias.commands.policy import (
 )
 from moe_bias.commands.sampling_engine import opened_sampler, refuse_unusable_engine
 from moe_bias.commands.saved import refuse_overwriting
-from moe_bias.config import Interrupted, TrainRLSettings
+from moe_bias.commands.training_settings import TrainRLSettings
 from moe_bias.evaluation.statistics import Estimate, mean, wilson
 from moe_bias.layer import MoEBiasLayer
+from moe_bias.mistakes import Interrupted
 from moe_bias.progress import text_console
 from moe_bias.records import provenance, write_json
 from moe_bias.tasks.task import of_bad_golds

@@ -18,10 +18,11 @@ from moe_bias.commands.examples import say
 from moe_bias.commands.material import Material, opened
 from moe_bias.commands.right_answers import RightAnswers
 from moe_bias.commands.saved import refuse_overwriting
-from moe_bias.config import Interrupted, TrainSFTSettings
+from moe_bias.commands.training_settings import TrainSFTSettings
 from moe_bias.evaluation.likelihood import per_example, token_nll
 from moe_bias.evaluation.statistics import Estimate, ratio_of_sums
 from moe_bias.layer import MoEBiasLayer
+from moe_bias.mistakes import Interrupted
 from moe_bias.progress import text_console
 from moe_bias.records import provenance, write_json
 from moe_bias.training.checkpoint import Checkpoints
@@ -58,7 +59,9 @@ def _run(settings: TrainSFTSettings) -> None:
         head, prepared = material.head, material.on(settings.support)
         layer = fresh_layer(settings, prepared.support, head)
         _announce(console, layer, prepared, material.model.num_parameters())
-        report = train(layer, prepared.train, prepared.held_out, head, settings, processes)
+        checkpoints = Checkpoints(settings.output, settings.checkpoint_every, settings.keep_checkpoints)
+        made_with = settings.model_dump(mode="json")
+        report = train(layer, prepared.train, prepared.held_out, head, settings, checkpoints, made_with, processes)
         if processes.is_first:
             measured = _measured(layer, prepared, material)
             _record(console, measured, report, settings, answers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe_bias.config import VerifySettings
+from moe_bias.commands.looking_settings import VerifySettings
 from moe_bias.features.store import FeatureStore
 from moe_bias.limits import in_bytes
 from moe_bias.progress import text_console

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moe_bias.commands.policy import Ground
-from moe_bias.config import TrainingSettings, UserError, WarmPolicySettings
+from moe_bias.commands.training_settings import WarmSettings
+from moe_bias.config import SFTConfig
 from moe_bias.layer import MoEBiasLayer
+from moe_bias.mistakes import UserError
 from moe_bias.tasks.conversations import Example, ask, encode
 from moe_bias.tasks.task import Problem
 from moe_bias.training.sft import Prepared, fit, fresh_layer, prepare
@@ -39,7 +41,7 @@ def worked_examples(ground: Ground, problems: Sequence[Problem]) -> list[Example
     return [example for example in encoded if example is not None]
 
 
-def prepare_warm_start(ground: Ground, settings: WarmPolicySettings) -> Prepared:
+def prepare_warm_start(ground: Ground, settings: WarmSettings) -> Prepared:
     """Runs the backbone once over the worked answers of the first `warm_problems` and of all held-out problems.
 
     The support is chosen on the former. Raises UserError where a problem has no worked answer.
@@ -55,7 +57,7 @@ def prepare_warm_start(ground: Ground, settings: WarmPolicySettings) -> Prepared
     )
 
 
-def warm_layer(ground: Ground, prepared: Prepared, settings: WarmPolicySettings, description: str) -> MoEBiasLayer:
+def warm_layer(ground: Ground, prepared: Prepared, settings: WarmSettings, description: str) -> MoEBiasLayer:
     """A layer of these settings after its supervised phase."""
     training = warm_settings(settings)
     layer = fresh_layer(training, prepared.support, ground.head).to(ground.head.device)
@@ -63,10 +65,10 @@ def warm_layer(ground: Ground, prepared: Prepared, settings: WarmPolicySettings,
     return layer
 
 
-def warm_settings(settings: WarmPolicySettings) -> TrainingSettings:
+def warm_settings(settings: WarmSettings) -> SFTConfig:
     """The supervised phase; nothing of it comes from variables or files, whose names mean what follows it."""
     shared = {name: getattr(settings, name) for name in _SHARED}
-    return TrainingSettings.model_construct(
+    return SFTConfig.model_construct(
         **shared,
         epochs=settings.warm_epochs,
         expert_rate=settings.warm_expert_rate or settings.WARM_EXPERT_RATES[settings.experts],

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 
-from moe_bias.config import ArmsSettings
 from moe_bias.evaluation.cells import Cell, as_lists
 from moe_bias.evaluation.strata import by_stratum, counts_by_stratum
 from moe_bias.features.extract import Features
@@ -58,16 +57,21 @@ def run_lora(
     held_out: Sequence[Example],
     features: Features,
     main: Cell,
-    settings: ArmsSettings,
+    choices: LoRAChoices,
+    token_limit: int | None,
+    batch_size: int,
 ) -> Cell:
-    """Trains and measures a LoRA arm with the main arm's seed; `features` are those of `held_out`."""
+    """Trains and measures a LoRA arm with the main arm's seed; `features` are those of `held_out`.
+
+    `token_limit` is how many tokens lora-tokens is trained on (None: as many as the main arm); `batch_size` examples
+    are measured at a time.
+    """
     tokens = torch.cat([torch.tensor(example.completion_ids) for example in held_out])
     assert torch.equal(tokens, features.token), "LoRA would be measured on other tokens"
-    choices = LoRAChoices(settings.lora_rank, settings.lora_rate, settings.lora_batch_size)
     with lora_on(model, choices.rank, main.seed) as adapted:
-        budget = lora_budget(name, main, settings.lora_tokens)
+        budget = lora_budget(name, main, token_limit)
         report = train_lora(adapted, train, choices, budget, main.seed, f"{name}, seed {main.seed}")
-        nll_T = lora_token_nll(adapted, held_out, settings.batch_size)
+        nll_T = lora_token_nll(adapted, held_out, batch_size)
     return Cell(
         name=name,
         seed=main.seed,

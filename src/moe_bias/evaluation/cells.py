@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 
 from moe_bias.backbone import Head
-from moe_bias.config import RunSettings, UserError
+from moe_bias.config import SFTConfig
 from moe_bias.evaluation.likelihood import token_nll
 from moe_bias.evaluation.statistics import Estimate, Floats, ratio_of_sums
 from moe_bias.evaluation.strata import STRATA, by_stratum, counts_by_stratum
 from moe_bias.layer import MoEBiasLayer
-from moe_bias.mistakes import as_kind, read_json
+from moe_bias.mistakes import UserError, as_kind, read_json
 from moe_bias.records import provenance, write_json
 from moe_bias.training.base_logits import BaseLogits
 from moe_bias.training.sft import Prepared, first_tokens, fit, fresh_layer
@@ -101,7 +101,7 @@ class CellRecords:
 
 def run_cell(
     name: str,
-    settings: RunSettings,
+    settings: SFTConfig,
     prepared: Prepared,
     head: Head,
     logits: BaseLogits,

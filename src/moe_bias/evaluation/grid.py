@@ -9,11 +9,10 @@ from collections.abc import Mapping
 from itertools import product
 from typing import TypeVar
 
-from pydantic import ValidationError
+from moe_bias.config import Config, SFTConfig
+from moe_bias.mistakes import UserError
 
-from moe_bias.config import RunSettings, Settings, UserError, describe_error
-
-Changed = TypeVar("Changed", bound=Settings)
+Changed = TypeVar("Changed", bound=Config)
 _PER_SEED = "seed"
 
 
@@ -56,8 +55,8 @@ def with_changes(settings: Changed, changes: Mapping[str, object]) -> Changed:
     """The settings with some of them changed, checked. Raises UserError on values that cannot be."""
     try:
         return type(settings)(**{**settings.model_dump(exclude_unset=True), **changes})
-    except ValidationError as error:
-        raise UserError(f"in the grid, {describe_error(error)}") from error
+    except UserError as error:
+        raise UserError(f"with {', '.join(f'{name} = {value}' for name, value in changes.items())}: {error}") from error
 
 
 def _axis(word: str) -> tuple[str, list[str]]:
@@ -67,8 +66,8 @@ def _axis(word: str) -> tuple[str, list[str]]:
         raise UserError(f"--grid has {word!r}; write it as name=value,value")
     if name == _PER_SEED:
         raise UserError("--grid has seed; every cell is run with each of --seeds")
-    if name not in RunSettings.model_fields:
-        raise UserError(f"--grid has {name!r}, which is none of {', '.join(sorted(RunSettings.model_fields))}")
+    if name not in SFTConfig.model_fields:
+        raise UserError(f"--grid has {name!r}, which is none of {', '.join(sorted(SFTConfig.model_fields))}")
     if len(set(listed)) < len(listed):
         raise UserError(f"--grid has {word!r}, in which a value stands twice")
     return name, listed

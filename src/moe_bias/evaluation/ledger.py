@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from moe_bias.config import UserError
 from moe_bias.evaluation.samples import Sample, SampleFile
+from moe_bias.mistakes import UserError
 from moe_bias.progress import Meter, meter
 from moe_bias.rollout.decoding import TextAnswer
 from moe_bias.tasks.benchmarks import ProblemSet

@@ -27,9 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from moe_bias.config import UserError
 from moe_bias.evaluation.statistics import Estimate, Floats, mean, share
-from moe_bias.mistakes import as_kind, read_json
+from moe_bias.mistakes import UserError, as_kind, read_json
 from moe_bias.records import provenance, write_json
 
 BASE, STATIC, MAIN, LORA = "base", "static", "moe-bias", "lora"

@@ -30,7 +30,6 @@ import torch
 from torch import Tensor, nn
 
 from moe_bias.backbone import Head
-from moe_bias.config import Interrupted, UserError
 from moe_bias.features.extract import (
     base_entropies,
     batches_by_length,
@@ -44,6 +43,7 @@ from moe_bias.features.extract import (
 from moe_bias.features.fingerprint import ModelFacts, corpus_hash
 from moe_bias.features.manifest import Manifest, Recipe, ids_hash
 from moe_bias.features.writer import StoreFolder
+from moe_bias.mistakes import Interrupted, UserError
 from moe_bias.progress import Meter, meter
 from moe_bias.support import VocabularySplit, fork_threshold, split_vocabulary
 from moe_bias.tasks.conversations import Corpus, Example

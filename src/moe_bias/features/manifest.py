@@ -21,9 +21,9 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from moe_bias.config import UserError, check_support
+from moe_bias.config import check_support
 from moe_bias.features.fingerprint import Count, ModelFacts, Size
-from moe_bias.mistakes import first_mistake, read_json
+from moe_bias.mistakes import UserError, first_mistake, read_json
 
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.json"

@@ -24,11 +24,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moe_bias.config import UserError
 from moe_bias.features.checked import damaged
 from moe_bias.features.extract import Features, support_columns
 from moe_bias.features.fingerprint import ModelFacts
 from moe_bias.features.manifest import Manifest, Recipe, Shard, first_difference, read_manifest, seconds_spent, shown
+from moe_bias.mistakes import UserError
 from moe_bias.support import RestScalars
 
 HIDDEN = "hidden"

@@ -17,7 +17,6 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import Tensor
 
-from moe_bias.config import UserError
 from moe_bias.features.checked import damaged
 from moe_bias.features.manifest import (
     MANIFEST,
@@ -33,6 +32,7 @@ from moe_bias.features.manifest import (
     shard_file,
 )
 from moe_bias.limits import in_bytes
+from moe_bias.mistakes import UserError
 from moe_bias.records import remove_left_overs, write_json, write_whole
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)

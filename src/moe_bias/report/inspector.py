@@ -13,7 +13,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from moe_bias.config import UserError
+from moe_bias.mistakes import UserError
 from moe_bias.records import write_whole
 from moe_bias.report.template import Markup, json_in_html, rendered
 

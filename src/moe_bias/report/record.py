@@ -9,8 +9,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from moe_bias.config import UserError
-from moe_bias.mistakes import as_kind, damaged, read_json, reason_of
+from moe_bias.mistakes import UserError, as_kind, damaged, read_json, reason_of
 from moe_bias.report.content import slug
 from moe_bias.training.metrics import FILE as METRICS_FILE
 from moe_bias.training.metrics import SAMPLES_FILE

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
-from moe_bias.config import UserError
+from moe_bias.mistakes import UserError
 from moe_bias.rollout.decoding import TextAnswer
 
 API_KEY = "OPENAI_API_KEY"

@@ -18,7 +18,7 @@ from uuid import uuid4
 
 import torch
 
-from moe_bias.config import UserError
+from moe_bias.mistakes import UserError
 from moe_bias.rollout.endpoint import EndpointError, openai_client, reason
 from moe_bias.rollout.sampler import SamplingChoices
 

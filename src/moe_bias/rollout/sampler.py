@@ -15,10 +15,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from moe_bias.config import UserError
 from moe_bias.features.extract import Features, place_in_example, support_columns
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.limits import in_bytes
+from moe_bias.mistakes import UserError
 from moe_bias.rollout.decoding import Answer
 from moe_bias.support import RestScalars
 

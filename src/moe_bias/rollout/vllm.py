@@ -30,8 +30,8 @@ from transformers import PreTrainedModel
 
 from moe_bias.adapter import save_layer
 from moe_bias.backbone import Head
-from moe_bias.config import UserError
 from moe_bias.layer import MoEBiasLayer
+from moe_bias.mistakes import UserError
 from moe_bias.progress import meter
 from moe_bias.records import temporary_folder
 from moe_bias.rollout.decoding import Answer

@@ -19,7 +19,7 @@ from vllm.config import ModelConfig
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
 from moe_bias.backbone import HeadTransform
-from moe_bias.config import UserError
+from moe_bias.mistakes import UserError
 from moe_bias.serving.embedding import ServedEmbedding, read_embedding
 
 

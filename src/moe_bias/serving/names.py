@@ -14,8 +14,9 @@ import json
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
-from moe_bias.config import ServingSettings, UserError
+from moe_bias.mistakes import UserError
 from moe_bias.serving.versions import adapter_names
+from moe_bias.variables import ServingVariables, from_variables
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -33,7 +34,7 @@ class AdapterNames:
 
     def __init__(self, app: Application) -> None:
         """Raises UserError where MOE_BIAS_ADAPTERS is not set."""
-        folder = ServingSettings.model_validate({}).adapters
+        folder = from_variables(ServingVariables).adapters
         if folder is None:
             raise UserError("MOE_BIAS_ADAPTERS is not set: it names the folder of the adapters to serve")
         self._app, self._folder = app, folder

@@ -19,12 +19,13 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.v1.engine.input_processor import InputProcessor
 
 from moe_bias.backbone import HeadTransform
-from moe_bias.config import ServingSettings, UserError
+from moe_bias.mistakes import UserError
 from moe_bias.serving.embedding import ServedEmbedding, keep_embedding
 from moe_bias.serving.head import find_served_head, follow
 from moe_bias.serving.notes import note_sample, share_notes
 from moe_bias.serving.processor import processor_of
 from moe_bias.serving.requests import Gate, gate_of
+from moe_bias.variables import ServingVariables, from_variables
 
 
 def register() -> None:
@@ -37,7 +38,7 @@ def register() -> None:
 
 
 def _is_on() -> bool:
-    return ServingSettings.model_validate({}).adapters is not None
+    return from_variables(ServingVariables).adapters is not None
 
 
 def _with_gate(original: Callable[..., None]) -> Callable[..., None]:

@@ -28,8 +28,8 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as SecondRunner
 
 from moe_bias.backbone import HeadTransform
-from moe_bias.config import ServingSettings, UserError
 from moe_bias.layer import MoEBiasLayer, entropy_from_logits
+from moe_bias.mistakes import UserError
 from moe_bias.serving.embedding import embedding_of
 from moe_bias.serving.pool import AdapterPool
 from moe_bias.serving.recorder import RecordedRows, Recording, recorded, recorded_rows
@@ -37,6 +37,7 @@ from moe_bias.serving.recording import RowLayout, Spool
 from moe_bias.serving.requests import NAME, RECORD, RECORD_ABOVE, STRENGTH, VERSION
 from moe_bias.serving.rows import Tenant, TenantRows, move_rows, rows_by_tenant
 from moe_bias.serving.versions import check_made_on, read_version
+from moe_bias.variables import ServingVariables, from_variables
 
 _LOG = logging.getLogger(__name__)
 _PROCESSORS: WeakValueDictionary[int, MoEBiasLogitsProcessor] = WeakValueDictionary()
@@ -57,7 +58,7 @@ class MoEBiasLogitsProcessor(FirstRunner, SecondRunner):
         sizes = model.get_hidden_size(), model.get_vocab_size()
         self._config, self._sizes = vllm_config, sizes
         self._device = device_or_state if isinstance(device_or_state, torch.device) else device_or_state.device
-        settings = ServingSettings.model_validate({})
+        settings = from_variables(ServingVariables)
         self._pool = AdapterPool(self._load, settings.adapter_memory)
         layout = RowLayout.of_model(sizes[0], model.dtype)
         self._spool = None if settings.spool is None else Spool(settings.spool, layout)

@@ -37,7 +37,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_bias.config import UserError
+from moe_bias.mistakes import UserError
 
 SCALARS = ("ordinal", "entropy", "log_partition", "log_sum_exp", "mean_logit", "policy_entropy")
 """The columns before the hidden state."""

@@ -19,10 +19,11 @@ from pathlib import Path
 from vllm import SamplingParams
 from vllm.config import VllmConfig
 
-from moe_bias.config import ServingSettings, UserError
+from moe_bias.mistakes import UserError
 from moe_bias.serving.notes import noted_sample
 from moe_bias.serving.recording import RowLayout, Spool
 from moe_bias.serving.versions import AdapterFolder
+from moe_bias.variables import ServingVariables, from_variables
 
 NAME, STRENGTH, VERSION, RECORD = "moe_bias", "moe_bias_strength", "moe_bias_version", "moe_bias_record"
 RECORD_ABOVE = "moe_bias_record_above"
@@ -94,7 +95,7 @@ def gate_of(config: VllmConfig) -> Gate | None:
 
     Raises UserError on settings of the engine with which adapters would be dropped or misplaced.
     """
-    settings = ServingSettings.model_validate({})
+    settings = from_variables(ServingVariables)
     root = settings.adapters
     if root is None or config.model_config.runner_type == "pooling":
         return None

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from moe_bias.adapter import MoEBiasConfig, check_adapter_file, layer_tensors, read_adapter
 from moe_bias.adapter.embedding import check_embedding
-from moe_bias.config import UserError
 from moe_bias.layer import EmbeddingRows, MoEBiasLayer
+from moe_bias.mistakes import UserError
 
 _FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
 _Stamp = tuple[tuple[int, int, int], ...]

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from moe_bias.config import EvalSettings, UserError
+from moe_bias.config import EvalConfig
+from moe_bias.mistakes import UserError
 from moe_bias.tasks.catalogue import make_task
 from moe_bias.tasks.mathematics import INSTRUCTION, Columns, data_task
 from moe_bias.tasks.task import Problem, Task
@@ -85,7 +86,7 @@ class ProblemSet:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def protocol_of(settings: EvalSettings) -> Protocol:
+def protocol_of(settings: EvalConfig) -> Protocol:
     """The settings, and the benchmark's own values where they say nothing.
 
     Raises UserError on a prompt template without a place for the question, and on several greedy samples.
@@ -117,7 +118,7 @@ def find_benchmark(name: str) -> Benchmark:
     return BENCHMARKS[name]
 
 
-def problem_set(settings: EvalSettings) -> ProblemSet:
+def problem_set(settings: EvalConfig) -> ProblemSet:
     """The problems that the settings name, drawn by the seed where they are limited.
 
     Raises UserError on a source that cannot be read, a problem without a gold answer, and too few problems.
@@ -138,7 +139,7 @@ def problem_set(settings: EvalSettings) -> ProblemSet:
     return found
 
 
-def _of_task(settings: EvalSettings) -> ProblemSet:
+def _of_task(settings: EvalConfig) -> ProblemSet:
     task = make_task(settings.task, settings.task_options, settings.easy)
     wanted = settings.train_problems + (settings.limit or TASK_PROBLEMS)
     return _numbered(settings.task, task, task.problems(wanted, settings.seed)[settings.train_problems :])
@@ -160,7 +161,7 @@ def _ids(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     return [str(number) for number in range(1, len(entries) + 1)]
 
 
-def _template(settings: EvalSettings) -> str:
+def _template(settings: EvalConfig) -> str:
     """Tasks say themselves what form the answer is to have."""
     usual = PLACE if settings.task else f"{PLACE}\n\n{INSTRUCTION}"
     template = settings.prompt_template or usual

@@ -21,8 +21,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from moe_bias.config import TrainOn, UserError
-from moe_bias.mistakes import shown
+from moe_bias.config import TrainOn
+from moe_bias.mistakes import UserError, shown
 from moe_bias.tasks.conversations import Conversation, Message, ask, texts_in
 from moe_bias.tasks.rows import is_missing, read_rows, text_of
 

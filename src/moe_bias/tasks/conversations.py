@@ -14,8 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from moe_bias.config import UserError
-from moe_bias.mistakes import reason_of, shown
+from moe_bias.mistakes import UserError, reason_of, shown
 
 Message = dict[str, Any]
 """`role`, `content`, and perhaps `reasoning_content`, `tool_calls` and what templates take besides."""

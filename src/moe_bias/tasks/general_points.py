@@ -21,7 +21,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from moe_bias.config import UserError
+from moe_bias.mistakes import UserError
 from moe_bias.tasks.answers import CLAUSE_END, answer_place
 from moe_bias.tasks.arithmetic import NotArithmetic, reachable, read
 from moe_bias.tasks.grader import shared_grader

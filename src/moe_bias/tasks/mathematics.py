@@ -19,8 +19,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
-from moe_bias.config import UserError
-from moe_bias.mistakes import shown
+from moe_bias.mistakes import UserError, shown
 from moe_bias.tasks.answers import last_boxed
 from moe_bias.tasks.columns import message_of, with_context
 from moe_bias.tasks.grader import Grader, shared_grader

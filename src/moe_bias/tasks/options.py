@@ -9,8 +9,7 @@ from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from moe_bias.config import UserError
-from moe_bias.mistakes import first_mistake, shown
+from moe_bias.mistakes import UserError, first_mistake, shown
 
 
 def fitted(task: str, config: type[Any], given: Mapping[str, Any], apart: Collection[str] = ()) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from difflib import get_close_matches
 from io import StringIO
 from typing import Any
 
-from moe_bias.config import UserError
+from moe_bias.mistakes import UserError
 from moe_bias.tasks.grader import shared_grader
 from moe_bias.tasks.reading import make_dataset, packed
 from moe_bias.tasks.task import Entry, Problem, too_few

@@ -30,7 +30,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from moe_bias.config import UserError
+from moe_bias.mistakes import UserError
 from moe_bias.tasks.task import Problem
 from moe_bias.tasks.verdict import Verdict
 

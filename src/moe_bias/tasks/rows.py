@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_bias.config import UserError
-from moe_bias.mistakes import reason_of, shown
+from moe_bias.mistakes import UserError, reason_of, shown
 
 _DATA_FILES = (".jsonl", ".json", ".parquet", ".csv", ".arrow")
 

@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from moe_bias.config import UserError
-from moe_bias.mistakes import shown
+from moe_bias.mistakes import UserError, shown
 from moe_bias.tasks.verdict import Verdict
 
 Entry = Mapping[str, Any]

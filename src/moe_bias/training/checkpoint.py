@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moe_bias.config import UserError
+from moe_bias.mistakes import UserError
 from moe_bias.records import remove_left_overs, unfinished
 
 FOLDER = "checkpoints"
@@ -55,6 +55,7 @@ class Checkpoints:
     """The checkpoints in a run's folder, written every `every` steps; the last `keep` stay."""
 
     def __init__(self, run: Path, every: int, keep: int) -> None:
+        self.run = run
         self.folder = run / FOLDER
         self.every = every
         self._keep = keep

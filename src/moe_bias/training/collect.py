@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_bias.config import PolicySettings
+from moe_bias.config import RLConfig
 from moe_bias.features.extract import Features, joined
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.rollout.sampler import Rollouts, Sampler, SamplingChoices
@@ -123,7 +123,7 @@ class Collector:
     sampler: Sampler
     curriculum: Curriculum
     judge: Judge
-    settings: PolicySettings
+    settings: RLConfig
     choices: SamplingChoices
     margin: float | None = None
 

@@ -29,7 +29,7 @@ import torch
 from datasets import Dataset
 from transformers import PrinterCallback
 
-from moe_bias.config import UserError
+from moe_bias.mistakes import UserError
 from moe_bias.records import temporary_folder
 from moe_bias.tasks.conversations import answer_ends
 from moe_bias.training.policy_objective import EPS_HIGH, EPS_LOW

@@ -28,9 +28,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from moe_bias.backbone import Head, output_embedding
-from moe_bias.config import LayerConfig, UserError
+from moe_bias.config import LayerConfig
 from moe_bias.features.extract import batches_by_length
 from moe_bias.layer import Mixture, MoEBiasLayer, Routing, at_least_float32
+from moe_bias.mistakes import UserError
 from moe_bias.progress import meter
 from moe_bias.tasks.conversations import Example
 

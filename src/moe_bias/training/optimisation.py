@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moe_bias.config import OptimiserSettings
+from moe_bias.config import OptimizerOptions
 from moe_bias.layer import MoEBiasLayer
 
 STATE_PREFIX = "optimizer."
@@ -43,7 +43,7 @@ class GradientNorms:
 class Optimisation:
     """The optimiser of one run of `steps` steps."""
 
-    def __init__(self, layer: MoEBiasLayer, settings: OptimiserSettings, steps: int) -> None:
+    def __init__(self, layer: MoEBiasLayer, settings: OptimizerOptions, steps: int) -> None:
         self._layer = layer
         self._settings = settings
         self._steps = steps

@@ -37,8 +37,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_bias.config import UserError
 from moe_bias.layer import Routing, at_least_float32, load_balance_loss
+from moe_bias.mistakes import UserError
 from moe_bias.support import PolicyStats, fork_threshold
 
 EPS_LOW, EPS_HIGH = 0.2, 0.28

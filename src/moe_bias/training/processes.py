@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from moe_bias.config import UserError
+from moe_bias.mistakes import UserError
 
 if TYPE_CHECKING:
     from accelerate import PartialState

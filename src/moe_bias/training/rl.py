@@ -34,11 +34,12 @@ import torch
 from torch import Tensor
 
 from moe_bias.backbone import Head
-from moe_bias.config import PolicySettings, UserError
+from moe_bias.config import RLConfig
 from moe_bias.features.extract import Features
 from moe_bias.features.source import on_device
 from moe_bias.interrupts import deferred_interrupt
 from moe_bias.layer import MoEBiasLayer
+from moe_bias.mistakes import UserError
 from moe_bias.progress import Meter, meter
 from moe_bias.tasks.verdict import Outcome
 from moe_bias.training.checkpoint import LAYER, Checkpoints, Standing
@@ -97,7 +98,7 @@ class PolicyTrainer:
     """One run of reinforcement learning. The layer is trained in place."""
 
     def __init__(
-        self, layer: MoEBiasLayer, head: Head, collector: Collector, settings: PolicySettings, watching: Watching
+        self, layer: MoEBiasLayer, head: Head, collector: Collector, settings: RLConfig, watching: Watching
     ) -> None:
         self._layer = layer.to(head.device)
         self._collector = collector
@@ -221,7 +222,7 @@ class PolicyTrainer:
 class Update:
     """What a step does with its selected tokens: minibatches, epochs, the bound on KL."""
 
-    def __init__(self, layer: MoEBiasLayer, head: Head, settings: PolicySettings, optimisation: Optimisation) -> None:
+    def __init__(self, layer: MoEBiasLayer, head: Head, settings: RLConfig, optimisation: Optimisation) -> None:
         self._layer = layer
         self._head = head
         self._settings = settings
@@ -322,7 +323,7 @@ class Update:
         }
 
 
-def _metrics(collected: Collected, settings: PolicySettings) -> Metrics:
+def _metrics(collected: Collected, settings: RLConfig) -> Metrics:
     """What the samples of a step were like."""
     samples, outcomes = len(collected.judged), collected.outcomes
     shares = {name.replace(" ", "_"): outcomes[name] / samples for name in OUTCOMES}

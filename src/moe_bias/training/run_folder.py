@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_bias.config import UserError
 from moe_bias.features.source import FeatureSource
-from moe_bias.mistakes import as_kind, read_json
+from moe_bias.mistakes import UserError, as_kind, read_json
 from moe_bias.records import write_json
 
 FILE = "run.json"

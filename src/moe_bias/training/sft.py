@@ -9,24 +9,17 @@ is in `trainer`.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moe_bias.backbone import Head
-from moe_bias.config import (
-    OWN_SUPPORT,
-    LayerConfig,
-    StartSettings,
-    TrainingSettings,
-    TrainSFTSettings,
-    UserError,
-    check_support,
-)
+from moe_bias.config import OWN_SUPPORT, LayerConfig, SFTConfig, StartOptions, check_support
 from moe_bias.features.extract import (
     CALIBRATION_TOKENS,
     Features,
@@ -40,7 +33,7 @@ from moe_bias.features.extract import (
 from moe_bias.features.source import FeatureSource, Subset, on_support
 from moe_bias.features.store import FeatureStore
 from moe_bias.layer import MoEBiasLayer, refuse_layer_beyond_memory
-from moe_bias.mistakes import read_json
+from moe_bias.mistakes import UserError, read_json
 from moe_bias.tasks.conversations import Example
 from moe_bias.training.base_logits import BaseLogits
 from moe_bias.training.checkpoint import Checkpoints, Position
@@ -72,7 +65,7 @@ def prepare(
     head: Head,
     train: Sequence[Example],
     held_out: Sequence[Example],
-    settings: TrainingSettings,
+    settings: SFTConfig,
     *,
     always: Sequence[int],
     batch_size: int,
@@ -143,7 +136,7 @@ def _prepared(head: Head, train: FeatureSource, held_out: Features, seconds: flo
     )
 
 
-def refuse_impossible(settings: StartSettings, head: Head, tokens: int | None = None) -> None:
+def refuse_impossible(settings: StartOptions, head: Head, tokens: int | None = None) -> None:
     """Raises UserError, before anything is computed, on a layer beyond the machine's memory and on endless training.
 
     `tokens` are those to train on, where they are known.
@@ -152,7 +145,7 @@ def refuse_impossible(settings: StartSettings, head: Head, tokens: int | None = 
     support = 1 if own else parse_support(settings.support, head.vocab_size)
     size = support if isinstance(support, int) else len(support)
     refuse_layer_beyond_memory(settings.layer_config(range(size)), head.hidden_size, head.vocab_size)
-    if tokens is not None and isinstance(settings, TrainingSettings):
+    if tokens is not None and isinstance(settings, SFTConfig):
         refuse_endless(settings, tokens)
 
 
@@ -185,7 +178,7 @@ def _support_from_file(path: Path, vocab_size: int) -> list[int]:
     return ids
 
 
-def fresh_layer(settings: StartSettings, support: tuple[int, ...] | None, head: Head) -> MoEBiasLayer:
+def fresh_layer(settings: StartOptions, support: tuple[int, ...] | None, head: Head) -> MoEBiasLayer:
     """A layer that changes nothing yet; its router follows from the seed."""
     torch.manual_seed(settings.seed)
     return head.layer(settings.layer_config(support))
@@ -195,7 +188,7 @@ def fit(
     layer: MoEBiasLayer,
     features: FeatureSource,
     head: Head,
-    settings: TrainingSettings,
+    settings: SFTConfig,
     description: str,
     evaluations: Evaluations | None = None,
     logits: BaseLogits | None = None,
@@ -216,23 +209,24 @@ def train(
     source: FeatureSource,
     held_out: FeatureSource,
     head: Head,
-    settings: TrainSFTSettings,
+    settings: SFTConfig,
+    checkpoints: Checkpoints,
+    made_with: Mapping[str, Any],
     processes: Processes = ALONE,
 ) -> FitReport:
-    """Trains a fresh layer in place, with checkpoints and metrics in `settings.output`.
+    """Trains a fresh layer in place, with checkpoints and metrics in a folder.
 
-    An unfinished run of the same settings in that folder is gone on with, to the same bytes as if it
-    had never stopped. Raises UserError where the folder's run is another one, or on the causes of
+    `made_with` are all settings of the run: an unfinished run of the same ones in that folder is gone on with, to the
+    same bytes as if it had never stopped. Raises UserError where the folder's run is another one, or on the causes of
     `fit`; KeyboardInterrupt on Ctrl-C, once the step is in a checkpoint.
     """
     source = first_tokens(source, settings.train_tokens)
-    checkpoints = Checkpoints(settings.output, settings.checkpoint_every, settings.keep_checkpoints)
     if processes.is_first:
         data = {**digests(source, held_out), "processes": processes.count}
-        begin(settings.output, settings.model_dump(mode="json"), data)
+        begin(checkpoints.run, made_with, data)
     processes.wait()
     saved = checkpoints.load(Position)
-    log = MetricsLog(settings.output, saved[1].step if saved else 0) if processes.is_first else None
+    log = MetricsLog(checkpoints.run, saved[1].step if saved else 0) if processes.is_first else None
     evaluations = Evaluations(held_out, settings.evaluate_every, settings.patience)
     start(layer, source, settings)
     trainer = Trainer(layer, source, head, settings, Watch(evaluations, checkpoints, log), processes)
@@ -262,7 +256,7 @@ def trained_on_support(layer: MoEBiasLayer) -> Iterator[None]:
 
 
 @torch.no_grad()
-def start(layer: MoEBiasLayer, source: FeatureSource, settings: StartSettings) -> None:
+def start(layer: MoEBiasLayer, source: FeatureSource, settings: StartOptions) -> None:
     """Sets the router's normalisation, from tokens evenly spread over the source, and the gate's start."""
     count = min(len(source), NORMALISATION_TOKENS)
     rows = torch.arange(count) * len(source) // max(count, 1)

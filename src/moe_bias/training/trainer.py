@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from moe_bias.backbone import Head
-from moe_bias.config import TrainingSettings, UserError
+from moe_bias.config import SFTConfig
 from moe_bias.features.extract import Features
 from moe_bias.features.source import FeatureSource, on_device
 from moe_bias.interrupts import deferred_interrupt
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.limits import refuse_endless_steps
+from moe_bias.mistakes import UserError
 from moe_bias.progress import Meter, meter
 from moe_bias.training.base_logits import BaseLogits
 from moe_bias.training.checkpoint import LAYER, Checkpoints, Position
@@ -71,7 +72,7 @@ class Trainer:
         layer: MoEBiasLayer,
         source: FeatureSource,
         head: Head,
-        settings: TrainingSettings,
+        settings: SFTConfig,
         watch: Watch,
         processes: Processes = ALONE,
         logits: BaseLogits | None = None,
@@ -214,14 +215,14 @@ class Trainer:
         self._processes.wait()
 
 
-def refuse_endless(settings: TrainingSettings, tokens: int) -> None:
+def refuse_endless(settings: SFTConfig, tokens: int) -> None:
     """Raises UserError where training on so many tokens takes more steps than anyone waits for."""
     steps = settings.epochs * -(-tokens // settings.batch_tokens)
     what = f"{settings.epochs:,} epochs over {tokens:,} tokens, {settings.batch_tokens:,} in a step,"
     refuse_endless_steps(steps, what, "lower --epochs, or raise --batch-tokens")
 
 
-def batches(tokens: int, settings: TrainingSettings, first_step: int = 0) -> Iterator[Tensor]:
+def batches(tokens: int, settings: SFTConfig, first_step: int = 0) -> Iterator[Tensor]:
     """Token numbers of each batch from step `first_step` on: every epoch all tokens in a new random order."""
     generator = torch.Generator().manual_seed(settings.seed)
     steps_per_epoch = -(-tokens // settings.batch_tokens)
@@ -232,7 +233,7 @@ def batches(tokens: int, settings: TrainingSettings, first_step: int = 0) -> Ite
 
 
 def _cause(
-    batch: Features, loss: SupervisedLoss, norms: GradientNorms, settings: TrainingSettings, rates: tuple[float, float]
+    batch: Features, loss: SupervisedLoss, norms: GradientNorms, settings: SFTConfig, rates: tuple[float, float]
 ) -> str | None:
     """Why no step can be taken with this loss and these gradients, and what to do; None where it can."""
     value = float(loss.total)

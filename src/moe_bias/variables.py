@@ -1,0 +1,52 @@
+"""The `MOE_BIAS_*` variables of code that has no command line: the four-line use, and the plugin of vLLM."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import ByteSize, Field, ValidationError
+
+from moe_bias.config import Config, LayerOptions
+from moe_bias.mistakes import UserError, first_mistake, shown
+
+PREFIX = "MOE_BIAS_"
+Values = TypeVar("Values", bound=Config)
+
+
+class LayerVariables(LayerOptions):
+    """The `MOE_BIAS_*` variables of the four-line use."""
+
+    enabled: bool = Field(True, description="apply the layer at all")
+
+
+class ServingVariables(Config):
+    """The `MOE_BIAS_*` variables of the plugin of vLLM; without MOE_BIAS_ADAPTERS it does nothing."""
+
+    adapters: Path | None = Field(None, description="folder of the adapters, one folder each")
+    adapter_memory: ByteSize = Field(
+        ByteSize(2**30), gt=0, description="memory that loaded adapters may take, such as 1GiB"
+    )
+    spool: Path | None = Field(
+        None, description="folder of record files; without it nothing is kept of requests for training"
+    )
+
+
+def from_variables(kind: type[Values], values: Mapping[str, str] = os.environ) -> Values:
+    """The values that variables give for a config's fields, and its defaults. Raises UserError naming the variable."""
+    upper = {name.upper(): value for name, value in values.items()}
+    given = {name: upper[variable(name)] for name in kind.model_fields if variable(name) in upper}
+    try:
+        return kind(**given)
+    except UserError as error:
+        if not isinstance(error.__cause__, ValidationError):
+            raise
+        name, reason, value = first_mistake(error.__cause__)
+        raise UserError(f"{variable(name)} is {shown(value)}: {reason}" if name else str(error)) from error
+
+
+def variable(field: str) -> str:
+    """The variable of a field."""
+    return PREFIX + field.upper()
