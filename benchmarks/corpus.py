@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from moe_bias.backbone import Head, find_head, load_model
+from moe_bias.backbone import Head, find_head
 from moe_bias.config import ModelConfig
 from moe_bias.features.extract import Features, HiddenTokens, run_backbone, with_scalars
 from moe_bias.features.source import on_device
+from moe_bias.frozen import load_model
 from moe_bias.mistakes import UserError
 from moe_bias.tasks.conversations import Example
 

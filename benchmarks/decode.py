@@ -20,8 +20,8 @@ from peft import LoraConfig, get_peft_model
 
 from memory import peak_in_own_process, print_peak
 from moe_bias import MoEBiasConfig
-from moe_bias.backbone import load_model
 from moe_bias.config import LayerConfig, ModelConfig
+from moe_bias.frozen import load_model
 from side_by_side import ratio, take_turns, write_record
 
 SUPPORT = 4096

@@ -24,11 +24,12 @@ from tempfile import TemporaryDirectory
 import torch
 
 from memory import peak_in_own_process, print_peak
-from moe_bias.backbone import find_head, load_model
+from moe_bias.backbone import find_head
 from moe_bias.config import ModelConfig
 from moe_bias.features.build import Choices, extract, make_plan
 from moe_bias.features.extract import batches_by_length, chunk_rows, completion_hidden
 from moe_bias.features.fingerprint import model_facts
+from moe_bias.frozen import load_model
 from moe_bias.tasks.conversations import Corpus, Example
 from side_by_side import ratio, take_turns, wait, write_record
 

@@ -22,9 +22,10 @@ import time
 
 import torch
 
-from moe_bias.backbone import find_head, load_model
+from moe_bias.backbone import find_head
 from moe_bias.config import LayerConfig, ModelConfig, RLConfig
 from moe_bias.features.extract import measure_fork_mass
+from moe_bias.frozen import load_model
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.rollout.sampler import Rollouts, SamplingChoices
 from moe_bias.rollout.sampling import TransformersSampler

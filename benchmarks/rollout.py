@@ -26,8 +26,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from moe_bias.backbone import find_head, load_model, resolve_model
+from moe_bias.backbone import find_head
 from moe_bias.config import LayerConfig, ModelConfig
+from moe_bias.frozen import load_model, resolve_model
 from moe_bias.rollout.engines import EngineChoices
 from moe_bias.rollout.sampler import Sampler, SamplingChoices
 from moe_bias.rollout.sampling import TransformersSampler

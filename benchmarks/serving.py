@@ -41,8 +41,9 @@ from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
 from moe_bias.adapter.files import save_layer
-from moe_bias.backbone import find_head, load_model, resolve_model
+from moe_bias.backbone import find_head
 from moe_bias.config import Experts, LayerConfig, ModelConfig, Reach
+from moe_bias.frozen import load_model, resolve_model
 from side_by_side import ratio, take_turns, write_record
 
 SUPPORT, RANK, OWN_TOKENS = 4096, 8, 32

@@ -24,9 +24,10 @@ from peft import LoraConfig, get_peft_model
 
 from moe_bias import MoEBiasConfig
 from moe_bias.adapter import find_adapter_head
-from moe_bias.backbone import Head, find_head, load_model
+from moe_bias.backbone import Head, find_head
 from moe_bias.config import LayerConfig, ModelConfig
 from moe_bias.features.extract import Features, run_backbone, with_scalars
+from moe_bias.frozen import load_model
 from moe_bias.layer import load_balance_loss
 from moe_bias.tasks.conversations import Example
 from moe_bias.training.objective import supervised_gradients

@@ -1,4 +1,3 @@
-import json
 import math
 
 import pytest
@@ -9,27 +8,17 @@ from hypothesis import strategies as st
 from peft import get_peft_model
 
 from conftest import ARCHITECTURES, HIDDEN, VOCABULARY, randomise, tiny_model, token_ids
-from moe_bias import MoEBiasConfig, backbone, find_adapter_head
+from moe_bias import MoEBiasConfig, find_adapter_head
 from moe_bias.backbone import (
-    BUNDLED_HUB_ID,
     HeadTransform,
-    cache_folder,
     captured_hidden,
     find_head,
     hidden_states,
-    load_model,
-    model_sizes,
-    resolve_model,
 )
-from moe_bias.config import ModelConfig
 from moe_bias.mistakes import UserError
 
 quick = settings(max_examples=50, deadline=None)
 CAPPED = HeadTransform(scale=0.5, cap=30.0)
-
-
-def settings_for(model: str, **changes) -> ModelConfig:
-    return ModelConfig(**{"model": model, "device": "cpu", **changes})
 
 
 @quick
@@ -182,82 +171,3 @@ def test_a_forward_that_cannot_be_checked_is_refused_by_name():
     sentence = r"the forward of ProphetNetForCausalLM cannot be .* \(its output embedding reads \(1, 2, 1, 16\) for one"
     with pytest.raises(UserError, match=sentence):
         find_head(transformers.ProphetNetForCausalLM(config))
-
-
-@pytest.fixture
-def saved_model(tmp_path):
-    tiny_model("qwen2").save_pretrained(tmp_path)
-    return str(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "gemma2", "gpt2"])
-def test_sizes_are_read_from_the_config_alone(name, tmp_path):
-    model = tiny_model(name)
-    model.config.save_pretrained(tmp_path)
-    assert model_sizes(settings_for(str(tmp_path))) == (HIDDEN, VOCABULARY, model.num_parameters())
-
-
-def test_loaded_model_is_frozen_and_in_evaluation_mode(saved_model, monkeypatch):
-    monkeypatch.setattr(backbone.AutoTokenizer, "from_pretrained", lambda *args, **kwargs: "tokenizer")
-    model, tokenizer = load_model(settings_for(saved_model))
-    assert tokenizer == "tokenizer"
-    assert not model.training
-    assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    half, _ = load_model(settings_for(saved_model, dtype="bfloat16"))
-    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
-
-
-@pytest.mark.parametrize(
-    ("name", "sentence"),
-    [
-        (
-            "nowhere/to-be-found",
-            "model 'nowhere/to-be-found' cannot be loaded: .* is no folder with a model in it, and",
-        ),
-        ("", "model '' cannot be loaded"),
-    ],
-)
-def test_missing_model_is_told_in_one_sentence(name, sentence):
-    for use in (load_model, model_sizes):
-        with pytest.raises(UserError, match=sentence):
-            use(settings_for(name))
-
-
-def test_model_of_another_kind_is_told_in_one_sentence(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
-    with pytest.raises(UserError, match="is not a causal language model"):
-        model_sizes(settings_for(str(tmp_path)))
-    with pytest.raises(UserError, match=r"cannot be loaded: .Unrecognized configuration"):
-        load_model(settings_for(str(tmp_path)))
-
-
-def test_model_with_its_own_code_needs_permission(tmp_path):
-    config = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "own.py").write_text("raise AssertionError('this must not run')\n")
-    with pytest.raises(UserError, match="brings its own code; pass --trust-remote-code to run it"):
-        model_sizes(settings_for(str(tmp_path)))
-
-
-def test_unknown_device_is_told_in_one_sentence():
-    with pytest.raises(
-        UserError, match="--device 'toaster' is no device of this machine that knows float64; use auto, cpu"
-    ):
-        load_model(settings_for("anything", device="toaster"))
-
-
-def test_bundled_model_without_its_package_is_the_one_on_the_hub(monkeypatch):
-    monkeypatch.setattr(backbone.importlib.util, "find_spec", lambda name: None)
-    assert resolve_model("bundled") == BUNDLED_HUB_ID
-    assert resolve_model("some/model") == "some/model"
-    with pytest.raises(UserError, match=f"model 'bundled' cannot be loaded: '{BUNDLED_HUB_ID}' is no folder"):
-        load_model(settings_for("bundled"))
-
-
-def test_cache_folder(monkeypatch, tmp_path):
-    monkeypatch.setenv("MOE_BIAS_CACHE", str(tmp_path))
-    assert cache_folder() == tmp_path
-    monkeypatch.delenv("MOE_BIAS_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / "moe-bias"

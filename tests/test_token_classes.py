@@ -5,7 +5,7 @@ import torch
 from transformers import AutoTokenizer
 
 from moe_bias.analysis.token_classes import CLASSES, token_class, vocabulary_classes
-from moe_bias.backbone import resolve_model
+from moe_bias.frozen import resolve_model
 
 CASES = {
     "digit": ["7", " 42", "0"],

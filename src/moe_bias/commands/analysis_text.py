@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_bias.analysis.answers import Answered
 from moe_bias.analysis.survey import Text
-from moe_bias.backbone import Head, find_head, load_model
+from moe_bias.backbone import Head, find_head
 from moe_bias.commands.examples import encoded, length_limit, say, split
 from moe_bias.commands.looking_settings import AnalyzeSettings
 from moe_bias.commands.material import Texts, features_of, texts_of
@@ -27,6 +27,7 @@ from moe_bias.features.extract import run_backbone, with_scalars
 from moe_bias.features.fingerprint import model_facts
 from moe_bias.features.manifest import TEMPERATURE
 from moe_bias.features.store import FeatureStore
+from moe_bias.frozen import load_model
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.mistakes import as_kind, read_json
 from moe_bias.records import write_json

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import moe_bias.adapter  # noqa: F401  # registers the method
-from moe_bias.backbone import resolve_model
+from moe_bias.frozen import resolve_model
 from moe_bias.mistakes import UserError
 
 

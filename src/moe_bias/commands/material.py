@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from moe_bias.backbone import Head, cache_folder, find_head, load_model
+from moe_bias.backbone import Head, find_head
 from moe_bias.commands.examples import encoded, length_limit, say, split
 from moe_bias.commands.making import made
 from moe_bias.commands.training_settings import SupervisedSettings, TextSettings
@@ -28,6 +28,7 @@ from moe_bias.features.build import Choices, Plan, make_plan, versions
 from moe_bias.features.fingerprint import corpus_hash, model_facts
 from moe_bias.features.manifest import TEMPERATURE, recipe_hash
 from moe_bias.features.store import FeatureStore
+from moe_bias.frozen import cache_folder, load_model
 from moe_bias.limits import in_bytes
 from moe_bias.mistakes import Interrupted, UserError
 from moe_bias.records import temporary_folder

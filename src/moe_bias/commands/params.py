@@ -9,9 +9,9 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from moe_bias.backbone import model_sizes
 from moe_bias.commands.looking_settings import ParamsSettings
 from moe_bias.config import LayerConfig, ModelConfig
+from moe_bias.frozen import model_sizes
 from moe_bias.mistakes import UserError
 from moe_bias.progress import text_console
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moe_bias.backbone import Head, find_head, load_model
+from moe_bias.backbone import Head, find_head
 from moe_bias.commands.saved import read_saved
 from moe_bias.config import LayerConfig, ModelConfig, RewardConfig, RLConfig, TaskConfig
 from moe_bias.features.extract import fork_coverage, measure_fork_mass
+from moe_bias.frozen import load_model
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.mistakes import UserError
 from moe_bias.rollout.greedy import greedy_answers

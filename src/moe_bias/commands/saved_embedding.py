@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from moe_bias.backbone import OutputRows, load_model, output_embedding, resolve_model, unwrapped
+from moe_bias.backbone import OutputRows, output_embedding, unwrapped
 from moe_bias.config import ModelConfig
+from moe_bias.frozen import load_model, resolve_model
 from moe_bias.layer import EmbeddingRows, at_least_float32
 
 
