@@ -4,6 +4,7 @@ import io
 import sys
 
 import pytest
+from moe_bias.commands.examples import say
 from rich.table import Table
 from rich.text import Text
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -13,7 +14,6 @@ from conftest import VOCABULARY, tiny_model
 from moe_bias import cli
 from moe_bias.commands import params
 from moe_bias.commands.demo_report import report_console
-from moe_bias.commands.examples import say
 from moe_bias.progress import meter, text_console
 from moe_bias.tasks.grader import Grader
 from test_cli import SUPPORT, save_adapter

@@ -178,7 +178,7 @@ def test_a_folder_of_ones_own(folder, capsys):
     assert main(words("train sft", "second", "--features", "mine", "--support", "all")) == 2
     assert "'mine' holds another feature store: its support is 'auto:40', here it is " in capsys.readouterr().err
     assert main(words("train sft", "second", "--features", "rows.jsonl/features")) == 2
-    sentence = "'rows.jsonl/features' cannot be written (Not a directory); name another folder, with --features"
+    sentence = "'rows.jsonl/features' cannot be written (Not a directory); name another folder"
     assert sentence in capsys.readouterr().err
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from moe_bias.api.data import Data, Texts
 from moe_bias.cli import main
 from moe_bias.commands import eval_model
-from moe_bias.commands.material import Material, Texts
 from moe_bias.commands.right_answers import RightAnswers
 from moe_bias.evaluation.samples import Sample, SampleFile, write_prompts
 from moe_bias.features import build
@@ -164,9 +164,9 @@ def test_a_problem_is_held_out_with_all_its_answers():
 
 
 def test_held_out_sums_are_those_of_problems():
-    material = Material(None, None, None, [1, 2, 5, 7], [], held_out_units=[4, 4, 9, 6])
+    material = Data(None, None, None, [1, 2, 5, 7], [], held_out_units=[4, 4, 9, 6])
     assert material.by_unit(np.array([1.0, 2.0, 3.0, 4.0])).tolist() == [3.0, 4.0, 3.0]
-    assert Material(None, None, None, [1], []).by_unit(np.array([1.0])).tolist() == [1.0]
+    assert Data(None, None, None, [1], []).by_unit(np.array([1.0])).tolist() == [1.0]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from conftest import VOCABULARY, tiny_model
 from moe_bias.backbone import find_head
 from moe_bias.cli import main
 from moe_bias.commands import cells as cells_command
-from moe_bias.commands import making
 from moe_bias.commands.training_settings import SweepSettings
 from moe_bias.config import OWN_SUPPORT
 from moe_bias.evaluation import cells as cells_module
@@ -18,6 +17,7 @@ from moe_bias.evaluation.cells import Cell, CellRecords, compare_cells
 from moe_bias.evaluation.grid import cell_name, find_cell, parse_grid, with_changes
 from moe_bias.evaluation.likelihood import token_nll
 from moe_bias.evaluation.strata import by_stratum, counts_by_stratum
+from moe_bias.features import making
 from moe_bias.features.extract import run_backbone, with_scalars
 from moe_bias.mistakes import UserError
 from moe_bias.tasks.conversations import Example
@@ -66,8 +66,8 @@ def test_a_base_that_names_no_single_cell_is_refused(base, number):
 @pytest.mark.parametrize(
     ("cell", "sentence"),
     [
-        ({"num_experts": "many"}, "in the grid, num_experts is 'many': input should be a valid integer"),
-        ({"num_experts": "1"}, "in the grid, top_k = 2 is more than num_experts = 1"),
+        ({"num_experts": "many"}, "with num_experts = many: num_experts is 'many': input should be a valid integer"),
+        ({"num_experts": "1"}, "with num_experts = 1: top_k = 2 is more than num_experts = 1"),
     ],
 )
 def test_values_that_cannot_be_are_refused(tmp_path, cell, sentence):

@@ -81,6 +81,11 @@ def load(
     return Frozen(*_loaded(model, device, dtype, trust_remote_code))
 
 
+def frozen(settings: ModelConfig) -> Frozen:
+    """The model that a config names; raises as `load`."""
+    return Frozen(*load_model(settings))
+
+
 def load_model(settings: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model and the tokenizer of `load`, before anything is asked of the output embedding."""
     return _loaded(settings.model, settings.device, settings.dtype, settings.trust_remote_code)

@@ -17,6 +17,11 @@ def text_console(**options: Any) -> Console:
     return Console(markup=False, emoji=False, **options)
 
 
+def say(console: Console, sentence: str) -> None:
+    """Prints a sentence as it is, on one line."""
+    console.print(sentence, highlight=False, soft_wrap=True)
+
+
 class RateColumn(ProgressColumn):
     """How many units a second."""
 

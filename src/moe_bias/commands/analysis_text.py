@@ -8,7 +8,7 @@ from the store's scalars; adapters on another support are read over the whole vo
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -17,23 +17,26 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_bias.analysis.answers import Answered
 from moe_bias.analysis.survey import Text
-from moe_bias.backbone import Head, find_head
-from moe_bias.commands.examples import encoded, length_limit, say, split
+from moe_bias.api.data import stored, texts_of
+from moe_bias.backbone import Head
 from moe_bias.commands.looking_settings import AnalyzeSettings
-from moe_bias.commands.material import Texts, features_of, texts_of
+from moe_bias.commands.material import keep, texts_named
 from moe_bias.commands.policy import Ground, prepare_ground, saved_layer
 from moe_bias.features.build import Choices, make_plan
+from moe_bias.features.examples import encoded, length_limit, split
 from moe_bias.features.extract import run_backbone, with_scalars
 from moe_bias.features.fingerprint import model_facts
 from moe_bias.features.manifest import TEMPERATURE
 from moe_bias.features.store import FeatureStore
-from moe_bias.frozen import load_model
+from moe_bias.frozen import frozen
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.mistakes import as_kind, read_json
+from moe_bias.progress import say
 from moe_bias.records import write_json
 from moe_bias.rollout.greedy import greedy_answers
 from moe_bias.rollout.policy import Policy, base_policy
 from moe_bias.tasks.conversations import Corpus, Example
+from moe_bias.training.processes import ALONE
 from moe_bias.training.run_folder import begin, digest
 
 BASE_ANSWERS = "base-answers.json"
@@ -113,10 +116,10 @@ def _support(layer: MoEBiasLayer) -> list[int]:
 
 def _stored(settings: AnalyzeSettings, folders: Sequence[str], console: Console) -> Matter:
     store = FeatureStore.open(*folders)
-    model, tokenizer = load_model(settings)
-    head = find_head(model)[1]
+    base = frozen(settings)
+    model, tokenizer, head = base.model, base.tokenizer, base.head
     store.check(model_facts(model, head, tokenizer), temperature=TEMPERATURE)
-    examples = _by_row(texts_of(store, settings, model, tokenizer)) if settings.data else {}
+    examples = _by_row(texts_of(base, store, texts_named(settings), settings.max_length)) if settings.data else {}
     text, name = _text(store, _held_out(store, settings, ", ".join(folders))), store.manifest.recipe.source
     layers = _layers(settings, head)
     if store.dropped:
@@ -130,16 +133,16 @@ def _stored(settings: AnalyzeSettings, folders: Sequence[str], console: Console)
 
 @contextmanager
 def _extracted(settings: AnalyzeSettings, console: Console) -> Iterator[Matter]:
-    texts = Texts.of_data(settings)
-    model, tokenizer = load_model(settings)
-    head = find_head(model)[1]
+    texts, base = texts_named(settings), frozen(settings)
+    model, tokenizer, head = base.model, base.tokenizer, base.head
     corpus = encoded(texts.conversations, tokenizer, length_limit(model, settings.max_length), settings.data, console)
     share = settings.held_out
     held_out = None if share is None else texts.held_out(corpus.rows, share, settings.seed)
     layers = _layers(settings, head)
     choices = Choices(_support(layers[0]), (), head.dtype, batch_size=settings.batch_size)
     plan = make_plan(corpus, settings.data, model_facts(model, head, tokenizer), choices)
-    with features_of(model, head, plan, settings, console) as store:
+    with ExitStack() as folder:
+        store = stored(base, plan, keep(settings), folder, ALONE, console)
         text = _text(store, held_out)
         yield Matter(model, tokenizer, head, layers, text, "data", settings.data, examples=_by_row(corpus))
 

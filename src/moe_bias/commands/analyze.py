@@ -19,11 +19,11 @@ from moe_bias.commands.analysis_forks import answer_record, text_forks
 from moe_bias.commands.analysis_table import print_analysis
 from moe_bias.commands.analysis_text import Matter, opened
 from moe_bias.commands.demo_report import report_console
-from moe_bias.commands.examples import say
 from moe_bias.commands.looking_settings import AnalyzeSettings
 from moe_bias.commands.saved import adapter_folder
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.mistakes import Interrupted, damaged, read_json, shown
+from moe_bias.progress import say
 from moe_bias.records import provenance, write_json
 from moe_bias.training.checkpoint import saved_layers
 from moe_bias.training.run_folder import refuse_other_settings

@@ -11,12 +11,12 @@ from functools import partial
 
 from moe_bias.commands.cells import Outcome, Runner, Workshop, report, run_missing
 from moe_bias.commands.demo_report import report_console
-from moe_bias.commands.examples import say
 from moe_bias.commands.training_settings import ArmsSettings
 from moe_bias.evaluation.arms import LAYER_ARMS, LORA_ARMS, LORA_HEAD, MAIN, MAIN_ON_LORA_TOKENS, run_lora
 from moe_bias.evaluation.cells import BASE_MODEL, CellRecords
 from moe_bias.evaluation.grid import with_changes
 from moe_bias.mistakes import UserError
+from moe_bias.progress import say
 from moe_bias.training.lora import LoRAChoices
 from moe_bias.training.run_folder import refuse_other_settings
 
@@ -64,12 +64,12 @@ def _wanted(settings: ArmsSettings, workshop: Workshop, records: CellRecords) ->
 
 
 def _lora(workshop: Workshop, records: CellRecords, name: str, seed: int, settings: ArmsSettings) -> Outcome:
-    material, main = workshop.material, records.load(MAIN, seed)
+    data, main = workshop.data, records.load(MAIN, seed)
     assert main is not None, "the main arm is run first"
-    train, held_out = material.examples()
+    train, held_out = data.examples()
     features = workshop.on(settings.support).held_out
     choices = LoRAChoices(settings.lora_rank, settings.lora_rate, settings.lora_batch_size)
     cell = run_lora(
-        name, material.model, train, held_out, features, main, choices, settings.lora_tokens, settings.batch_size
+        name, data.base.model, train, held_out, features, main, choices, settings.lora_tokens, settings.batch_size
     )
     return cell, settings.model_dump(mode="json")

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from moe_bias.api.data import Data
 from moe_bias.commands.cell_table import print_cells
-from moe_bias.commands.material import Material, opened
+from moe_bias.commands.material import opened
 from moe_bias.commands.training_settings import ArmsSettings, SweepSettings
 from moe_bias.config import SFTConfig
 from moe_bias.evaluation.cells import Cell, CellRecords, base_cell, compare_cells, run_cell
@@ -45,37 +46,37 @@ class Workshop:
         self._resources.close()
 
     @cached_property
-    def material(self) -> Material:
+    def data(self) -> Data:
         """Model and features; the folder is for these from then on."""
         settings = self._settings
-        material = self._resources.enter_context(opened(settings, self._console))
-        self._prepared[settings.support] = prepared = material.on(settings.support)
+        data = self._resources.enter_context(opened(settings, self._console))
+        self._prepared[settings.support] = prepared = data.on(settings.support)
         begin(settings.output, settings.model_dump(mode="json"), digests(prepared.train, prepared.held_out))
-        return material
+        return data
 
     def on(self, support: str) -> Prepared:
         """Features on a support, as the option names it."""
-        material = self.material
+        data = self.data
         if support not in self._prepared:
-            self._prepared[support] = material.on(support)
+            self._prepared[support] = data.on(support)
         return self._prepared[support]
 
     def base(self, settings: SFTConfig) -> Outcome:
         """The frozen model's cell."""
-        return base_cell(self.on(settings.support), self.material.head), settings.model_dump(mode="json")
+        return base_cell(self.on(settings.support), self.data.base.head), settings.model_dump(mode="json")
 
     def cell(self, name: str, settings: SFTConfig) -> Outcome:
         """A layer's cell."""
         prepared, logits = self.on(settings.support), self._logits_on(settings)
-        cell = run_cell(name, settings, prepared, self.material.head, logits)
+        cell = run_cell(name, settings, prepared, self.data.base.head, logits)
         return cell, settings.model_dump(mode="json")
 
     def head_lora(self, name: str, settings: SFTConfig, rank: int) -> Outcome:
         """The cell of LoRA on the output embedding alone, at one rate."""
         prepared, logits = self.on(settings.support), self._logits_on(settings)
         torch.manual_seed(settings.seed)
-        layer = HeadLoRA(self.material.head, rank, prepared.support)
-        return run_cell(name, settings, prepared, self.material.head, logits, layer), settings.model_dump(mode="json")
+        layer = HeadLoRA(self.data.base.head, rank, prepared.support)
+        return run_cell(name, settings, prepared, self.data.base.head, logits, layer), settings.model_dump(mode="json")
 
     def cell_on_tokens(self, name: str, settings: SFTConfig, tokens: int) -> Outcome:
         """A layer's cell on so many training tokens: the first of them once, or all as many times as that gives."""
@@ -87,15 +88,15 @@ class Workshop:
             seconds=prepared.seconds * count / len(prepared.train),
         )
         settings = settings.model_copy(update={"epochs": tokens // count})
-        logits = BaseLogits(part.train, self.material.head, settings.logits_budget)
-        return run_cell(name, settings, part, self.material.head, logits), settings.model_dump(mode="json")
+        logits = BaseLogits(part.train, self.data.base.head, settings.logits_budget)
+        return run_cell(name, settings, part, self.data.base.head, logits), settings.model_dump(mode="json")
 
     def _logits_on(self, settings: SFTConfig) -> BaseLogits:
         """Base logits of the training tokens; those of the last support are kept, since many cells share them."""
         asked = (settings.support, int(settings.logits_budget))
         if self._logits is None or self._logits[0] != asked:
             self._logits = None  # before the others are made: both together may not fit
-            self._logits = (asked, BaseLogits(self.on(settings.support).train, self.material.head, asked[1]))
+            self._logits = (asked, BaseLogits(self.on(settings.support).train, self.data.base.head, asked[1]))
         return self._logits[1]
 
 

@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from moe_bias.backbone import Head, find_head
 from moe_bias.commands.eval_arms import EvalArm, adapted, layer_policies
-from moe_bias.commands.examples import length_limit
 from moe_bias.commands.looking_settings import EvalSettings
 from moe_bias.evaluation.ledger import Ledger
+from moe_bias.features.examples import length_limit
 from moe_bias.frozen import load_model
 from moe_bias.mistakes import UserError
 from moe_bias.progress import Meter, meter

@@ -16,13 +16,12 @@ from moe_bias.commands.demo_report import report_console
 from moe_bias.commands.eval_arms import EvalArm, arms_of, refuse_changed_arms
 from moe_bias.commands.eval_model import answer_by_model
 from moe_bias.commands.eval_table import print_scores
-from moe_bias.commands.examples import say
 from moe_bias.commands.looking_settings import EvalSettings
 from moe_bias.evaluation.ledger import Ledger
 from moe_bias.evaluation.samples import SampleFile, write_prompts
 from moe_bias.evaluation.scores import GROUPS, Score, scores
 from moe_bias.mistakes import Interrupted, UserError
-from moe_bias.progress import meter
+from moe_bias.progress import meter, say
 from moe_bias.records import provenance, write_json
 from moe_bias.rollout.endpoint import Endpoint, EndpointChoices, EndpointError
 from moe_bias.tasks.benchmarks import ProblemSet, Protocol, problem_set, protocol_of

@@ -8,16 +8,16 @@ from pathlib import Path
 import torch
 
 from moe_bias.backbone import Head, find_head
-from moe_bias.commands.examples import encoded, length_limit, say
-from moe_bias.commands.making import made
 from moe_bias.commands.training_settings import ExtractSettings
 from moe_bias.features.build import Choices, make_plan
+from moe_bias.features.examples import encoded, length_limit
 from moe_bias.features.fingerprint import model_facts
+from moe_bias.features.making import made
 from moe_bias.features.manifest import Manifest, read_manifest
 from moe_bias.frozen import load_model
 from moe_bias.limits import in_bytes
 from moe_bias.mistakes import UserError
-from moe_bias.progress import text_console
+from moe_bias.progress import say, text_console
 from moe_bias.tasks.columns import read_conversations
 from moe_bias.tasks.conversations import answer_ends
 from moe_bias.training.sft import parse_support

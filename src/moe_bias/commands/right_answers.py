@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from moe_bias.api.data import Texts
 from moe_bias.commands.eval_arms import BASE
 from moe_bias.commands.evaluate import RECORD_FILE
-from moe_bias.commands.material import Texts
 from moe_bias.evaluation.samples import FILE, PROMPTS_FILE, Sample, SampleFile, read_prompts
 from moe_bias.mistakes import UserError, read_json
 from moe_bias.tasks.conversations import ask

@@ -11,7 +11,6 @@ import numpy as np
 from rich.console import Console
 
 from moe_bias.adapter import save_layer
-from moe_bias.commands.examples import say
 from moe_bias.commands.policy import (
     Beginning,
     Ground,
@@ -29,7 +28,7 @@ from moe_bias.commands.training_settings import TrainRLSettings
 from moe_bias.evaluation.statistics import Estimate, mean, wilson
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.mistakes import Interrupted
-from moe_bias.progress import text_console
+from moe_bias.progress import say, text_console
 from moe_bias.records import provenance, write_json
 from moe_bias.tasks.task import of_bad_golds
 from moe_bias.training.checkpoint import Checkpoints

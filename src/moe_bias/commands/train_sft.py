@@ -14,8 +14,8 @@ import torch
 from rich.console import Console
 
 from moe_bias.adapter import save_layer
-from moe_bias.commands.examples import say
-from moe_bias.commands.material import Material, opened
+from moe_bias.api.data import Data
+from moe_bias.commands.material import opened
 from moe_bias.commands.right_answers import RightAnswers
 from moe_bias.commands.saved import refuse_overwriting
 from moe_bias.commands.training_settings import TrainSFTSettings
@@ -23,7 +23,7 @@ from moe_bias.evaluation.likelihood import per_example, token_nll
 from moe_bias.evaluation.statistics import Estimate, ratio_of_sums
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.mistakes import Interrupted
-from moe_bias.progress import text_console
+from moe_bias.progress import say, text_console
 from moe_bias.records import provenance, write_json
 from moe_bias.training.checkpoint import Checkpoints
 from moe_bias.training.processes import Processes
@@ -55,17 +55,17 @@ def _run(settings: TrainSFTSettings) -> None:
     answers = None if settings.samples is None else RightAnswers.of(settings.samples, settings.samples_of)
     if answers is not None:
         say(console, f"{answers.summary()}; measure the adapter on other problems")
-    with opened(settings, console, processes, None if answers is None else answers.texts) as material:
-        head, prepared = material.head, material.on(settings.support)
+    with opened(settings, console, processes, None if answers is None else answers.texts) as data:
+        head, prepared = data.base.head, data.on(settings.support)
         layer = fresh_layer(settings, prepared.support, head)
-        _announce(console, layer, prepared, material.model.num_parameters())
+        _announce(console, layer, prepared, data.base.model.num_parameters())
         checkpoints = Checkpoints(settings.output, settings.checkpoint_every, settings.keep_checkpoints)
         made_with = settings.model_dump(mode="json")
         report = train(layer, prepared.train, prepared.held_out, head, settings, checkpoints, made_with, processes)
         if processes.is_first:
-            measured = _measured(layer, prepared, material)
+            measured = _measured(layer, prepared, data)
             _record(console, measured, report, settings, answers)
-            save_layer(layer, settings.output, material.model, prepared.fork_coverage)
+            save_layer(layer, settings.output, data.base.model, prepared.fork_coverage)
             console.print(f"Saved in {settings.output}.")
         processes.wait()
 
@@ -78,10 +78,10 @@ def _announce(console: Console, layer: MoEBiasLayer, prepared: Prepared, model_p
     )
 
 
-def _measured(layer: MoEBiasLayer, prepared: Prepared, material: Material) -> dict[str, Estimate]:
-    held_out, head = prepared.held_out, material.head
+def _measured(layer: MoEBiasLayer, prepared: Prepared, data: Data) -> dict[str, Estimate]:
+    held_out, head = prepared.held_out, data.base.head
     of_tokens = (token_nll(None, held_out, head), token_nll(layer, held_out, head), torch.ones(len(held_out)))
-    base, adapted, counts = (material.by_unit(per_example(values_T, held_out)) for values_T in of_tokens)
+    base, adapted, counts = (data.by_unit(per_example(values_T, held_out)) for values_T in of_tokens)
     return {
         "base_nll": ratio_of_sums(base, counts),
         "adapted_nll": ratio_of_sums(adapted, counts),

@@ -17,7 +17,7 @@ before it; a row's `tools` go to the chat template with it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -63,8 +63,15 @@ def read_conversations(source: str, split: str, train_on: TrainOn = "last-turn")
     Raises UserError on a file that is missing, empty or not JSON, on a row without known columns or with
     anything in them that cannot be an answer or what stands before it, naming the row and the column.
     """
-    rows = read_rows(source, split)
-    return [one for number, row in enumerate(rows) for one in _Row(row, number, source).conversations(train_on)]
+    return conversations_of(read_rows(source, split), source, train_on)
+
+
+def conversations_of(rows: Iterable[Any], source: str, train_on: TrainOn = "last-turn") -> list[Conversation]:
+    """Conversations of rows in memory, which `source` names to a reader. Raises UserError as `read_conversations`."""
+    found = [one for number, row in enumerate(rows) for one in _Row(row, number, source).conversations(train_on)]
+    if not found:
+        raise UserError(f"{source} are none; give at least one")
+    return found
 
 
 @dataclass(frozen=True)

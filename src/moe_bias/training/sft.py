@@ -161,7 +161,7 @@ def parse_support(text: str, vocab_size: int) -> int | list[int]:
         return int(size)
     if kind == "auto" or not Path(text).is_file():
         raise UserError(
-            f"--support {text!r} is none of 'auto:M' with M from 1 to {vocab_size}, 'all', or a JSON file of token ids"
+            f"`support` {text!r} is none of 'auto:M' with M from 1 to {vocab_size}, 'all', or a JSON file of token ids"
         )
     return _support_from_file(Path(text), vocab_size)
 

@@ -1,4 +1,4 @@
-"""The examples of a command: encoded within a length limit, and split in two."""
+"""The examples of a run: encoded within a length limit, and split in two."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from moe_bias.mistakes import UserError
+from moe_bias.progress import say
 from moe_bias.tasks.conversations import Conversation, Corpus, encode_all
 
 HELD_OUT_AT_LEAST = 2
@@ -38,7 +39,7 @@ def encoded(
         say(console, f"{corpus.cut} of {len(corpus.examples)} answers are cut: with their prompts they exceed {limit}")
     if not corpus.examples:
         raise UserError(
-            f"{source} has no usable row: each prompt fills the limit of {limit} tokens; raise --max-length"
+            f"{source} has no usable row: each prompt fills the limit of {limit} tokens; raise `max_length`"
         )
     if corpus.unreasoned:
         say(
@@ -63,8 +64,3 @@ def split(rows: Sequence[int], held_out: float, seed: int, source: str, noun: st
         )
     held = min(max(round(held_out * len(rows)), HELD_OUT_AT_LEAST), len(rows) - 1)
     return sorted(random.Random(seed).sample(rows, len(rows))[:held])
-
-
-def say(console: Console, sentence: str) -> None:
-    """Prints a sentence as it is, on one line."""
-    console.print(sentence, highlight=False, soft_wrap=True)

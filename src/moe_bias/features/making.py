@@ -11,12 +11,12 @@ from rich.console import Console
 from torch import nn
 
 from moe_bias.backbone import Head
-from moe_bias.commands.examples import say
 from moe_bias.features.build import Plan, extract
 from moe_bias.features.manifest import Manifest
 from moe_bias.features.writer import StoreFolder
 from moe_bias.limits import in_bytes
 from moe_bias.mistakes import UserError
+from moe_bias.progress import say
 
 LOCK = ".lock"
 """Held by the process that makes the store; a name with a dot is no file of a store."""
@@ -70,10 +70,7 @@ def _alone_in(folder: Path, console: Console) -> Iterator[None]:
         say(console, f"another process is making the store in {folder}; waiting for it")
         lock.acquire()
     except OSError as error:
-        raise UserError(
-            f"{str(folder)!r} cannot be written ({error.strerror}); name another folder, with --features or as the "
-            "--output of moe-bias extract"
-        ) from error
+        raise UserError(f"{str(folder)!r} cannot be written ({error.strerror}); name another folder") from error
     try:
         yield
     finally:

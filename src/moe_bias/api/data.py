@@ -1,0 +1,300 @@
+"""What supervised training works on: hidden states of prompts and answers, extracted before or just now.
+
+A feature store holds them already. Rows are extracted into one first, which is kept: in a folder that is named, or in
+the user's cache under a name that follows from all that decides its content. The next call with the same model, rows
+and limits finds it there; an extraction that was cut short goes on. The support of such a store is chosen on the
+training examples alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from weakref import finalize
+
+import numpy as np
+from rich.console import Console
+
+from moe_bias.config import OWN_SUPPORT, TrainOn
+from moe_bias.evaluation.statistics import Floats
+from moe_bias.features.build import Choices, Plan, make_plan, versions
+from moe_bias.features.examples import encoded, length_limit, split
+from moe_bias.features.fingerprint import corpus_hash, model_facts
+from moe_bias.features.making import made
+from moe_bias.features.manifest import MANIFEST, TEMPERATURE, recipe_hash
+from moe_bias.features.store import FeatureStore
+from moe_bias.frozen import Frozen, cache_folder
+from moe_bias.limits import in_bytes
+from moe_bias.mistakes import Interrupted, UserError
+from moe_bias.progress import say, text_console
+from moe_bias.records import temporary_folder
+from moe_bias.tasks.columns import conversations_of, read_conversations
+from moe_bias.tasks.conversations import Conversation, Corpus, Example, answer_ends, encode_all
+from moe_bias.training.processes import ALONE, Processes
+from moe_bias.training.sft import Prepared, parse_support, prepare_stored
+
+NAME_LENGTH = 16
+"""Digits of the hash that names a store in the cache."""
+
+Rows = str | Path | Sequence[Any]
+"""A JSON Lines file, the name of a data set on the Hub, or rows in memory: dicts, or a `datasets.Dataset`."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Conversations to extract from, what they are called, and the unit that each belongs to.
+
+    A unit is held out whole; `noun` says what units are. Of data each row is one, whatever answers in it count.
+    """
+
+    conversations: Sequence[Conversation]
+    source: str
+    units: Sequence[int]
+    noun: str = "usable examples"
+
+    @classmethod
+    def of(cls, rows: Rows, split: str = "train", train_on: TrainOn = "last-turn") -> Texts:
+        """Raises UserError, naming row and column, on rows that cannot be read."""
+        if isinstance(rows, str | Path):
+            conversations, source = read_conversations(str(rows), split, train_on), str(rows)
+        else:
+            source = "the rows"
+            conversations = conversations_of(rows, source, train_on)
+        return cls(conversations, source, [conversation.row for conversation in conversations])
+
+    def held_out(self, rows: Sequence[int], share: float, seed: int) -> list[int]:
+        """The rows, of those that can be used, whose unit is held out. Raises UserError on too few units."""
+        units = list(dict.fromkeys(self.units[row] for row in rows))
+        held = set(split(units, share, seed, self.source, self.noun))
+        return [row for row in rows if self.units[row] in held]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Data:
+    """Hidden states of the answers in a feature store, those of some examples held out to measure on.
+
+    `held_out` are rows of the source. `always` are ids that a chosen support must hold, `made_on` is the support that
+    the store was asked for. `corpus` are the texts, None where there is only the store; `held_out_units` the unit of
+    each row that is held out, None where each row is one.
+    """
+
+    base: Frozen
+    store: FeatureStore
+    held_out: list[int]
+    always: list[int]
+    made_on: str = OWN_SUPPORT
+    corpus: Corpus | None = None
+    held_out_units: Sequence[int] | None = None
+    _folder: ExitStack = field(default_factory=ExitStack)
+
+    def __post_init__(self) -> None:
+        finalize(self, self._folder.close)
+
+    def __repr__(self) -> str:
+        tokens = f"{len(self.store):,} tokens of {len(self.store.example.unique()):,} examples"
+        return f"Data({tokens}, {len(self.held_out):,} of them held out, support {len(self.store.support):,})"
+
+    @cached_property
+    def prepared(self) -> Prepared:
+        """Both parts on the support that the store was made on."""
+        return self.on(self.made_on)
+
+    def on(self, support: str) -> Prepared:
+        """Both parts on a support, as `SFTConfig.support` names it. Raises UserError on one that cannot be."""
+        wanted = OWN_SUPPORT if support == self.made_on else support
+        return prepare_stored(self.store, self.base.head, self.held_out, wanted, self.always)
+
+    def by_unit(self, sums: Floats) -> Floats:
+        """Sums over held-out rows as sums over held-out units: those of one unit are not independent."""
+        if self.held_out_units is None:
+            return sums
+        number = np.unique(self.held_out_units, return_inverse=True)[1]
+        return np.bincount(number, weights=sums).astype(np.float64)
+
+    def examples(self) -> tuple[list[Example], list[Example]]:
+        """Training and held-out examples."""
+        assert self.corpus is not None
+        train: list[Example] = []
+        held_out: list[Example] = []
+        excluded = set(self.held_out)
+        for row, example in zip(self.corpus.rows, self.corpus.examples, strict=True):
+            (held_out if row in excluded else train).append(example)
+        return train, held_out
+
+    def close(self) -> None:
+        """Removes hidden states that are not to be kept; they are removed with the last reference, too."""
+        self._folder.close()
+
+
+def features(
+    base: Frozen,
+    rows: Rows,
+    *,
+    held_out: float = 0.05,
+    support: str | Sequence[int] = "auto:4096",
+    seed: int = 0,
+    keep: bool | str | Path = True,
+    split: str = "train",
+    train_on: TrainOn = "last-turn",
+    max_length: int = 2048,
+    batch_size: int = 16,
+) -> Data:
+    """Hidden states of the answers in the rows, by one pass of the frozen model; or those of a feature store.
+
+    `rows` are dicts (`prompt` and `completion`, `question` and `answer`, `messages`, ...), a JSON Lines file, the name
+    of a data set on the Hub (its `split`), a `datasets.Dataset`, or the folder of a store that `moe-bias extract` made.
+    `held_out` is the share of the examples, in (0, 1), to measure on, drawn with `seed`. `support` is 'auto:M', 'all',
+    a JSON file of token ids, or the ids. `keep`: True keeps the states in the user's cache, where the next call of the
+    same model, rows and limits finds them; a path keeps them there; False removes them with what is returned. Of a
+    conversation `train_on` takes the 'last-turn' of the assistant or 'all-turns'. Examples are cut at `max_length`
+    tokens, or at the model's context; `batch_size` go through the model at a time.
+
+    Raises UserError on rows, stores and values that cannot be used; Interrupted where the extraction was, with what is
+    whole.
+    """
+    if isinstance(rows, str | Path) and (Path(rows) / MANIFEST).is_file():
+        return of_store(base, [str(rows)], held_out, seed)
+    texts = Texts.of(rows, split, train_on)
+    return of_texts(base, texts, Extraction(held_out, seed, support, keep, max_length, batch_size))
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """How texts become features; see `features`."""
+
+    held_out: float
+    seed: int
+    support: str | Sequence[int]
+    keep: bool | str | Path
+    max_length: int
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.held_out < 1:
+            raise UserError(f"held_out is {self.held_out}: give the share to measure on, above 0 and below 1")
+        for name in ("max_length", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: give at least 1")
+
+
+def of_store(
+    base: Frozen,
+    folders: Sequence[str],
+    held_out: float,
+    seed: int,
+    processes: Processes = ALONE,
+    console: Console | None = None,
+) -> Data:
+    """The features in these folders. Says so where the store holds a part of its examples' tokens alone."""
+    return fitted(base, opened_store(folders, processes), folders, held_out, seed, console)
+
+
+def opened_store(folders: Sequence[str | Path], processes: Processes = ALONE) -> FeatureStore:
+    """The first process compares checksums, before the others find written down that they fit."""
+    if not processes.is_first:
+        processes.wait()
+    store = FeatureStore.open(*folders)
+    if processes.is_first:
+        processes.wait()
+    return store
+
+
+def rows_held_out(store: FeatureStore, folders: Sequence[str], held_out: float, seed: int) -> list[int]:
+    """The rows of a store to measure on. Raises UserError where it has too few."""
+    return split(store.example.unique().tolist(), held_out, seed, f"the feature store in {', '.join(folders)}")
+
+
+def fitted(
+    base: Frozen,
+    store: FeatureStore,
+    folders: Sequence[str],
+    held_out: float,
+    seed: int,
+    console: Console | None = None,
+) -> Data:
+    """The features of a store that is open. Raises UserError where they are of another model."""
+    held = rows_held_out(store, folders, held_out, seed)
+    store.check(model_facts(base.model, base.head, base.tokenizer), temperature=TEMPERATURE)
+    if store.dropped:
+        say(
+            console or text_console(),
+            f"The store left out {store.dropped:,} tokens of base entropy below {store.manifest.threshold} nats: "
+            "training and held-out figures are of the others",
+        )
+    return Data(base, store, held, answer_ends(base.model, base.tokenizer))
+
+
+def texts_of(base: Frozen, store: FeatureStore, texts: Texts, max_length: int) -> Corpus:
+    """The examples that a store was extracted from. Raises UserError where the texts give others."""
+    corpus = encode_all(texts.conversations, base.tokenizer, length_limit(base.model, max_length))
+    if corpus_hash(corpus) != store.manifest.recipe.corpus:
+        folders = ", ".join(map(str, store.folders))
+        raise UserError(f"the store in {folders} was not extracted from {texts.source}")
+    rows = set(store.example.unique().tolist())
+    kept = [pair for pair in zip(corpus.rows, corpus.examples, strict=True) if pair[0] in rows]
+    return Corpus([example for _, example in kept], [row for row, _ in kept], corpus.left_out)
+
+
+def of_texts(
+    base: Frozen,
+    texts: Texts,
+    how: Extraction,
+    processes: Processes = ALONE,
+    console: Console | None = None,
+    check: Callable[[int], None] = lambda tokens: None,
+) -> Data:
+    """The features of texts, found or made; `check` is told of the number of tokens before the model runs."""
+    console, head = console or text_console(), base.head
+    support = parse_support(how.support, head.vocab_size) if isinstance(how.support, str) else list(how.support)
+    corpus = encoded(
+        texts.conversations, base.tokenizer, length_limit(base.model, how.max_length), texts.source, console
+    )
+    held_out = texts.held_out(corpus.rows, how.held_out, how.seed)
+    always = answer_ends(base.model, base.tokenizer)
+    choices = Choices(support, always, head.dtype, batch_size=how.batch_size, held_out=held_out)
+    plan = make_plan(corpus, texts.source, model_facts(base.model, head, base.tokenizer), choices)
+    check(plan.tokens)
+    with ExitStack() as own:
+        store = stored(base, plan, how.keep, own, processes, console)
+        folder = own.pop_all()
+    units = [texts.units[row] for row in held_out]
+    made_on = how.support if isinstance(how.support, str) else OWN_SUPPORT
+    return Data(base, store, held_out, always, made_on, corpus, units, folder)
+
+
+def stored(
+    base: Frozen, plan: Plan, keep: bool | str | Path, folder: ExitStack, processes: Processes, console: Console
+) -> FeatureStore:
+    """The store that the plan describes, found or made; one that is not to be kept is removed as `folder` is closed."""
+    path = _folder_of(plan, keep, folder, processes)
+    if processes.is_first:
+        _make(base, plan, path, bool(keep), console)
+    return opened_store([path], processes)
+
+
+def _folder_of(plan: Plan, keep: bool | str | Path, folder: ExitStack, processes: Processes) -> Path:
+    """Where the features of this plan are; in all processes the same folder, which the first one removes."""
+    if isinstance(keep, str | Path):
+        return Path(keep)
+    name = recipe_hash(plan.recipe, versions())[:NAME_LENGTH]
+    if keep:
+        return cache_folder() / "features" / name
+    own = str(folder.enter_context(temporary_folder(f"features-{name}"))) if processes.is_first else ""
+    return Path(processes.of_first(own))
+
+
+def _make(base: Frozen, plan: Plan, folder: Path, keep: bool, console: Console) -> None:
+    try:
+        manifest = made(base.model, base.head, plan, folder, console)
+    except Interrupted as interrupt:
+        if keep:
+            raise
+        raise KeyboardInterrupt from interrupt  # what is whole is about to be removed
+    if keep:
+        say(
+            console, f"{in_bytes(manifest.bytes)} of hidden states stay there for later runs; the folder can be deleted"
+        )
