@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moe_bias.commands.policy import Ground, collector_of, prepare_ground, rewards_of
+from moe_bias.api.policy import Ground, collector_of, prepare_ground, rewards_of
 from moe_bias.commands.training_settings import CompareSettings
 from moe_bias.commands.warm_start import prepare_warm_start, warm_layer
 from moe_bias.evaluation.policy_arms import LAYER_ARMS

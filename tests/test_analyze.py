@@ -11,7 +11,7 @@ from moe_bias.analysis.answers import Answered, accuracy, first_difference, in_s
 from moe_bias.backbone import find_head
 from moe_bias.cli import main
 from moe_bias.commands import analysis_text, analyze
-from moe_bias.commands.policy import policy_of, saved_layer
+from moe_bias.api.policy import policy_of, saved_layer
 from moe_bias.config import ModelConfig
 from moe_bias.features.extract import run_backbone
 from moe_bias.frozen import load_model

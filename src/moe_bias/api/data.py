@@ -103,8 +103,8 @@ class Data:
         """Both parts on the support that the store was made on."""
         return self.on(self.made_on)
 
-    def on(self, support: str) -> Prepared:
-        """Both parts on a support, as `SFTConfig.support` names it. Raises UserError on one that cannot be."""
+    def on(self, support: str | Sequence[int]) -> Prepared:
+        """Both parts on a support, by its ids or as `SFTConfig.support` names it. Raises UserError on one that cannot be."""
         wanted = OWN_SUPPORT if support == self.made_on else support
         return prepare_stored(self.store, self.base.head, self.held_out, wanted, self.always)
 

@@ -25,7 +25,7 @@ from moe_bias.analysis.record import estimate_record, moment_record, token_recor
 from moe_bias.analysis.survey import Marks
 from moe_bias.commands.analysis_text import Matter, greedy_answered
 from moe_bias.commands.looking_settings import AnalyzeSettings
-from moe_bias.commands.policy import Ground, policy_of
+from moe_bias.api.policy import Ground, policy_of
 from moe_bias.features.extract import Features
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.rollout.greedy import greedy_answers

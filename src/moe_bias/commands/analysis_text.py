@@ -21,7 +21,7 @@ from moe_bias.api.data import stored, texts_of
 from moe_bias.backbone import Head
 from moe_bias.commands.looking_settings import AnalyzeSettings
 from moe_bias.commands.material import keep, texts_named
-from moe_bias.commands.policy import Ground, prepare_ground, saved_layer
+from moe_bias.api.policy import Ground, prepare_ground, saved_layer
 from moe_bias.features.build import Choices, make_plan
 from moe_bias.features.examples import encoded, length_limit, split
 from moe_bias.features.extract import run_backbone, with_scalars

@@ -20,7 +20,7 @@ from moe_bias.commands.analysis_table import print_analysis
 from moe_bias.commands.analysis_text import Matter, opened
 from moe_bias.commands.demo_report import report_console
 from moe_bias.commands.looking_settings import AnalyzeSettings
-from moe_bias.commands.saved import adapter_folder
+from moe_bias.adapter.saved import adapter_folder
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.mistakes import Interrupted, damaged, read_json, shown
 from moe_bias.progress import say

@@ -15,7 +15,7 @@ import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
-from moe_bias.commands.policy import (
+from moe_bias.api.policy import (
     Ground,
     collector_of,
     fresh_policy_layer,

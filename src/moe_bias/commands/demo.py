@@ -19,7 +19,7 @@ import torch
 
 from moe_bias.adapter import save_layer
 from moe_bias.commands.demo_report import DemoReport, Reinforced, Sample, announce, print_report, report_console
-from moe_bias.commands.policy import Ground, collector_of, policy_of, prepare_ground, rewards_of
+from moe_bias.api.policy import Ground, collector_of, policy_of, prepare_ground, rewards_of
 from moe_bias.commands.training_settings import DemoSettings
 from moe_bias.commands.warm_start import prepare_warm_start, warm_layer
 from moe_bias.evaluation.comparison import Arm, Measured, compare

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from moe_bias.commands.policy import Ground, sampler_of, sampling_choices
+from moe_bias.api.policy import Ground, sampler_of, sampling_choices
 from moe_bias.commands.training_settings import TrainRLSettings
 from moe_bias.features.extract import run_backbone
 from moe_bias.frozen import resolve_model

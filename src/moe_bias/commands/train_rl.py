@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 
 from moe_bias.adapter import save_layer
-from moe_bias.commands.policy import (
+from moe_bias.api.policy import (
     Beginning,
     Ground,
     collector_of,
@@ -23,7 +23,7 @@ from moe_bias.commands.policy import (
     saved_layer,
 )
 from moe_bias.commands.sampling_engine import opened_sampler, refuse_unusable_engine
-from moe_bias.commands.saved import refuse_overwriting
+from moe_bias.adapter.saved import refuse_overwriting
 from moe_bias.commands.training_settings import TrainRLSettings
 from moe_bias.evaluation.statistics import Estimate, mean, wilson
 from moe_bias.layer import MoEBiasLayer

@@ -1,35 +1,22 @@
-"""`moe-bias train sft`: an adapter from prompts and answers, right samples of an evaluation, or a feature store.
-
-Started by a launcher (`torchrun --nproc-per-node 2 --no-python moe-bias train sft ...`), the processes
-train one layer on the same batches that one would; the first one extracts and writes, the others wait
-for the features.
-"""
+"""`moe-bias train sft`: an adapter by supervised learning, from prompts and answers to a saved folder."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
-
-import torch
 from rich.console import Console
 
-from moe_bias.adapter import save_layer
-from moe_bias.api.data import Data
+from moe_bias.adapter.saved import refuse_overwriting
+from moe_bias.api.reports import SFTReport
+from moe_bias.api.supervised import save_run, train_on
 from moe_bias.commands.material import opened
 from moe_bias.commands.right_answers import RightAnswers
-from moe_bias.commands.saved import refuse_overwriting
 from moe_bias.commands.training_settings import TrainSFTSettings
-from moe_bias.evaluation.likelihood import per_example, token_nll
-from moe_bias.evaluation.statistics import Estimate, ratio_of_sums
+from moe_bias.evaluation.statistics import Estimate
 from moe_bias.layer import MoEBiasLayer
-from moe_bias.mistakes import Interrupted
 from moe_bias.progress import say, text_console
-from moe_bias.records import provenance, write_json
 from moe_bias.training.checkpoint import Checkpoints
 from moe_bias.training.processes import Processes
 from moe_bias.training.run_folder import refuse_other_settings
-from moe_bias.training.sft import Prepared, fresh_layer, train
-from moe_bias.training.trainer import FitReport
+from moe_bias.training.sft import Prepared, fresh_layer
 
 
 def run(settings: TrainSFTSettings) -> None:
@@ -38,34 +25,24 @@ def run(settings: TrainSFTSettings) -> None:
     Raises UserError on data or settings that cannot be used, and where the folder holds an adapter or
     an unfinished run of other settings; Interrupted on Ctrl-C, saying where the same command goes on.
     """
+    made_with = settings.model_dump(mode="json")
     refuse_overwriting(settings.output)
-    refuse_other_settings(settings.output, settings.model_dump(mode="json"))
-    try:
-        _run(settings)
-    except Interrupted:
-        raise
-    except KeyboardInterrupt as interrupt:
-        checkpoints = Checkpoints(settings.output, settings.checkpoint_every, settings.keep_checkpoints)
-        raise Interrupted(f"run the same command again to go on {checkpoints.where()}") from interrupt
-
-
-def _run(settings: TrainSFTSettings) -> None:
+    refuse_other_settings(settings.output, made_with)
+    checkpoints = Checkpoints(settings.output, settings.checkpoint_every, settings.keep_checkpoints)
     processes = Processes.join(settings.device)
     console = text_console(quiet=not processes.is_first)
     answers = None if settings.samples is None else RightAnswers.of(settings.samples, settings.samples_of)
     if answers is not None:
         say(console, f"{answers.summary()}; measure the adapter on other problems")
     with opened(settings, console, processes, None if answers is None else answers.texts) as data:
-        head, prepared = data.base.head, data.on(settings.support)
-        layer = fresh_layer(settings, prepared.support, head)
+        prepared = data.on(settings.support)
+        layer = fresh_layer(settings, prepared.support, data.base.head)
         _announce(console, layer, prepared, data.base.model.num_parameters())
-        checkpoints = Checkpoints(settings.output, settings.checkpoint_every, settings.keep_checkpoints)
-        made_with = settings.model_dump(mode="json")
-        report = train(layer, prepared.train, prepared.held_out, head, settings, checkpoints, made_with, processes)
+        report = train_on(data, prepared, layer, settings, checkpoints, made_with, processes)
         if processes.is_first:
-            measured = _measured(layer, prepared, data)
-            _record(console, measured, report, settings, answers)
-            save_layer(layer, settings.output, data.base.model, prepared.fork_coverage)
+            _print(console, report, settings)
+            more = {} if answers is None else {"samples": answers.record()}
+            save_run(settings.output, layer, report, data, prepared, made_with, more)
             console.print(f"Saved in {settings.output}.")
         processes.wait()
 
@@ -78,34 +55,15 @@ def _announce(console: Console, layer: MoEBiasLayer, prepared: Prepared, model_p
     )
 
 
-def _measured(layer: MoEBiasLayer, prepared: Prepared, data: Data) -> dict[str, Estimate]:
-    held_out, head = prepared.held_out, data.base.head
-    of_tokens = (token_nll(None, held_out, head), token_nll(layer, held_out, head), torch.ones(len(held_out)))
-    base, adapted, counts = (data.by_unit(per_example(values_T, held_out)) for values_T in of_tokens)
-    return {
-        "base_nll": ratio_of_sums(base, counts),
-        "adapted_nll": ratio_of_sums(adapted, counts),
-        "change": ratio_of_sums(adapted - base, counts),
-    }
-
-
-def _record(
-    console: Console,
-    estimates: Mapping[str, Estimate],
-    report: FitReport,
-    settings: TrainSFTSettings,
-    answers: RightAnswers | None,
-) -> None:
-    """Prints and writes the record; the adapter comes after it, so that none is without its record."""
-    record = {name: asdict(estimate) for name, estimate in estimates.items()} | {"training": asdict(report)}
-    if answers is not None:
-        record["samples"] = answers.record()
-    settings_used = settings.model_dump(mode="json")
-    write_json(settings.output / "record.json", {"settings": settings_used, "provenance": provenance(), **record})
+def _print(console: Console, report: SFTReport, settings: TrainSFTSettings) -> None:
     if settings.patience:
         console.print(f"Of {report.steps:,} steps, step {report.layer_step:,} was the best on the held-out tokens.")
-    for name, estimate in estimates.items():
-        console.print(f"held-out {name.replace('_nll', ' NLL per token'):<24} {_interval(estimate)}", highlight=False)
+    for name, estimate in (
+        ("base NLL per token", report.base_nll),
+        ("adapted NLL per token", report.adapted_nll),
+        ("change", report.change),
+    ):
+        console.print(f"held-out {name:<24} {_interval(estimate)}", highlight=False)
 
 
 def _interval(estimate: Estimate) -> str:

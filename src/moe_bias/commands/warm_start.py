@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moe_bias.commands.policy import Ground
+from moe_bias.api.policy import Ground
 from moe_bias.commands.training_settings import WarmSettings
 from moe_bias.config import SFTConfig
 from moe_bias.layer import MoEBiasLayer

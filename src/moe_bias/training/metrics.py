@@ -140,6 +140,12 @@ class SampleLog:
         self._file.close()
 
 
+def read_metrics(run: Path) -> list[Metrics]:
+    """The metrics of a run's folder, step by step; none where it has no file of them."""
+    path = run / FILE
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
 def _continued(path: Path, after: int) -> TextIO:
     """The file, open to go on after step `after`: what a killed run wrote of later steps is dropped."""
     kept = _lines_up_to(path, after) if after else []

@@ -87,7 +87,11 @@ def prepare(
 
 
 def prepare_stored(
-    store: FeatureStore, head: Head, held_out: Sequence[int], support: str = OWN_SUPPORT, always: Sequence[int] = ()
+    store: FeatureStore,
+    head: Head,
+    held_out: Sequence[int],
+    support: str | Sequence[int] = OWN_SUPPORT,
+    always: Sequence[int] = (),
 ) -> Prepared:
     """A store's tokens: a view to train on, and the examples `held_out` (their rows) read into memory.
 
@@ -115,9 +119,11 @@ def prepare_stored(
     return _prepared(head, train, features, seconds)
 
 
-def _chosen(source: FeatureSource, example_T: Tensor, head: Head, support: str, always: Sequence[int]) -> list[int]:
+def _chosen(
+    source: FeatureSource, example_T: Tensor, head: Head, support: str | Sequence[int], always: Sequence[int]
+) -> list[int]:
     """The ids that `support` names; those of 'auto:M' are chosen on examples evenly spaced over the source."""
-    ids = parse_support(support, head.vocab_size)
+    ids = parse_support(support, head.vocab_size) if isinstance(support, str) else list(support)
     if not isinstance(ids, int):
         return ids
     number_T, counts = example_T.unique_consecutive(return_inverse=True, return_counts=True)[1:]
@@ -213,8 +219,9 @@ def train(
     checkpoints: Checkpoints,
     made_with: Mapping[str, Any],
     processes: Processes = ALONE,
+    is_fresh: bool = True,
 ) -> FitReport:
-    """Trains a fresh layer in place, with checkpoints and metrics in a folder.
+    """Trains a layer in place, with checkpoints and metrics in a folder; a fresh one is calibrated first.
 
     `made_with` are all settings of the run: an unfinished run of the same ones in that folder is gone on with, to the
     same bytes as if it had never stopped. Raises UserError where the folder's run is another one, or on the causes of
@@ -228,7 +235,8 @@ def train(
     saved = checkpoints.load(Position)
     log = MetricsLog(checkpoints.run, saved[1].step if saved else 0) if processes.is_first else None
     evaluations = Evaluations(held_out, settings.evaluate_every, settings.patience)
-    start(layer, source, settings)
+    if is_fresh:
+        start(layer, source, settings)
     trainer = Trainer(layer, source, head, settings, Watch(evaluations, checkpoints, log), processes)
     if saved is not None:
         trainer.resume(*saved)

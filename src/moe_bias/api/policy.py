@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_bias.backbone import Head, find_head
-from moe_bias.commands.saved import read_saved
+from moe_bias.adapter.saved import read_saved
 from moe_bias.config import LayerConfig, ModelConfig, RewardConfig, RLConfig, TaskConfig
 from moe_bias.features.extract import fork_coverage, measure_fork_mass
 from moe_bias.frozen import load_model

@@ -78,4 +78,4 @@ def refuse_overwriting(folder: Path) -> None:
     """Raises UserError where the folder holds an adapter already; what a killed run left there is removed."""
     remove_left_overs(folder)
     if (folder / CONFIG_FILE).exists():
-        raise UserError(f"--output {str(folder)!r} holds an adapter already; name another folder or remove it")
+        raise UserError(f"`output` {str(folder)!r} holds an adapter already; name another folder or remove it")

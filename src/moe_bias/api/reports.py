@@ -1,0 +1,193 @@
+"""What training and measuring return: figures with 95% intervals, shown as a table and a curve, or as a data frame."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from io import StringIO
+from typing import Any
+
+from rich.table import Table
+
+from moe_bias.evaluation.statistics import Estimate
+from moe_bias.mistakes import UserError
+from moe_bias.progress import text_console
+
+Curve = Sequence[Mapping[str, float]]
+"""Metrics by name of each step, as `moe_bias.training.metrics` describes them, `step` among them."""
+WIDTH = 100
+
+
+class Report:
+    """Base of what training and measuring return; `str` is a table, a notebook shows it with its curve."""
+
+    title: str
+    curve: Curve
+    CURVES: tuple[str, ...] = ()
+    """Metrics that are drawn, where the curve has them."""
+
+    def rows(self) -> list[dict[str, str]]:
+        """The table: a row for each thing that was measured, by column."""
+        raise NotImplementedError
+
+    def frame(self) -> Any:
+        """The curve as a `pandas.DataFrame`, a row for each step; the table where there is no curve.
+
+        Raises UserError where pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise UserError("a data frame needs pandas: pip install pandas") from error
+        return pandas.DataFrame(list(self.curve) or self.rows())
+
+    def __repr__(self) -> str:
+        rows = self.rows()
+        table = Table(title=self.title, title_justify="left")
+        for name in rows[0]:
+            table.add_column(name, justify="left" if name == next(iter(rows[0])) else "right")
+        for row in rows:
+            table.add_row(*row.values())
+        text = StringIO()
+        text_console(file=text, width=WIDTH, color_system=None).print(table)
+        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+    def _repr_html_(self) -> str:
+        """The table, and the curves where matplotlib is installed."""
+        rows = self.rows()
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in rows[0])
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(value)}</td>" for value in row.values()) + "</tr>" for row in rows
+        )
+        return f"<p>{html.escape(self.title)}</p><table><tr>{head}</tr>{body}</table>{self._drawn()}"
+
+    def _drawn(self) -> str:
+        try:
+            from moe_bias.report.figures import curves, page_svg
+        except ImportError:
+            return ""
+        lines = {name: line for name in self.CURVES if (line := self._line(name))[0]}
+        return page_svg(curves(lines, "step", ""), "curve", self.title) if lines else ""
+
+    def _line(self, name: str) -> tuple[list[float], list[float]]:
+        known = [step for step in self.curve if name in step]
+        return [step["step"] for step in known], [step[name] for step in known]
+
+
+@dataclass(frozen=True, repr=False)
+class SFTReport(Report):
+    """What supervised training did to the answers that were held out, in nats per token with 95% intervals.
+
+    `change` is paired by example. `layer_step` is the step that the layer is of, of so many `steps`.
+    """
+
+    base_nll: Estimate
+    adapted_nll: Estimate
+    change: Estimate
+    steps: int
+    layer_step: int
+    parameters: int
+    train_tokens: int
+    held_out_tokens: int
+    curve: Curve = field(default=(), compare=False)
+    CURVES = ("nll", "held_out_nll")
+
+    @property
+    def title(self) -> str:  # type: ignore[override]
+        """One sentence of result."""
+        verb = "falls" if self.change.value < 0 else "rises"
+        return (
+            f"Held-out NLL {verb} by {abs(self.change.value):.3f} nats per token in {self.steps:,} steps on "
+            f"{self.train_tokens:,} tokens ({self.parameters:,} parameters)"
+        )
+
+    def rows(self) -> list[dict[str, str]]:
+        """Base, adapted and their difference."""
+        named = {"base": self.base_nll, "adapted": self.adapted_nll, "change": self.change}
+        return [{"": name, "held-out NLL, nats per token": _nats(value)} for name, value in named.items()]
+
+
+@dataclass(frozen=True, repr=False)
+class RLReport(Report):
+    """What steps of rewards did to greedy answers to held-out problems, as shares with 95% intervals.
+
+    `accuracy` is of the policies "base", "start" and "trained"; `change` is trained less start, paired by problem;
+    `right` says by policy whether each problem was solved.
+    """
+
+    accuracy: Mapping[str, Estimate]
+    change: Estimate
+    right: Mapping[str, Sequence[bool]]
+    steps: int
+    sampled_tokens: int
+    seconds: float
+    update_seconds: float
+    curve: Curve = field(default=(), compare=False)
+    CURVES = ("reward", "held_out_accuracy")
+
+    @property
+    def title(self) -> str:  # type: ignore[override]
+        """One sentence of result."""
+        return (
+            f"{_points(self.change)} points by {self.steps:,} steps of rewards, {self.sampled_tokens:,} tokens sampled; "
+            f"{self.update_seconds / max(self.seconds, 1e-9):.1%} of {self.seconds:,.0f} s was updating"
+        )
+
+    def rows(self) -> list[dict[str, str]]:
+        """Accuracy of each policy."""
+        return [{"policy": name, "held-out problems solved": _percent(value)} for name, value in self.accuracy.items()]
+
+
+@dataclass(frozen=True)
+class EvaluatedArm:
+    """One policy on the problems: the share solved, its paired change to the first policy, and each problem's verdict."""
+
+    name: str
+    accuracy: Estimate
+    change: Estimate | None
+    outcomes: Sequence[str] = field(repr=False)
+    answers: Sequence[str] = field(repr=False)
+
+
+@dataclass(frozen=True, repr=False)
+class Evaluation(Report):
+    """Policies on the same problems of a task, compared in pairs; `arms` are in the order that they were given."""
+
+    task: str
+    problems: int
+    arms: Sequence[EvaluatedArm]
+    curve: Curve = field(default=(), compare=False)
+
+    @property
+    def title(self) -> str:  # type: ignore[override]
+        """What was measured."""
+        return f"{self.problems:,} problems of {self.task}, solved by greedy answers"
+
+    def __getitem__(self, name: str) -> EvaluatedArm:
+        """The arm of this name."""
+        return next(arm for arm in self.arms if arm.name == name)
+
+    def rows(self) -> list[dict[str, str]]:
+        """Accuracy of each policy, and its change to the first."""
+        first = self.arms[0].name
+        return [
+            {
+                "policy": arm.name,
+                "solved": _percent(arm.accuracy),
+                f"to {first}, points": "" if arm.change is None else _points(arm.change),
+            }
+            for arm in self.arms
+        ]
+
+
+def _nats(value: Estimate) -> str:
+    return f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]"
+
+
+def _percent(value: Estimate) -> str:
+    return f"{value.value:.1%} [{value.low:.1%}, {value.high:.1%}]"
+
+
+def _points(value: Estimate) -> str:
+    return f"{100 * value.value:+.1f} [{100 * value.low:+.1f}, {100 * value.high:+.1f}]"

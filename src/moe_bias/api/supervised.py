@@ -1,0 +1,147 @@
+"""Supervised training of a layer on stored hidden states, from Python and for `moe-bias train sft`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_bias.adapter import save_layer
+from moe_bias.adapter.saved import refuse_overwriting
+from moe_bias.api.data import Data
+from moe_bias.api.reports import SFTReport
+from moe_bias.config import SFTConfig
+from moe_bias.evaluation.likelihood import per_example, token_nll
+from moe_bias.evaluation.statistics import Estimate, ratio_of_sums
+from moe_bias.frozen import Frozen
+from moe_bias.layer import MoEBiasLayer
+from moe_bias.mistakes import Interrupted, UserError
+from moe_bias.records import provenance, temporary_folder, write_json
+from moe_bias.training.checkpoint import Checkpoints
+from moe_bias.training.metrics import read_metrics
+from moe_bias.training.processes import ALONE, Processes
+from moe_bias.training.run_folder import refuse_other_settings
+from moe_bias.training.sft import Prepared, fresh_layer, refuse_impossible, train
+
+
+def train_sft(
+    base: Frozen,
+    data: Data,
+    config: SFTConfig | None = None,
+    *,
+    layer: MoEBiasLayer | None = None,
+    output: str | Path | None = None,
+    checkpoint_every: int = 200,
+    keep_checkpoints: int = 2,
+) -> tuple[MoEBiasLayer, SFTReport]:
+    """Trains a layer on the answers of the data; returns it with what it does to those that are held out.
+
+    The layer is a fresh one of the config's choices, on the data's support where the config names none; or a copy of
+    `layer`, trained on. In `output` the run leaves metrics and checkpoints, from which the same call goes on after
+    an interrupt, to the same bytes; and at its end the adapter with its record. Without it nothing stays.
+
+    Raises UserError on data of another model, on a config that cannot be, where `output` holds an adapter or a run of
+    other settings, and where the loss is not finite; Interrupted on Ctrl-C, saying where the same call goes on.
+    """
+    config = SFTConfig() if config is None else config
+    if data.base is not base:
+        raise UserError("`data` is of another frozen model than `base`; extract it with this one")
+    made_with = config.model_dump(mode="json")
+    refuse_impossible(config, base.head, len(data.store))
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(temporary_folder("sft")) if output is None else output)
+        if output is not None:
+            refuse_overwriting(folder)
+            refuse_other_settings(folder, made_with)
+        checkpoints = Checkpoints(folder, checkpoint_every, keep_checkpoints)
+        prepared = prepared_for(data, config, layer)
+        own = fresh_layer(config, prepared.support, base.head) if layer is None else copy.deepcopy(layer)
+        report = train_on(data, prepared, own, config, checkpoints, made_with, is_fresh=layer is None)
+        if output is not None:
+            save_run(folder, own, report, data, prepared, made_with)
+    return own, report
+
+
+def prepared_for(data: Data, config: SFTConfig, layer: MoEBiasLayer | None = None) -> Prepared:
+    """The data on the support of the layer, else on that of the config, where it names one, else on its own."""
+    if layer is not None:
+        return data.on(layer.support_ids.tolist())
+    return data.on(config.support) if "support" in config.model_fields_set else data.prepared
+
+
+def train_on(
+    data: Data,
+    prepared: Prepared,
+    layer: MoEBiasLayer,
+    config: SFTConfig,
+    checkpoints: Checkpoints,
+    made_with: Mapping[str, Any],
+    processes: Processes = ALONE,
+    is_fresh: bool = True,
+) -> SFTReport:
+    """Trains the layer in place in the folder of the checkpoints, and measures it."""
+    try:
+        fitted = train(
+            layer,
+            prepared.train,
+            prepared.held_out,
+            data.base.head,
+            config,
+            checkpoints,
+            made_with,
+            processes,
+            is_fresh,
+        )
+    except Interrupted:
+        raise
+    except KeyboardInterrupt as interrupt:
+        raise Interrupted(f"run the same again to go on {checkpoints.where()}") from interrupt
+    return SFTReport(
+        **_measured(layer, prepared, data),
+        steps=fitted.steps,
+        layer_step=fitted.layer_step,
+        parameters=layer.config.num_parameters(layer.hidden_size, layer.vocab_size),
+        train_tokens=len(prepared.train),
+        held_out_tokens=len(prepared.held_out),
+        curve=read_metrics(checkpoints.run),
+    )
+
+
+def save_run(
+    folder: Path,
+    layer: MoEBiasLayer,
+    report: SFTReport,
+    data: Data,
+    prepared: Prepared,
+    made_with: Mapping[str, Any],
+    more: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes the record, `more` in it, and then the adapter, so that none is without its record."""
+    record = {
+        "settings": made_with,
+        "provenance": provenance(),
+        **{name: asdict(getattr(report, name)) for name in ("base_nll", "adapted_nll", "change")},
+        "training": {
+            "steps": report.steps,
+            "layer_step": report.layer_step,
+            "held_out_nll": next((m["held_out_nll"] for m in reversed(report.curve) if "held_out_nll" in m), None),
+        },
+    }
+    write_json(folder / "record.json", record | dict(more or {}))
+    save_layer(layer, folder, data.base.model, prepared.fork_coverage)
+
+
+def _measured(layer: MoEBiasLayer, prepared: Prepared, data: Data) -> dict[str, Estimate]:
+    held_out, head = prepared.held_out, data.base.head
+    of_tokens = (token_nll(None, held_out, head), token_nll(layer, held_out, head), torch.ones(len(held_out)))
+    base, adapted, counts = (data.by_unit(per_example(values_T, held_out)) for values_T in of_tokens)
+    return {
+        "base_nll": ratio_of_sums(base, counts),
+        "adapted_nll": ratio_of_sums(adapted, counts),
+        "change": ratio_of_sums(adapted - base, counts),
+    }
