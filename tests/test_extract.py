@@ -3,6 +3,7 @@ import torch
 
 from conftest import VOCABULARY, tiny_model
 from moe_bias.backbone import Head, find_head
+from moe_bias.chunks import AtOnce
 from moe_bias.features import extract
 from moe_bias.features.extract import (
     fork_coverage,
@@ -49,7 +50,7 @@ def test_logits_are_held_for_a_chunk_of_tokens(monkeypatch, elements):
     head = find_head(model)[1]
     tokens = run_backbone(model, EXAMPLES, 3, "test")
     whole = with_scalars(head, tokens, SUPPORT, "test")
-    monkeypatch.setitem(extract.LOGIT_ELEMENTS, "cpu", elements)
+    monkeypatch.setattr(extract, "LOGITS", AtOnce(elements, elements))
     held = []
     logits = Head.logits
     monkeypatch.setattr(Head, "logits", lambda head, hidden: held.append(len(hidden)) or logits(head, hidden))

@@ -11,6 +11,8 @@ from conftest import randomise, tiny_model, token_ids
 from moe_bias import MoEBiasConfig, apply_moe_bias, find_adapter_head, get_moe_bias_layer
 from moe_bias.backbone import Head, HeadTransform, OutputRows, find_head
 from moe_bias.config import LayerConfig, SFTConfig
+from moe_bias.chunks import AtOnce
+from moe_bias.config import LayerConfig, TrainingSettings, UserError
 from moe_bias.evaluation.likelihood import token_nll
 from moe_bias.features.extract import run_backbone, with_scalars
 from moe_bias.features.fingerprint import head_hash, model_facts
@@ -86,7 +88,7 @@ def some_hidden(count: int = 9) -> torch.Tensor:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("at_once", [2**24, 4 * VOCABULARY])
 def test_some_logits_are_those_of_the_modules_own_product(kind, bias, at_once, monkeypatch):
-    monkeypatch.setattr("moe_bias.backbone._PACKED_LOGITS", at_once)
+    monkeypatch.setattr("moe_bias.backbone.PACKED_LOGITS", AtOnce(at_once, at_once))
     head = Head(QUANTISED[kind](linear_of(bias)), HeadTransform(scale=0.5, cap=3.0))
     assert head.rows.are_packed
     hidden_TD, token_T = some_hidden(), torch.arange(9) * 11

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from conftest import HIDDEN, VOCABULARY, randomise, tiny_model
 from moe_bias.analysis.readings import TokenReadings, read_features, read_tokens, top_tokens
 from moe_bias.backbone import Head, adapted_logits, find_head
+from moe_bias.chunks import AtOnce
 from moe_bias.config import LayerConfig
 from moe_bias.features import extract as extract_module
 from moe_bias.features.extract import HiddenTokens, with_scalars
@@ -147,7 +148,7 @@ def test_only_tokens_that_the_support_leaves_open_go_through_the_output_embeddin
 def test_chunks_give_what_the_whole_gives(monkeypatch):
     head, layer, text = head_of("llama"), layer_of((3, 50, 60)), text_of()
     reduced, whole = both(layer, head, text)
-    monkeypatch.setitem(extract_module.LOGIT_ELEMENTS, "cpu", 5 * VOCABULARY)
+    monkeypatch.setattr(extract_module, "LOGITS", AtOnce(5 * VOCABULARY, 5 * VOCABULARY))
     for found, expected in zip(both(layer, head, text), (reduced, whole), strict=True):
         assert_same_readings(found, expected)
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_bias import support
+from moe_bias.chunks import AtOnce
 from moe_bias.layer import entropy_from_logits
 from moe_bias.support import (
     BaseScalars,
@@ -166,7 +167,7 @@ def assert_base_scalars_are_as_good(logits_TV: Tensor, support_M: Tensor) -> Non
 @given(cases(), st.sampled_from([1, 2**18]))
 def test_base_scalars_are_as_good_as_the_plain_ones(case, piece):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(support.PIECE_ELEMENTS, "cpu", piece)
+        patch.setattr(support, "PIECE", AtOnce(piece, piece))
         assert_base_scalars_are_as_good(case.logits_TV, case.support_M)
 
 

@@ -13,6 +13,8 @@ from moe_bias.analysis.summary import overlap_share
 from moe_bias.analysis.survey import Survey, Text, mark, overlap, survey
 from moe_bias.backbone import find_head
 from moe_bias.config import LayerConfig
+from moe_bias.chunks import AtOnce
+from moe_bias.config import LayerConfig, UserError
 from moe_bias.features.store import FeatureStore
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.mistakes import UserError
@@ -71,7 +73,7 @@ def test_streaming_joins_no_column_in_memory(store):
 def test_a_streamed_text_gives_what_the_whole_gives(store, monkeypatch):
     whole = surveyed(Text(store.at(slice(None))))
     assert_same_survey(surveyed(Text(store)), whole)
-    monkeypatch.setitem(survey_module.CHUNK_ELEMENTS, "cpu", 3 * len(SUPPORT))
+    monkeypatch.setattr(survey_module, "READINGS", AtOnce(3 * len(SUPPORT), 3 * len(SUPPORT)))
     assert_same_survey(surveyed(Text(store)), whole)
 
 

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from moe_bias.config import LayerConfig
+from moe_bias.chunks import PACKED_LOGITS
+from moe_bias.config import LayerConfig, UserError
 from moe_bias.layer import MoEBiasLayer, at_least_float32
 from moe_bias.mistakes import UserError, reason_of
 
@@ -26,8 +28,6 @@ SHIFTED = "reads_shifted_hidden_states"
 """Attribute of an output embedding while an adapter shifts what it reads; a copy of the model has it too."""
 _UNIT_VECTORS = 64
 """Columns of a packed or offloaded output embedding that are read at once."""
-_PACKED_LOGITS = 2**24
-"""Logits of a packed output embedding that are held at once where some of them are asked for."""
 _CAP_MARGIN = 1e-4
 """Adjusted logits are kept this relative distance inside the soft-cap, which float32 can still invert."""
 _BELOW_ONE = 1 - 2.0**-24
@@ -196,7 +196,7 @@ class Head:
     def _of_all(self, hidden: Tensor, choose: Callable[[Tensor, slice], Tensor], count: int) -> Tensor:
         """`count` final logits (..., count) that `choose` takes from all (C, V) of some hidden states, at a slice."""
         hidden_TD = hidden.reshape(-1, self.hidden_size).to(self.dtype)
-        size = max(_PACKED_LOGITS // self.vocab_size, 1)
+        size = PACKED_LOGITS.rows(self.vocab_size, hidden.device)
         parts = [
             choose(self.logits(hidden_TD[start : start + size]), slice(start, start + size))
             for start in range(0, len(hidden_TD), size)
@@ -222,11 +222,16 @@ def adapted_logits(
     layer: MoEBiasLayer, transform: HeadTransform, hidden_BD: Tensor, entropy_B: Tensor, logits_BV: Tensor
 ) -> Tensor:
     """Final logits (B, V) under the layer, from the base's final logits and their entropy in nats."""
-    move_BM = layer.strength * layer(hidden_BD, entropy_B).bias
+    return with_bias(layer, transform, logits_BV, layer(hidden_BD, entropy_B).bias)
+
+
+def with_bias(layer: MoEBiasLayer, transform: HeadTransform, logits: Tensor, bias: Tensor) -> Tensor:
+    """Final logits (..., V) of the base, moved by the layer's strength times its bias (..., M) on its support."""
+    move = layer.strength * bias
     if layer.support is None:
-        return logits_BV + transform.reachable(logits_BV, move_BM)
-    logits_BM = logits_BV.index_select(-1, layer.support)
-    return logits_BV.index_copy(-1, layer.support, logits_BM + transform.reachable(logits_BM, move_BM))
+        return logits + transform.reachable(logits, move)
+    columns = logits.index_select(-1, layer.support)
+    return logits.index_copy(-1, layer.support, columns + transform.reachable(columns, move))
 
 
 def _computes_on(module: nn.Module) -> tuple[torch.device, torch.dtype]:

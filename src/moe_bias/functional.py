@@ -42,6 +42,8 @@ from moe_bias.adapter import (
 )
 from moe_bias.adapter.shift import InsertedShift
 from moe_bias.backbone import Head, HeadTransform, find_head
+from moe_bias.backbone import Head, HeadTransform, find_head, with_bias
+from moe_bias.config import LayerSettings, UserError, describe_error
 from moe_bias.layer import MoEBiasLayer, at_least_float32, in_type, load_balance_loss
 from moe_bias.mistakes import UserError
 from moe_bias.variables import LayerVariables, from_variables
@@ -220,9 +222,8 @@ def _moved(attached: _Attached, hidden: Tensor, logits: Tensor) -> Tensor:
     layer = attached.layer.to(hidden.device)
     output = layer(hidden, base_entropy(logits, HeadTransform()))
     attached.last.routing = output.routing
-    move = layer.on_vocabulary(layer.strength * output.bias)
-    final = at_least_float32(logits)
-    return in_type(final + attached.head.transform.reachable(final, move), logits.dtype)
+    final = with_bias(layer, attached.head.transform, at_least_float32(logits), output.bias)
+    return in_type(final, logits.dtype)
 
 
 def _check_last_hidden_state(head: Head, hidden: Tensor, logits: Tensor) -> None:

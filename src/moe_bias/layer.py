@@ -35,6 +35,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_bias.config import LayerConfig, Normalisation, Reach
+from moe_bias.chunks import ENTROPY
+from moe_bias.config import LayerConfig, Normalisation, Reach, UserError
 from moe_bias.limits import in_short, refuse_beyond_memory
 from moe_bias.mistakes import UserError
 
@@ -107,6 +109,14 @@ def entropy_from_logits(logits: Tensor) -> Tensor:
         total = mass.sum(-1)
         entropy: Tensor = total.log() - torch.linalg.vecdot(mass, centred) / total
         return entropy
+
+
+def entropy_in_pieces(rows: Tensor, vocab_size: int, logits_of: Callable[[Tensor], Tensor]) -> Tensor:
+    """Entropies (N,) of the logits (N, V) that `logits_of` makes of rows (N, ...), some rows at a time."""
+    most = ENTROPY.rows(vocab_size, rows.device)
+    if len(rows) <= most:
+        return entropy_from_logits(logits_of(rows))
+    return torch.cat([entropy_from_logits(logits_of(piece)) for piece in rows.split(most)])
 
 
 def in_type(exact: Tensor, dtype: torch.dtype) -> Tensor:

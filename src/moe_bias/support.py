@@ -36,13 +36,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_bias.chunks import PIECE
+from moe_bias.config import UserError
 from moe_bias.layer import LOWEST_LOG_PROB, at_least_float32, entropy_from_logits
 from moe_bias.mistakes import UserError
 
 FORK_SHARE = 0.2
 """rho: forks are the positions in the top 20% of base entropy (arXiv 2506.01939)."""
-PIECE_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
-"""Logits that `base_scalars` works on at once: 1 MiB on a CPU, whose cache then holds every temporary."""
 _ROUNDING = 1e-6
 """0.07 * 100 is 7.000000000000001: without this allowance its rank would be 8."""
 
@@ -119,8 +119,7 @@ def split_vocabulary(support_M: Tensor, vocab_size: int) -> VocabularySplit:
 
 def base_scalars(logits_TV: Tensor, split: VocabularySplit) -> BaseScalars:
     """Entropy, log Z, R and A from the full scaled logits, without gradient. -inf logits count as probability 0."""
-    size = PIECE_ELEMENTS.get(logits_TV.device.type, PIECE_ELEMENTS["cuda"])
-    pieces = logits_TV.detach().split(max(size // logits_TV.shape[-1], 1))
+    pieces = logits_TV.detach().split(PIECE.rows(logits_TV.shape[-1], logits_TV.device))
     entropy, log_partition, log_sum_exp, mean_logit = zip(
         *(_piece_scalars(piece, split) for piece in pieces), strict=True
     )

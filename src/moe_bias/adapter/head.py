@@ -24,15 +24,11 @@ from moe_bias.adapter.files import LAYERS, layer_shapes
 from moe_bias.backbone import HeadTransform, OutputRows, offload_hook
 from moe_bias.layer import LayerOutput, MoEBiasLayer, Routing, check_layer_tensors, entropy_from_logits, in_type
 from moe_bias.mistakes import UserError
+from moe_bias.config import UserError
+from moe_bias.layer import LayerOutput, MoEBiasLayer, Routing, check_layer_tensors, entropy_in_pieces, in_type
 
 if TYPE_CHECKING:
     from moe_bias.adapter.shift import InsertedShift
-
-_ENTROPY_CHUNK = 2**24
-"""Logits whose entropy is taken at once: 64 MiB of float32, so that long sequences need no more."""
-
-_ENTROPY_CHUNK_CPU = 2**18
-"""On a CPU temporaries of 1 MiB stay in its cache and in the allocator; larger ones cost twice the time."""
 
 
 class LastRouting:
@@ -227,13 +223,9 @@ class MoEBiasHead(nn.Module, BaseTunerLayer):
 
 def base_entropy(raw: Tensor, transform: HeadTransform) -> Tensor:
     """Entropy (...,) in nats of the base distribution, from raw logits (..., V), without gradient."""
-    chunk = _ENTROPY_CHUNK_CPU if raw.device.type == "cpu" else _ENTROPY_CHUNK
-    rows = max(chunk // raw.shape[-1], 1)
     with torch.no_grad():
-        if raw.numel() <= rows * raw.shape[-1]:
-            return entropy_from_logits(transform.apply(raw))
-        chunks = raw.flatten(0, -2).split(rows)
-        return torch.cat([entropy_from_logits(transform.apply(chunk)) for chunk in chunks]).view(raw.shape[:-1])
+        rows = raw.reshape(-1, raw.shape[-1])
+        return entropy_in_pieces(rows, raw.shape[-1], transform.apply).view(raw.shape[:-1])
 
 
 def move_logits(raw: Tensor, layer: MoEBiasLayer, output: LayerOutput, transform: HeadTransform) -> Tensor:

@@ -22,15 +22,13 @@ from moe_bias.analysis.moments import Strongest, moment_at
 from moe_bias.analysis.readings import TokenReadings, joined_readings, read_features, read_tokens
 from moe_bias.analysis.tally import GROUPS, Tally, TokenFacts
 from moe_bias.backbone import Head
+from moe_bias.chunks import READINGS
 from moe_bias.features.extract import Features
 from moe_bias.features.source import on_device
 from moe_bias.features.store import FeatureStore
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.progress import Meter, meter
 from moe_bias.support import FORK_SHARE, fork_threshold
-
-CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
-"""Entries of a tokens x support tensor that are worked on at once, by kind of device."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +128,7 @@ class _Reader:
 
     def chunks(self, part: Features, bar: Meter) -> Iterator[tuple[TokenReadings, int]]:
         """Readings on the CPU, each with the row of the part that it starts at."""
-        size = CHUNK_ELEMENTS.get(self._head.device.type, CHUNK_ELEMENTS["cuda"])
-        rows = max(size // len(self._support_M), 1)
+        rows = READINGS.rows(len(self._support_M), self._head.device)
         fits = torch.equal(part.support, self._support_M)
         for start in range(0, len(part), rows):
             chunk = on_device(part.at(slice(start, start + rows)), self._head.device)

@@ -111,7 +111,7 @@ def _layers(settings: AnalyzeSettings, head: Head) -> list[MoEBiasLayer]:
 
 
 def _support(layer: MoEBiasLayer) -> list[int]:
-    return list(range(layer.vocab_size)) if layer.support is None else layer.support.tolist()
+    return layer.support_or_all().tolist()
 
 
 def _stored(settings: AnalyzeSettings, folders: Sequence[str], console: Console) -> Matter:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_bias.backbone import Head, hidden_states, output_embedding
+from moe_bias.chunks import LOGITS
 from moe_bias.layer import at_least_float32, entropy_from_logits
 from moe_bias.limits import refuse_beyond_memory
 from moe_bias.progress import meter
@@ -36,8 +37,6 @@ from moe_bias.tasks.conversations import Example
 
 CALIBRATION_TOKENS = 4096
 """Completion tokens of a calibration sample, about."""
-LOGIT_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
-"""Full-vocabulary logits that are held at once, by kind of device: memory grows with neither V nor length."""
 
 
 @dataclass(frozen=True)
@@ -203,8 +202,7 @@ def concatenated(parts: Sequence[TokenScalars]) -> TokenScalars:
 
 def chunk_rows(head: Head) -> int:
     """Tokens whose full-vocabulary logits are held at once."""
-    size = LOGIT_ELEMENTS.get(head.device.type, LOGIT_ELEMENTS["cuda"])
-    return max(size // head.vocab_size, 1)
+    return LOGITS.rows(head.vocab_size, head.device)
 
 
 def support_columns(support_M: Tensor, vocab_size: int) -> Tensor:

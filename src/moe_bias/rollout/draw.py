@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe_bias.chunks import PIECE
 from moe_bias.layer import LOWEST_LOG_PROB
-from moe_bias.support import PIECE_ELEMENTS
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Draws:
 
 def draw(logits_BV: Tensor, uniform_B: Tensor) -> Draws:
     """A token of softmax(logits) for each row, from float32 logits and float64 numbers uniform in [0, 1)."""
-    rows = max(PIECE_ELEMENTS.get(logits_BV.device.type, PIECE_ELEMENTS["cuda"]) // logits_BV.shape[-1], 1)
+    rows = PIECE.rows(logits_BV.shape[-1], logits_BV.device)
     pieces = [_draw(*piece) for piece in zip(logits_BV.split(rows), uniform_B.split(rows), strict=True)]
     token, log_prob, entropy = (torch.cat(parts) for parts in zip(*pieces, strict=True))
     return Draws(token, log_prob, entropy)
