@@ -37,6 +37,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_bias.chunks import PIECE
+from moe_bias.columns import Columns, joined
 from moe_bias.config import UserError
 from moe_bias.layer import LOWEST_LOG_PROB, at_least_float32, entropy_from_logits
 from moe_bias.mistakes import UserError
@@ -48,7 +49,7 @@ _ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
-class RestScalars:
+class RestScalars(Columns):
     """R and A of each token, (T,) float64; R = -inf and A = 0 where the rest is empty."""
 
     log_sum_exp: Tensor
@@ -56,7 +57,7 @@ class RestScalars:
 
 
 @dataclass(frozen=True)
-class BaseScalars:
+class BaseScalars(Columns):
     """Of the base distribution, each (T,): entropy in nats (float32 or better), log Z (float64), R and A."""
 
     entropy: Tensor
@@ -78,7 +79,7 @@ class VocabularySplit:
 
 
 @dataclass(frozen=True)
-class PolicyStats:
+class PolicyStats(Columns):
     """Of the adapted policy, each (T,): `log_partition` (float64), `entropy` and `kl` to the base in nats."""
 
     log_partition: Tensor
@@ -120,12 +121,7 @@ def split_vocabulary(support_M: Tensor, vocab_size: int) -> VocabularySplit:
 def base_scalars(logits_TV: Tensor, split: VocabularySplit) -> BaseScalars:
     """Entropy, log Z, R and A from the full scaled logits, without gradient. -inf logits count as probability 0."""
     pieces = logits_TV.detach().split(PIECE.rows(logits_TV.shape[-1], logits_TV.device))
-    entropy, log_partition, log_sum_exp, mean_logit = zip(
-        *(_piece_scalars(piece, split) for piece in pieces), strict=True
-    )
-    return BaseScalars(
-        torch.cat(entropy), torch.cat(log_partition), RestScalars(torch.cat(log_sum_exp), torch.cat(mean_logit))
-    )
+    return joined([_piece_scalars(piece, split) for piece in pieces])
 
 
 @dataclass(frozen=True)
@@ -137,8 +133,7 @@ class _PartSums:
     moment: Tensor
 
 
-def _piece_scalars(logits_TV: Tensor, split: VocabularySplit) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Entropy, log Z, R and A of a few tokens."""
+def _piece_scalars(logits_TV: Tensor, split: VocabularySplit) -> BaseScalars:
     logits_TV = at_least_float32(logits_TV)
     gathered = _part_sums(logits_TV.index_select(-1, split.gathered))
     masked = _part_sums(logits_TV + split.penalty)
@@ -151,11 +146,10 @@ def _piece_scalars(logits_TV: Tensor, split: VocabularySplit) -> tuple[Tensor, T
         moment_T += lower_T.exp() * (part.moment + lower_T * part.mass)
     log_mass_T, shift_T = mass_T.log(), _finite(rest.largest).double()
     mean_T = torch.where(rest.mass > 0, rest.moment / rest.mass, 0)
-    return (
+    return BaseScalars(
         log_mass_T - moment_T / mass_T,
         log_mass_T.double() + largest_T.double(),
-        rest.mass.log().double() + shift_T,
-        mean_T.double() + shift_T,
+        RestScalars(rest.mass.log().double() + shift_T, mean_T.double() + shift_T),
     )
 
 

@@ -19,20 +19,21 @@ Shapes: T tokens, C a chunk of them, D hidden, V vocabulary, M support, K routed
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from moe_bias.backbone import Head, adapted_logits
+from moe_bias.columns import Columns, joined
 from moe_bias.features.extract import Features, chunk_rows
 from moe_bias.layer import Mixture, MoEBiasLayer, entropy_from_logits
 from moe_bias.support import PolicyStats, full_log_prob, full_stats, reduced_stats
 
 
 @dataclass(frozen=True)
-class TokenReadings:
+class TokenReadings(Columns):
     """Each (T,) but experts and gates (T, K), largest gate first; entropies, KL and log-probabilities in nats.
 
     `bias_mean` and `bias_max` are of |b| over the support; `base_choice` and `adapted_choice` int64 token ids.
@@ -61,7 +62,7 @@ class TokenReadings:
 
 
 @dataclass(frozen=True)
-class TopTokens:
+class TopTokens(Columns):
     """The likeliest tokens of both distributions, ids (T, N) int64 and probabilities (T, N), largest first."""
 
     base_ids: Tensor
@@ -76,7 +77,7 @@ def read_tokens(layer: MoEBiasLayer, head: Head, hidden_TD: Tensor, token_T: Ten
     parts = []
     for hidden_CD, token_C in zip(hidden_TD.split(chunk_rows(head)), token_T.split(chunk_rows(head)), strict=True):
         parts.append(_read_whole(layer, head, hidden_CD.to(head.device), token_C.to(head.device)))
-    return joined_readings(parts)
+    return joined(parts).to("cpu")
 
 
 @torch.no_grad()
@@ -105,13 +106,7 @@ def top_tokens(layer: MoEBiasLayer, head: Head, hidden_TD: Tensor, count: int) -
         adapted_CV = adapted_logits(layer, head.transform, hidden_CD, entropy_from_logits(logits_CV), logits_CV)
         base, adapted = (values_CV.softmax(-1).topk(count, dim=-1) for values_CV in (logits_CV, adapted_CV))
         parts.append(TopTokens(base.indices, base.values, adapted.indices, adapted.values))
-    return TopTokens(*(torch.cat([getattr(part, field.name) for part in parts]).cpu() for field in fields(TopTokens)))
-
-
-def joined_readings(parts: Sequence[TokenReadings]) -> TokenReadings:
-    """The tokens of all parts, one after the other, on the CPU."""
-    names = [field.name for field in fields(TokenReadings)]
-    return TokenReadings(**{name: torch.cat([getattr(part, name) for part in parts]).cpu() for name in names})
+    return joined(parts).to("cpu")
 
 
 def _read_whole(layer: MoEBiasLayer, head: Head, hidden_CD: Tensor, token_C: Tensor) -> TokenReadings:

@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 
 from moe_bias.analysis.moments import Strongest, moment_at
-from moe_bias.analysis.readings import TokenReadings, joined_readings, read_features, read_tokens
+from moe_bias.analysis.readings import TokenReadings, read_features, read_tokens
 from moe_bias.analysis.tally import GROUPS, Tally, TokenFacts
 from moe_bias.backbone import Head
 from moe_bias.chunks import READINGS
 from moe_bias.features.extract import Features
-from moe_bias.features.source import on_device
 from moe_bias.features.store import FeatureStore
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.progress import Meter, meter
@@ -131,8 +130,8 @@ class _Reader:
         rows = READINGS.rows(len(self._support_M), self._head.device)
         fits = torch.equal(part.support, self._support_M)
         for start in range(0, len(part), rows):
-            chunk = on_device(part.at(slice(start, start + rows)), self._head.device)
-            yield joined_readings([self._reduced(chunk) if fits else self._whole(chunk)]), start
+            chunk = part.at(slice(start, start + rows)).to(self._head.device)
+            yield (self._reduced(chunk) if fits else self._whole(chunk)).to("cpu"), start
             bar.advance(len(chunk))
 
     def _reduced(self, chunk: Features) -> TokenReadings:

@@ -10,7 +10,7 @@ from moe_bias.backbone import Head, adapted_logits
 from moe_bias.chunks import CHUNK_TOKENS, UPDATE, even_slices
 from moe_bias.evaluation.statistics import Floats
 from moe_bias.features.extract import Features
-from moe_bias.features.source import FeatureSource, on_device
+from moe_bias.features.source import FeatureSource
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.support import reduced_log_prob
 from moe_bias.training.objective import adapted_log_prob
@@ -22,7 +22,7 @@ def token_nll(layer: MoEBiasLayer | None, features: FeatureSource, head: Head) -
     logits_of = head.columns(features.support)
     parts = []
     for index in torch.arange(len(features)).split(CHUNK_TOKENS):
-        batch = on_device(features.at(index), head.device)
+        batch = features.at(index).to(head.device)
         if layer is not None and layer.reach == "vocabulary":
             parts.append(-_log_prob_everywhere(layer, batch, head).cpu())
             continue

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from moe_bias import columns
 from moe_bias.backbone import Head, hidden_states, output_embedding
 from moe_bias.chunks import LOGITS
+from moe_bias.columns import Columns
 from moe_bias.layer import at_least_float32, entropy_from_logits
 from moe_bias.limits import refuse_beyond_memory
 from moe_bias.progress import meter
@@ -40,7 +42,7 @@ CALIBRATION_TOKENS = 4096
 
 
 @dataclass(frozen=True)
-class Features:
+class Features(Columns):
     """What training and measuring read instead of the backbone.
 
     hidden (T, D) float32, or bfloat16 where a store keeps it so; token, example (T,) int64; position
@@ -58,6 +60,7 @@ class Features:
     rest: RestScalars
     column: Tensor
     support: Tensor
+    SHARED: ClassVar[frozenset[str]] = frozenset({"support"})
 
     def __len__(self) -> int:
         return len(self.token)
@@ -70,21 +73,6 @@ class Features:
         """All tokens, in one part."""
         yield self
 
-    def at(self, index: Tensor | slice) -> Features:
-        """The given tokens; a slice copies nothing."""
-        return Features(
-            self.hidden[index],
-            self.token[index],
-            self.example[index],
-            self.position[index],
-            self.logit[index],
-            self.entropy[index],
-            self.log_partition[index],
-            RestScalars(self.rest.log_sum_exp[index], self.rest.mean_logit[index]),
-            self.column[index],
-            self.support,
-        )
-
 
 def joined(parts: Sequence[Features]) -> Features:
     """The tokens of all parts, one after the other, examples numbered on; the parts have one support."""
@@ -94,12 +82,7 @@ def joined(parts: Sequence[Features]) -> Features:
     for part in parts:
         starts.append(starts[-1] + int(part.example.max()) + 1)
     numbered = [replace(part, example=part.example + start) for part, start in zip(parts, starts, strict=False)]
-    rest = RestScalars(
-        torch.cat([part.rest.log_sum_exp for part in parts]), torch.cat([part.rest.mean_logit for part in parts])
-    )
-    names = ("hidden", "token", "example", "position", "logit", "entropy", "log_partition", "column")
-    columns = {name: torch.cat([getattr(part, name) for part in numbered]) for name in names}
-    return Features(**columns, rest=rest, support=parts[0].support)
+    return columns.joined(numbered)
 
 
 @dataclass(frozen=True)
@@ -152,7 +135,7 @@ def with_scalars(head: Head, tokens: HiddenTokens, support: Sequence[int], descr
             hidden_TD = tokens.hidden[rows].to(head.device)
             parts.append(token_scalars(head, hidden_TD, tokens.token[rows].to(head.device), split))
             bar.advance(len(rows))
-    scalars = concatenated(parts)
+    scalars = columns.joined(parts).to("cpu")
     support_M = torch.tensor(support)
     return Features(
         tokens.hidden,
@@ -169,7 +152,7 @@ def with_scalars(head: Head, tokens: HiddenTokens, support: Sequence[int], descr
 
 
 @dataclass(frozen=True)
-class TokenScalars:
+class TokenScalars(Columns):
     """The realised tokens' base logits (T,) float32, and the base distribution's scalars; on the CPU."""
 
     logit: Tensor
@@ -185,19 +168,7 @@ def token_scalars(head: Head, hidden_TD: Tensor, token_T: Tensor, split: Vocabul
         logits_CV = head.logits(hidden_CD.to(head.dtype))
         logit_C = logits_CV.gather(-1, token_C[:, None]).squeeze(-1)
         parts.append(TokenScalars(logit_C, base_scalars(logits_CV, split)))
-    return concatenated(parts)
-
-
-def concatenated(parts: Sequence[TokenScalars]) -> TokenScalars:
-    """The parts as one, on the CPU."""
-    bases = [part.base for part in parts]
-    rest = RestScalars(
-        torch.cat([base.rest.log_sum_exp for base in bases]).cpu(),
-        torch.cat([base.rest.mean_logit for base in bases]).cpu(),
-    )
-    entropy = torch.cat([base.entropy for base in bases]).cpu()
-    log_partition = torch.cat([base.log_partition for base in bases]).cpu()
-    return TokenScalars(torch.cat([part.logit for part in parts]).cpu(), BaseScalars(entropy, log_partition, rest))
+    return columns.joined(parts).to("cpu")
 
 
 def chunk_rows(head: Head) -> int:

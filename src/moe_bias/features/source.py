@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from moe_bias.backbone import Head
-from moe_bias.features.extract import Features, chunk_rows, concatenated, support_columns, token_scalars
+from moe_bias.columns import joined
+from moe_bias.features.extract import Features, chunk_rows, support_columns, token_scalars
 from moe_bias.progress import meter
 from moe_bias.support import RestScalars, split_vocabulary
 
@@ -91,8 +92,8 @@ class OnSupport:
 
     def at(self, index: Tensor | slice) -> Features:
         """The given tokens, by their numbers in the source."""
-        rest = RestScalars(self.rest.log_sum_exp[index], self.rest.mean_logit[index])
-        return replace(self.source.at(index), rest=rest, column=self.column[index], support=self.support)
+        rest, column = self.rest.at(index), self.column[index]
+        return replace(self.source.at(index), rest=rest, column=column, support=self.support)
 
     def contents(self) -> Iterator[Tensor]:
         """The source's."""
@@ -110,11 +111,9 @@ def on_support(source: FeatureSource, head: Head, support: Sequence[int], descri
             bar.advance(len(batch))
     support_M = torch.tensor(support)
     column_T = support_columns(support_M, head.vocab_size)[source.token]
-    return OnSupport(source, support_M, concatenated(parts).base.rest, column_T)
+    return OnSupport(source, support_M, joined(parts).base.rest, column_T)
 
 
 def on_device(batch: Features, device: torch.device) -> Features:
     """The same features on a device; nothing is copied where they are there already."""
-    rest = RestScalars(batch.rest.log_sum_exp.to(device), batch.rest.mean_logit.to(device))
-    names = ("hidden", "token", "example", "position", "logit", "entropy", "log_partition", "column", "support")
-    return replace(batch, rest=rest, **{name: getattr(batch, name).to(device) for name in names})
+    return batch.to(device)

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from moe_bias.chunks import PIECE
+from moe_bias.columns import Columns, joined
 from moe_bias.layer import LOWEST_LOG_PROB
 
 
 @dataclass(frozen=True)
-class Draws:
+class Draws(Columns):
     """Drawn tokens (B,) int64, their log-probability and the distribution's entropy in nats (B,) float32."""
 
     token: Tensor
@@ -33,9 +34,7 @@ class Draws:
 def draw(logits_BV: Tensor, uniform_B: Tensor) -> Draws:
     """A token of softmax(logits) for each row, from float32 logits and float64 numbers uniform in [0, 1)."""
     rows = PIECE.rows(logits_BV.shape[-1], logits_BV.device)
-    pieces = [_draw(*piece) for piece in zip(logits_BV.split(rows), uniform_B.split(rows), strict=True)]
-    token, log_prob, entropy = (torch.cat(parts) for parts in zip(*pieces, strict=True))
-    return Draws(token, log_prob, entropy)
+    return joined([_draw(*piece) for piece in zip(logits_BV.split(rows), uniform_B.split(rows), strict=True)])
 
 
 def nucleus(logits_BV: Tensor, top_p: float) -> Tensor:
@@ -46,7 +45,7 @@ def nucleus(logits_BV: Tensor, top_p: float) -> Tensor:
     return torch.empty_like(logits_BV).scatter_(-1, token_BV, ordered_BV.masked_fill_(is_off_BV, -torch.inf))
 
 
-def _draw(logits_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _draw(logits_BV: Tensor, uniform_B: Tensor) -> Draws:
     centred_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)).clamp_(min=LOWEST_LOG_PROB)
     mass_BV = centred_BV.exp()
     running_BV = mass_BV.cumsum(-1, dtype=torch.float64)
@@ -55,7 +54,7 @@ def _draw(logits_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor, Tensor]
     log_total_B = total_B.log()
     entropy_B = log_total_B - torch.linalg.vecdot(mass_BV, centred_BV) / total_B
     log_prob_B = centred_BV.gather(-1, token_B[:, None]).squeeze(-1) - log_total_B
-    return token_B, log_prob_B.float(), entropy_B.float()
+    return Draws(token_B, log_prob_B.float(), entropy_B.float())
 
 
 def _first_above(running_BV: Tensor, level_B: Tensor) -> Tensor:
