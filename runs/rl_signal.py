@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moe_bias.api.policy import Ground, collector_of, prepare_ground, rewards_of
+from moe_bias.api.policy import TaskData, collector_of, prepare_task, rewards_of
 from moe_bias.commands.training_settings import CompareSettings
 from moe_bias.commands.warm_start import prepare_warm_start, warm_layer
 from moe_bias.evaluation.policy_arms import LAYER_ARMS
@@ -86,7 +86,7 @@ def main() -> None:
     rows = []
     for arm in options.arms.split(","):
         settings = settings_of(options, LAYER_ARMS[arm])
-        ground = prepare_ground(settings, settings, seed=0)
+        ground = prepare_task(settings, settings, seed=0)
         layer = warm_layer(ground, prepare_warm_start(ground, settings), settings, arm)
         samples, right = sampled_by(layer, ground, settings)
         for name, (prompts, steps), rho in itertools.product(UPDATES, SHAPES, RHOS):
@@ -119,7 +119,7 @@ def settings_of(options: argparse.Namespace, arm: dict[str, Any]) -> CompareSett
     )
 
 
-def sampled_by(layer: MoEBiasLayer, ground: Ground, settings: CompareSettings) -> tuple[Samples, float]:
+def sampled_by(layer: MoEBiasLayer, ground: TaskData, settings: CompareSettings) -> tuple[Samples, float]:
     """Answers to all problems, and the share of right ones."""
     collected = collector_of(ground, rewards_of(settings), settings).collect(layer, 0)
     assert collected.batch is not None
@@ -131,7 +131,7 @@ def sampled_by(layer: MoEBiasLayer, ground: Ground, settings: CompareSettings) -
     return Samples(collected.batch, collected.sampled, entropy_T, problem_T), float(np.mean(collected.rewards))
 
 
-def columns_of(layer: MoEBiasLayer, ground: Ground, batch: Features) -> Any:
+def columns_of(layer: MoEBiasLayer, ground: TaskData, batch: Features) -> Any:
     """Base logits on the support of the batch's given rows."""
     logits_TM = ground.head.columns(layer.support)(batch.hidden)
     return lambda rows: logits_TM[rows]
@@ -139,7 +139,7 @@ def columns_of(layer: MoEBiasLayer, ground: Ground, batch: Features) -> Any:
 
 def tried(
     layer: MoEBiasLayer,
-    ground: Ground,
+    ground: TaskData,
     settings: CompareSettings,
     samples: Samples,
     changes: dict[str, Any],
@@ -164,7 +164,7 @@ def tried(
 
 
 @torch.no_grad()
-def gain(layer: MoEBiasLayer, ground: Ground, samples: Samples) -> tuple[float, float]:
+def gain(layer: MoEBiasLayer, ground: TaskData, samples: Samples) -> tuple[float, float]:
     """First-order change of the share of right answers, and mean of ratio - 1 - log ratio, an estimate of KL."""
     logits, log_probs = columns_of(layer, ground, samples.features), []
     coefficients_TC = layer.mix(samples.features.hidden, samples.features.entropy).coefficients

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from conftest import HIDDEN, VOCABULARY, randomise, tiny_model, token_ids
 from moe_bias import MoEBiasConfig, apply_moe_bias, find_adapter_head, load_moe_bias_layer
 from moe_bias import layer as layer_module
-from moe_bias.backbone import HeadTransform, find_head
 from moe_bias.adapter.saved import read_saved
+from moe_bias.backbone import HeadTransform, find_head
 from moe_bias.config import LayerConfig
 from moe_bias.layer import LARGEST_INPUT, MoEBiasLayer
 from moe_bias.mistakes import UserError

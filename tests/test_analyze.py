@@ -8,10 +8,10 @@ import torch
 
 from moe_bias.analysis import expert_views, view_of_record
 from moe_bias.analysis.answers import Answered, accuracy, first_difference, in_stratum, turns
+from moe_bias.api.policy import policy_of, saved_layer
 from moe_bias.backbone import find_head
 from moe_bias.cli import main
 from moe_bias.commands import analysis_text, analyze
-from moe_bias.api.policy import policy_of, saved_layer
 from moe_bias.config import ModelConfig
 from moe_bias.features.extract import run_backbone
 from moe_bias.frozen import load_model

@@ -11,9 +11,9 @@ from transformers import AutoTokenizer
 
 from conftest import VOCABULARY, tiny_model
 from moe_bias import MoEBiasConfig
+from moe_bias.api.policy import policy_of, saved_layer
 from moe_bias.backbone import find_head
 from moe_bias.cli import main
-from moe_bias.api.policy import policy_of, saved_layer
 from moe_bias.evaluation.likelihood import per_example, token_nll
 from moe_bias.features.extract import run_backbone, with_scalars
 from moe_bias.rollout.greedy import greedy_answers

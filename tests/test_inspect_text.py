@@ -5,10 +5,10 @@ import torch
 
 from conftest import VOCABULARY
 from moe_bias.analysis.readings import read_tokens
+from moe_bias.api.policy import saved_layer
 from moe_bias.backbone import find_head
 from moe_bias.cli import main
 from moe_bias.commands.inspect_text import coloured, harmless
-from moe_bias.api.policy import saved_layer
 from moe_bias.config import ModelConfig
 from moe_bias.frozen import load_model
 from moe_bias.report.inspector import read_inspection, shared_length

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from conftest import tiny_model
 from moe_bias import records
 from moe_bias.adapter import save_layer
-from moe_bias.backbone import find_head
 from moe_bias.adapter.saved import refuse_overwriting
+from moe_bias.backbone import find_head
 from moe_bias.config import LayerConfig
 from moe_bias.mistakes import UserError
 from moe_bias.records import remove_left_overs, temporary_folder, unfinished, write_json, write_whole

@@ -10,9 +10,8 @@ from torch import nn
 from conftest import randomise, tiny_model, token_ids
 from moe_bias import MoEBiasConfig, apply_moe_bias, find_adapter_head, get_moe_bias_layer
 from moe_bias.backbone import Head, HeadTransform, OutputRows, find_head
-from moe_bias.config import LayerConfig, SFTConfig
 from moe_bias.chunks import AtOnce
-from moe_bias.config import LayerConfig, TrainingSettings, UserError
+from moe_bias.config import LayerConfig, SFTConfig
 from moe_bias.evaluation.likelihood import token_nll
 from moe_bias.features.extract import run_backbone, with_scalars
 from moe_bias.features.fingerprint import head_hash, model_facts

@@ -12,9 +12,8 @@ from moe_bias.analysis.readings import read_tokens
 from moe_bias.analysis.summary import overlap_share
 from moe_bias.analysis.survey import Survey, Text, mark, overlap, survey
 from moe_bias.backbone import find_head
-from moe_bias.config import LayerConfig
 from moe_bias.chunks import AtOnce
-from moe_bias.config import LayerConfig, UserError
+from moe_bias.config import LayerConfig
 from moe_bias.features.store import FeatureStore
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.mistakes import UserError

@@ -18,9 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from moe_bias.config import LayerConfig
 from moe_bias.chunks import PACKED_LOGITS
-from moe_bias.config import LayerConfig, UserError
+from moe_bias.config import LayerConfig
 from moe_bias.layer import MoEBiasLayer, at_least_float32
 from moe_bias.mistakes import UserError, reason_of
 

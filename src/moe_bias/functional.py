@@ -41,9 +41,7 @@ from moe_bias.adapter import (
     save_layer,
 )
 from moe_bias.adapter.shift import InsertedShift
-from moe_bias.backbone import Head, HeadTransform, find_head
 from moe_bias.backbone import Head, HeadTransform, find_head, with_bias
-from moe_bias.config import LayerSettings, UserError, describe_error
 from moe_bias.layer import MoEBiasLayer, at_least_float32, in_type, load_balance_loss
 from moe_bias.mistakes import UserError
 from moe_bias.variables import LayerVariables, from_variables

@@ -34,9 +34,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_bias.config import LayerConfig, Normalisation, Reach
 from moe_bias.chunks import ENTROPY
-from moe_bias.config import LayerConfig, Normalisation, Reach, UserError
+from moe_bias.config import LayerConfig, Normalisation, Reach
 from moe_bias.limits import in_short, refuse_beyond_memory
 from moe_bias.mistakes import UserError
 

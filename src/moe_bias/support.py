@@ -38,7 +38,6 @@ from torch.autograd.function import once_differentiable
 
 from moe_bias.chunks import PIECE
 from moe_bias.columns import Columns, joined
-from moe_bias.config import UserError
 from moe_bias.layer import LOWEST_LOG_PROB, at_least_float32, entropy_from_logits
 from moe_bias.mistakes import UserError
 

@@ -22,10 +22,15 @@ from torch.utils.hooks import RemovableHandle
 from moe_bias.adapter.config import MoEBiasConfig
 from moe_bias.adapter.files import LAYERS, layer_shapes
 from moe_bias.backbone import HeadTransform, OutputRows, offload_hook
-from moe_bias.layer import LayerOutput, MoEBiasLayer, Routing, check_layer_tensors, entropy_from_logits, in_type
+from moe_bias.layer import (
+    LayerOutput,
+    MoEBiasLayer,
+    Routing,
+    check_layer_tensors,
+    entropy_in_pieces,
+    in_type,
+)
 from moe_bias.mistakes import UserError
-from moe_bias.config import UserError
-from moe_bias.layer import LayerOutput, MoEBiasLayer, Routing, check_layer_tensors, entropy_in_pieces, in_type
 
 if TYPE_CHECKING:
     from moe_bias.adapter.shift import InsertedShift

@@ -104,7 +104,7 @@ class Data:
         return self.on(self.made_on)
 
     def on(self, support: str | Sequence[int]) -> Prepared:
-        """Both parts on a support, by its ids or as `SFTConfig.support` names it. Raises UserError on one that cannot be."""
+        """Both parts on a support, by its ids or as `SFTConfig.support` names it. Raises UserError on a bad one."""
         wanted = OWN_SUPPORT if support == self.made_on else support
         return prepare_stored(self.store, self.base.head, self.held_out, wanted, self.always)
 

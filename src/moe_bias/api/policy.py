@@ -1,18 +1,19 @@
-"""What commands of reinforcement learning share: model and problems, the layer to begin with, judging, measuring."""
+"""Reinforcement learning with verifiable rewards: problems, the layer to begin with, judging, measuring, training."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from moe_bias.backbone import Head, find_head
 from moe_bias.adapter.saved import read_saved
+from moe_bias.backbone import Head
 from moe_bias.config import LayerConfig, ModelConfig, RewardConfig, RLConfig, TaskConfig
 from moe_bias.features.extract import fork_coverage, measure_fork_mass
-from moe_bias.frozen import load_model
+from moe_bias.frozen import Frozen, frozen
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.mistakes import UserError
 from moe_bias.rollout.greedy import greedy_answers
@@ -35,16 +36,33 @@ CALIBRATION_GROUP = 4
 
 
 @dataclass(frozen=True)
-class Ground:
-    """The frozen model with its tokenizer and output embedding, the task, and both parts of its problems."""
+class TaskData:
+    """A task's problems for a frozen model: those to train on, and others to measure on.
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    head: Head
+    `answering` answers in its place where it is given: the same model under LoRA, whose output embedding is the same.
+    """
+
+    base: Frozen
     task: Task
     train: Curriculum
     test: Curriculum
     stop_ids: list[int]
+    answering: Any = None
+
+    @property
+    def model(self) -> Any:
+        """What answers."""
+        return self.base.model if self.answering is None else self.answering
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Its tokenizer."""
+        return self.base.tokenizer
+
+    @property
+    def head(self) -> Head:
+        """Its output embedding."""
+        return self.base.head
 
 
 def task_of(settings: TaskConfig) -> Task:
@@ -55,25 +73,26 @@ def task_of(settings: TaskConfig) -> Task:
     return make_task(settings.task, settings.task_options, settings.easy)
 
 
-def prepare_ground(model_settings: ModelConfig, settings: TaskConfig, seed: int) -> Ground:
+def prepare_task(model: ModelConfig, settings: TaskConfig, seed: int) -> TaskData:
     """Draws the problems, then loads the model. Raises UserError where there are too few, or none can be had."""
     task = task_of(settings)
     problems = task.problems(settings.train_problems + settings.test_problems, seed)
-    model, tokenizer = load_model(model_settings)
-    prompts = [encode_prompt(ask(problem.question), tokenizer) for problem in problems]
-    cut = settings.train_problems
-    return Ground(
-        model,
-        tokenizer,
-        find_head(model)[1],
+    return task_data(frozen(model), task, problems, settings.train_problems)
+
+
+def task_data(base: Frozen, task: Task, problems: Sequence[Problem], cut: int) -> TaskData:
+    """The problems as prompts, the first `cut` of them to train on."""
+    prompts = [encode_prompt(ask(problem.question), base.tokenizer) for problem in problems]
+    return TaskData(
+        base,
         task,
-        Curriculum(problems[:cut], prompts[:cut]),
-        Curriculum(problems[cut:], prompts[cut:]),
-        answer_ends(model, tokenizer),
+        Curriculum(list(problems[:cut]), prompts[:cut]),
+        Curriculum(list(problems[cut:]), prompts[cut:]),
+        answer_ends(base.model, base.tokenizer),
     )
 
 
-def sampling_choices(settings: RLConfig, ground: Ground) -> SamplingChoices:
+def sampling_choices(settings: RLConfig, ground: TaskData) -> SamplingChoices:
     """How a step samples."""
     return SamplingChoices(
         temperature=settings.temperature,
@@ -86,26 +105,26 @@ def sampling_choices(settings: RLConfig, ground: Ground) -> SamplingChoices:
     )
 
 
-def sampler_of(settings: RLConfig, ground: Ground) -> TransformersSampler:
+def sampler_of(settings: RLConfig, ground: TaskData) -> TransformersSampler:
     """The sampler on the frozen model."""
     return TransformersSampler(ground.model, ground.head, int(settings.sample_budget))
 
 
-def rewards_of(settings: RewardConfig) -> Rewards:
-    """Shaped rewards by the settings. Raises UserError where form or function cannot be used."""
+def rewards_of(settings: RewardConfig, own: Any = None) -> Rewards:
+    """Shaped rewards by the settings, `own` in place of their `reward`. Raises UserError where one cannot be used."""
     return Rewards(
         RewardRules(
             settings.verdict_weight,
             settings.form,
             settings.form_weight,
-            settings.reward,
+            settings.reward if own is None else own,
             settings.reward_weight,
             settings.overlong_cache,
         )
     )
 
 
-def judge_of(ground: Ground, rewards: Rewards, limit: int) -> Judge:
+def judge_of(ground: TaskData, rewards: Rewards, limit: int) -> Judge:
     """Decodes samples, has the task verify them, and rewards them."""
 
     def judge(problems: Sequence[Problem], rollouts: Rollouts) -> list[Judged]:
@@ -120,7 +139,7 @@ def judge_of(ground: Ground, rewards: Rewards, limit: int) -> Judge:
 
 
 def collector_of(
-    ground: Ground,
+    ground: TaskData,
     rewards: Rewards,
     settings: RLConfig,
     sampler: Sampler | None = None,
@@ -137,7 +156,7 @@ def policy_of(layer: MoEBiasLayer | None, head: Head) -> Policy:
 
 
 def greedy_verdicts(
-    ground: Ground, curriculum: Curriculum, policies: Sequence[Policy], settings: RLConfig, description: str
+    ground: TaskData, curriculum: Curriculum, policies: Sequence[Policy], settings: RLConfig, description: str
 ) -> list[list[Verdict]]:
     """Verdicts on greedy answers, by policy, then by problem."""
     later = [base_policy] * len(policies) if settings.first_token_only else None
@@ -179,7 +198,7 @@ def saved_layer(name: str, head: Head) -> Beginning:
 
 
 @torch.no_grad()
-def fresh_policy_layer(ground: Ground, settings: RLConfig) -> Beginning:
+def fresh_policy_layer(ground: TaskData, settings: RLConfig) -> Beginning:
     """A layer that changes nothing yet, its support and normalisation from the frozen model's own samples.
 
     The support is chosen on half of the samples' problems, and its coverage measured on the other half.

@@ -79,7 +79,8 @@ class Report:
 class SFTReport(Report):
     """What supervised training did to the answers that were held out, in nats per token with 95% intervals.
 
-    `change` is paired by example. `layer_step` is the step that the layer is of, of so many `steps`.
+    `change` is paired by example. `layer_step` is the step that the layer is of, of so many `steps`, and `layer_nll`
+    the held-out NLL that the run itself took there, None where it took none.
     """
 
     base_nll: Estimate
@@ -87,6 +88,7 @@ class SFTReport(Report):
     change: Estimate
     steps: int
     layer_step: int
+    layer_nll: float | None
     parameters: int
     train_tokens: int
     held_out_tokens: int
@@ -130,8 +132,8 @@ class RLReport(Report):
     def title(self) -> str:  # type: ignore[override]
         """One sentence of result."""
         return (
-            f"{_points(self.change)} points by {self.steps:,} steps of rewards, {self.sampled_tokens:,} tokens sampled; "
-            f"{self.update_seconds / max(self.seconds, 1e-9):.1%} of {self.seconds:,.0f} s was updating"
+            f"{_points(self.change)} points by {self.steps:,} steps of rewards, {self.sampled_tokens:,} tokens "
+            f"sampled; {self.update_seconds / max(self.seconds, 1e-9):.1%} of {self.seconds:,.0f} s was updating"
         )
 
     def rows(self) -> list[dict[str, str]]:
@@ -141,7 +143,7 @@ class RLReport(Report):
 
 @dataclass(frozen=True)
 class EvaluatedArm:
-    """One policy on the problems: the share solved, its paired change to the first policy, and each problem's verdict."""
+    """One policy on the problems: the share solved, its paired change to the first policy, each problem's verdict."""
 
     name: str
     accuracy: Estimate

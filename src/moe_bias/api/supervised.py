@@ -70,7 +70,7 @@ def train_sft(
 def prepared_for(data: Data, config: SFTConfig, layer: MoEBiasLayer | None = None) -> Prepared:
     """The data on the support of the layer, else on that of the config, where it names one, else on its own."""
     if layer is not None:
-        return data.on(layer.support_ids.tolist())
+        return data.on("all" if layer.support_ids is None else layer.support_ids.tolist())
     return data.on(config.support) if "support" in config.model_fields_set else data.prepared
 
 
@@ -100,11 +100,12 @@ def train_on(
     except Interrupted:
         raise
     except KeyboardInterrupt as interrupt:
-        raise Interrupted(f"run the same again to go on {checkpoints.where()}") from interrupt
+        raise Interrupted(f"run the same command again to go on {checkpoints.where()}") from interrupt
     return SFTReport(
         **_measured(layer, prepared, data),
         steps=fitted.steps,
         layer_step=fitted.layer_step,
+        layer_nll=fitted.held_out_nll,
         parameters=layer.config.num_parameters(layer.hidden_size, layer.vocab_size),
         train_tokens=len(prepared.train),
         held_out_tokens=len(prepared.held_out),
@@ -129,7 +130,7 @@ def save_run(
         "training": {
             "steps": report.steps,
             "layer_step": report.layer_step,
-            "held_out_nll": next((m["held_out_nll"] for m in reversed(report.curve) if "held_out_nll" in m), None),
+            "held_out_nll": report.layer_nll,
         },
     }
     write_json(folder / "record.json", record | dict(more or {}))

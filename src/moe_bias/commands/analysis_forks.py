@@ -23,9 +23,9 @@ from moe_bias.analysis.moments import Moment, moment_at
 from moe_bias.analysis.readings import read_tokens
 from moe_bias.analysis.record import estimate_record, moment_record, token_record
 from moe_bias.analysis.survey import Marks
+from moe_bias.api.policy import TaskData, policy_of
 from moe_bias.commands.analysis_text import Matter, greedy_answered
 from moe_bias.commands.looking_settings import AnalyzeSettings
-from moe_bias.api.policy import Ground, policy_of
 from moe_bias.features.extract import Features
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.rollout.greedy import greedy_answers
@@ -62,7 +62,7 @@ def text_forks(
 
 
 def answer_record(
-    matter: Matter, ground: Ground, layer: MoEBiasLayer, marks: Marks, settings: AnalyzeSettings, decode: Decode
+    matter: Matter, ground: TaskData, layer: MoEBiasLayer, marks: Marks, settings: AnalyzeSettings, decode: Decode
 ) -> dict[str, Any]:
     """The layer's greedy answers against the frozen model's."""
     policy = policy_of(layer, ground.head)
@@ -84,7 +84,7 @@ def answer_record(
 
 def _forks(
     matter: Matter,
-    ground: Ground,
+    ground: TaskData,
     layer: MoEBiasLayer,
     adapted: Sequence[Answered],
     settings: AnalyzeSettings,

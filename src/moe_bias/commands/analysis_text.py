@@ -18,10 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moe_bias.analysis.answers import Answered
 from moe_bias.analysis.survey import Text
 from moe_bias.api.data import stored, texts_of
+from moe_bias.api.policy import TaskData, prepare_task, saved_layer
 from moe_bias.backbone import Head
 from moe_bias.commands.looking_settings import AnalyzeSettings
 from moe_bias.commands.material import keep, texts_named
-from moe_bias.api.policy import Ground, prepare_ground, saved_layer
 from moe_bias.features.build import Choices, make_plan
 from moe_bias.features.examples import encoded, length_limit, split
 from moe_bias.features.extract import run_backbone, with_scalars
@@ -58,7 +58,7 @@ class Matter:
     name: str
     dropped: int = 0
     examples: Mapping[int, Example] = field(default_factory=dict)
-    ground: Ground | None = None
+    ground: TaskData | None = None
     answers: Sequence[Answered] = ()
 
 
@@ -78,7 +78,7 @@ def opened(settings: AnalyzeSettings, console: Console) -> Iterator[Matter]:
 
 
 def greedy_answered(
-    ground: Ground, policies: Sequence[Policy], settings: AnalyzeSettings, description: str
+    ground: TaskData, policies: Sequence[Policy], settings: AnalyzeSettings, description: str
 ) -> list[list[Answered]]:
     """Greedy answers to the held-out problems with their verdicts, by policy, then by problem."""
     columns = greedy_answers(
@@ -148,7 +148,7 @@ def _extracted(settings: AnalyzeSettings, console: Console) -> Iterator[Matter]:
 
 
 def _sampled(settings: AnalyzeSettings) -> Matter:
-    ground = prepare_ground(settings, settings, settings.seed)
+    ground = prepare_task(settings, settings, settings.seed)
     layers = _layers(settings, ground.head)
     answers = _base_answers(ground, settings)
     examples = [Example(p, answer.token_ids) for p, answer in zip(ground.test.prompts, answers, strict=True)]
@@ -175,7 +175,7 @@ class _BaseAnswers:
     answers: list[Answered]
 
 
-def _base_answers(ground: Ground, settings: AnalyzeSettings) -> list[Answered]:
+def _base_answers(ground: TaskData, settings: AnalyzeSettings) -> list[Answered]:
     """Kept in the folder, so that a run that is gone on with does not sample them again."""
     path = settings.output / BASE_ANSWERS
     if path.is_file():

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from moe_bias.adapter.saved import adapter_folder
 from moe_bias.analysis.record import FILE, FORMAT, adapter_record, checkpoint_record
 from moe_bias.analysis.survey import Marks, mark, overlap, survey
 from moe_bias.analysis.tally import ENTROPY_EDGES
@@ -20,7 +21,6 @@ from moe_bias.commands.analysis_table import print_analysis
 from moe_bias.commands.analysis_text import Matter, opened
 from moe_bias.commands.demo_report import report_console
 from moe_bias.commands.looking_settings import AnalyzeSettings
-from moe_bias.adapter.saved import adapter_folder
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.mistakes import Interrupted, damaged, read_json, shown
 from moe_bias.progress import say

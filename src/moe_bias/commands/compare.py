@@ -7,9 +7,9 @@ from dataclasses import asdict
 
 from rich.console import Console
 
+from moe_bias.api.policy import rewards_of
 from moe_bias.commands.compare_arms import prepare_stage
 from moe_bias.commands.demo_report import report_console
-from moe_bias.api.policy import rewards_of
 from moe_bias.commands.policy_table import print_policies
 from moe_bias.commands.training_settings import CompareSettings
 from moe_bias.evaluation.grid import with_changes

@@ -16,12 +16,12 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
 from moe_bias.api.policy import (
-    Ground,
+    TaskData,
     collector_of,
     fresh_policy_layer,
     greedy_verdicts,
     policy_of,
-    prepare_ground,
+    prepare_task,
     rewards_of,
     task_of,
 )
@@ -67,7 +67,7 @@ def prepare_stage(settings: CompareSettings, names: Sequence[str]) -> Stage:
         check_trl()
         _grpo_choices(LORA, settings)
     shifted = _shifted(settings)
-    ground = prepare_ground(settings, settings, seed=0)
+    ground = prepare_task(settings, settings, seed=0)
     refuse_impossible(settings, ground.head)
     _check_worked(ground, settings, names)
     if SUPERVISED in names and not settings.warm_problems:
@@ -97,7 +97,7 @@ class Stage:
     What the frozen model says of the worked answers is computed once, for all arms and seeds.
     """
 
-    ground: Ground
+    ground: TaskData
     tests: dict[str, tuple[Task, Curriculum]]
     settings: CompareSettings
     lora_starts: dict[int, _LoRAStart] = field(default_factory=dict)
@@ -189,7 +189,7 @@ class Stage:
     def _lora(self, name: str, settings: CompareSettings) -> PolicyArm:
         with lora_on(self.ground.model, settings.lora_rank, settings.seed) as adapted:
             # LoRA leaves the output embedding alone, so the head is the same.
-            on_lora = replace(self, ground=replace(self.ground, model=adapted))
+            on_lora = replace(self, ground=replace(self.ground, answering=adapted))
             start = self._lora_start(adapted, on_lora, settings)
             points = [(0, start.right)]
 
@@ -273,7 +273,7 @@ class Stage:
         return found
 
 
-def _check_worked(ground: Ground, settings: CompareSettings, names: Sequence[str]) -> None:
+def _check_worked(ground: TaskData, settings: CompareSettings, names: Sequence[str]) -> None:
     """Raises UserError where a problem lacks the worked answer that a supervised phase or arm would learn from."""
     supervised = [name for name in (SUPERVISED, LORA_SUPERVISED) if name in names]
     needed = ground.train.problems if supervised else ground.train.problems[: settings.warm_problems]

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from moe_bias.adapter import save_layer
+from moe_bias.api.policy import TaskData, collector_of, policy_of, prepare_task, rewards_of
 from moe_bias.commands.demo_report import DemoReport, Reinforced, Sample, announce, print_report, report_console
-from moe_bias.api.policy import Ground, collector_of, policy_of, prepare_ground, rewards_of
 from moe_bias.commands.training_settings import DemoSettings
 from moe_bias.commands.warm_start import prepare_warm_start, warm_layer
 from moe_bias.evaluation.comparison import Arm, Measured, compare
@@ -44,7 +44,7 @@ def run(settings: DemoSettings) -> None:
     """
     started = time.perf_counter()
     console = report_console()
-    ground = prepare_ground(settings, settings, settings.seed)
+    ground = prepare_task(settings, settings, settings.seed)
     refuse_impossible(settings, ground.head)
     announce(console, settings, ground.head, ground.model.num_parameters())
     prepared = prepare_warm_start(ground, settings)
@@ -75,7 +75,7 @@ def run(settings: DemoSettings) -> None:
 
 
 def _reinforced(
-    ground: Ground, warm: MoEBiasLayer | None, settings: DemoSettings, started: float
+    ground: TaskData, warm: MoEBiasLayer | None, settings: DemoSettings, started: float
 ) -> tuple[MoEBiasLayer, Reinforced]:
     """The layer after reinforcement learning: `steps` of them, or as many as the time allows."""
     assert warm is not None
@@ -88,7 +88,7 @@ def _reinforced(
 
 
 def _measure(
-    ground: Ground, prepared: Prepared, layers: Mapping[str, MoEBiasLayer | None], settings: DemoSettings
+    ground: TaskData, prepared: Prepared, layers: Mapping[str, MoEBiasLayer | None], settings: DemoSettings
 ) -> tuple[list[Arm], list[Sample]]:
     test = ground.test.problems
     answers = greedy_answers(

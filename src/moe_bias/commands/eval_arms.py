@@ -21,9 +21,9 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from safetensors import safe_open
 from torch import nn
 
-from moe_bias.backbone import Head, output_embedding
-from moe_bias.api.policy import policy_of, saved_layer
 from moe_bias.adapter.saved import MOE_BIAS, WEIGHTS_FILE, adapter_of_any_method, read_saved
+from moe_bias.api.policy import policy_of, saved_layer
+from moe_bias.backbone import Head, output_embedding
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.mistakes import UserError, as_kind, read_json, reading, reason_of
 from moe_bias.records import write_json

@@ -10,8 +10,8 @@ from peft import PeftModel
 from rich.rule import Rule
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from moe_bias.commands.looking_settings import GenerateSettings
 from moe_bias.adapter.saved import adapter_folder, read_saved
+from moe_bias.commands.looking_settings import GenerateSettings
 from moe_bias.frozen import load_model
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.mistakes import UserError

@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from moe_bias.adapter import MoEBiasConfig
+from moe_bias.adapter.saved import read_saved
 from moe_bias.analysis import Decode, ExpertView, any_off_support, expert_views
 from moe_bias.commands.expert_table import OFF_SUPPORT, moved, readings_table
 from moe_bias.commands.looking_settings import InspectSettings
-from moe_bias.adapter.saved import read_saved
 from moe_bias.commands.saved_embedding import embedding_rows
 from moe_bias.config import ModelConfig
 from moe_bias.frozen import resolve_model

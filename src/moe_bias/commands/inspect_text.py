@@ -11,13 +11,13 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moe_bias.adapter.saved import adapter_folder
 from moe_bias.analysis.readings import TokenReadings, TopTokens, read_tokens, top_tokens
+from moe_bias.api.policy import saved_layer
 from moe_bias.backbone import Head, find_head
 from moe_bias.commands.demo_report import report_console
 from moe_bias.commands.looking_settings import InspectTextSettings
-from moe_bias.api.policy import saved_layer
 from moe_bias.commands.run_lock import refuse_unwritable
-from moe_bias.adapter.saved import adapter_folder
 from moe_bias.features.extract import run_backbone
 from moe_bias.frozen import load_model
 from moe_bias.layer import MoEBiasLayer

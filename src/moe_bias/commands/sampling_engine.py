@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from moe_bias.api.policy import Ground, sampler_of, sampling_choices
+from moe_bias.api.policy import TaskData, sampler_of, sampling_choices
 from moe_bias.commands.training_settings import TrainRLSettings
 from moe_bias.features.extract import run_backbone
 from moe_bias.frozen import resolve_model
@@ -37,7 +37,7 @@ def refuse_unusable_engine(settings: TrainRLSettings) -> None:
 
 
 @contextmanager
-def opened_sampler(settings: TrainRLSettings, ground: Ground, layer: MoEBiasLayer) -> Iterator[Sampler]:
+def opened_sampler(settings: TrainRLSettings, ground: TaskData, layer: MoEBiasLayer) -> Iterator[Sampler]:
     """The sampler that the settings ask for, tried with the layer; what it made in folders goes with it."""
     if settings.engine == "transformers":
         yield sampler_of(settings, ground)
@@ -48,7 +48,7 @@ def opened_sampler(settings: TrainRLSettings, ground: Ground, layer: MoEBiasLaye
 
 
 @contextmanager
-def _server_sampler(settings: TrainRLSettings, ground: Ground) -> Iterator[VllmSampler]:
+def _server_sampler(settings: TrainRLSettings, ground: TaskData) -> Iterator[VllmSampler]:
     adapters, records = _shared_folders()
     spool = Spool(records, RowLayout.of_model(ground.head.hidden_size, ground.head.dtype))
     engine, budget = ServerEngine(settings.endpoint), int(settings.sample_budget)
@@ -59,7 +59,7 @@ def _server_sampler(settings: TrainRLSettings, ground: Ground) -> Iterator[VllmS
         sampler.close()
 
 
-def _local_sampler(settings: TrainRLSettings, ground: Ground) -> AbstractContextManager[VllmSampler]:
+def _local_sampler(settings: TrainRLSettings, ground: TaskData) -> AbstractContextManager[VllmSampler]:
     longest = max(len(prompt) for prompt in ground.train.prompts) + settings.max_new_tokens
     memory = int(settings.engine_memory)
     choices = EngineChoices(
@@ -83,7 +83,9 @@ def _shared_folders() -> tuple[Path, Path]:
     return found[0], found[1]
 
 
-def _refuse_another_model(sampler: VllmSampler, settings: TrainRLSettings, ground: Ground, layer: MoEBiasLayer) -> None:
+def _refuse_another_model(
+    sampler: VllmSampler, settings: TrainRLSettings, ground: TaskData, layer: MoEBiasLayer
+) -> None:
     """Samples a few tokens. Raises UserError where their hidden states are not those of the frozen model."""
     choices = sampling_choices(settings, ground)
     trial = replace(choices, group=1, max_new_tokens=min(TRIAL_TOKENS, choices.max_new_tokens))

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from rich.text import Text
 
-from moe_bias.commands.looking_settings import ServeSettings
 from moe_bias.adapter.saved import CONFIG_FILE, read_saved
+from moe_bias.commands.looking_settings import ServeSettings
 from moe_bias.frozen import resolve_model
 from moe_bias.mistakes import UserError
 from moe_bias.progress import text_console

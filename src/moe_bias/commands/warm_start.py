@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moe_bias.api.policy import Ground
+from moe_bias.api.policy import TaskData
 from moe_bias.commands.training_settings import WarmSettings
 from moe_bias.config import SFTConfig
 from moe_bias.layer import MoEBiasLayer
@@ -33,7 +33,7 @@ _SHARED = (
 """Settings that the supervised phase has in common with what follows it."""
 
 
-def worked_examples(ground: Ground, problems: Sequence[Problem]) -> list[Example]:
+def worked_examples(ground: TaskData, problems: Sequence[Problem]) -> list[Example]:
     """The worked answers as token ids. Raises UserError where a problem has none."""
     if not all(problem.worked for problem in problems):
         raise UserError(f"{ground.task.name} has problems without worked answers, which the supervised phase needs")
@@ -41,7 +41,7 @@ def worked_examples(ground: Ground, problems: Sequence[Problem]) -> list[Example
     return [example for example in encoded if example is not None]
 
 
-def prepare_warm_start(ground: Ground, settings: WarmSettings) -> Prepared:
+def prepare_warm_start(ground: TaskData, settings: WarmSettings) -> Prepared:
     """Runs the backbone once over the worked answers of the first `warm_problems` and of all held-out problems.
 
     The support is chosen on the former. Raises UserError where a problem has no worked answer.
@@ -57,7 +57,7 @@ def prepare_warm_start(ground: Ground, settings: WarmSettings) -> Prepared:
     )
 
 
-def warm_layer(ground: Ground, prepared: Prepared, settings: WarmSettings, description: str) -> MoEBiasLayer:
+def warm_layer(ground: TaskData, prepared: Prepared, settings: WarmSettings, description: str) -> MoEBiasLayer:
     """A layer of these settings after its supervised phase."""
     training = warm_settings(settings)
     layer = fresh_layer(training, prepared.support, ground.head).to(ground.head.device)

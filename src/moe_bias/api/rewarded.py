@@ -1,0 +1,200 @@
+"""Training by rewards, from Python and for `moe-bias train rl`."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from moe_bias.adapter import save_layer
+from moe_bias.adapter.saved import refuse_overwriting
+from moe_bias.api.policy import (
+    Beginning,
+    TaskData,
+    collector_of,
+    fresh_policy_layer,
+    greedy_verdicts,
+    policy_of,
+    rewards_of,
+    task_data,
+)
+from moe_bias.api.reports import RLReport
+from moe_bias.config import RewardConfig, RLConfig
+from moe_bias.evaluation.statistics import mean, wilson
+from moe_bias.frozen import Frozen
+from moe_bias.layer import MoEBiasLayer
+from moe_bias.mistakes import Interrupted
+from moe_bias.progress import say, text_console
+from moe_bias.records import provenance, temporary_folder, write_json
+from moe_bias.rollout.sampler import Sampler
+from moe_bias.tasks.rewards import Rewards
+from moe_bias.tasks.task import Task, of_bad_golds
+from moe_bias.training.checkpoint import Checkpoints
+from moe_bias.training.metrics import MetricsLog, SampleLog, read_metrics
+from moe_bias.training.rl import PolicyPosition, PolicyTrainer, Watching
+from moe_bias.training.run_folder import begin, refuse_other_settings
+from moe_bias.training.sft import refuse_impossible
+
+
+@dataclass(frozen=True)
+class Watch:
+    """How often a run is looked at: steps between evaluations, between samples that are kept, between checkpoints."""
+
+    evaluate_every: int = 10
+    show_every: int = 10
+    checkpoint_every: int = 1
+    keep_checkpoints: int = 2
+
+
+def train_rl(
+    base: Frozen,
+    task: Task,
+    layer: MoEBiasLayer | None = None,
+    config: RLConfig | None = None,
+    *,
+    reward: Any = None,
+    rewards: RewardConfig | None = None,
+    train_problems: int = 600,
+    test_problems: int = 200,
+    watch: Watch | None = None,
+    output: str | Path | None = None,
+) -> tuple[MoEBiasLayer, RLReport]:
+    """Trains a layer by rewards on a task's problems; returns it with what that does to greedy answers to others.
+
+    It is a copy of `layer`, such as one that supervised training made; without one a fresh layer of the config's
+    choices, its support chosen on the frozen model's own samples. An answer's reward is its verdict (1 where it is
+    right, else 0); or what `reward(prompt, completion, gold)` says, from 0 to 1; or what `rewards` weighs. A step
+    samples, verifies and updates; `watch` says how often the run is looked at. In `output` it leaves metrics, samples
+    and checkpoints, from which the same call goes on after an interrupt; and at its end the adapter with its record.
+
+    Raises UserError on settings that cannot be, on a task with too few problems, on a reward that fails on a first
+    sample, where `output` holds an adapter or a run of other settings, and where rewards stay equal, so that there is
+    nothing to learn from; Interrupted on Ctrl-C, saying where the same call goes on.
+    """
+    config, watch = config or RLConfig(), watch or Watch()
+    weighed = rewards_of(rewards or RewardConfig(**({} if reward is None else REWARD_ALONE)), reward)
+    data = task_data(base, task, task.problems(train_problems + test_problems, config.seed), train_problems)
+    made_with = {
+        **config.model_dump(mode="json"),
+        "task": task.name,
+        "reward": getattr(reward, "__qualname__", None if reward is None else type(reward).__name__),
+        **(rewards or RewardConfig()).model_dump(mode="json", exclude={"reward"}),
+    }
+    weighed.try_on(data.train.problems[0])
+    if layer is None:
+        refuse_impossible(config, base.head)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(temporary_folder("rl")) if output is None else output)
+        if output is not None:
+            refuse_overwriting(folder)
+            refuse_other_settings(folder, made_with)
+        begin_run(folder, data, made_with)
+        beginning = fresh_policy_layer(data, config) if layer is None else Beginning(copy.deepcopy(layer), None)
+        run = Run(data, weighed, config, watch, folder, beginning)
+        report, position = run.trained(None)
+        if output is not None:
+            run.save(report, position, made_with)
+    return beginning.layer, report
+
+
+REWARD_ALONE = {"verdict_weight": 0.0, "reward_weight": 1.0}
+
+
+def begin_run(folder: Path, data: TaskData, made_with: Mapping[str, Any]) -> None:
+    """The folder is this run's from then on. Raises UserError where it is another's, which is not finished."""
+    questions = json.dumps([problem.question for problem in data.train.problems])
+    begin(folder, made_with, {"problems": hashlib.sha256(questions.encode()).hexdigest()})
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of reinforcement learning in a folder, and the layer that it begins with, which it trains in place."""
+
+    data: TaskData
+    rewards: Rewards
+    config: RLConfig
+    watch: Watch
+    folder: Path
+    beginning: Beginning
+    margin: float | None = None
+    console: Console | None = None
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        """Those of the folder."""
+        return Checkpoints(self.folder, self.watch.checkpoint_every, self.watch.keep_checkpoints)
+
+    def trained(self, sampler: Sampler | None) -> tuple[RLReport, PolicyPosition]:
+        """Trains from the last checkpoint, where there is one, and measures; by the frozen model without a sampler."""
+        started_with = copy.deepcopy(self.beginning.layer)
+        try:
+            position = self._train(sampler)
+        except KeyboardInterrupt as interrupt:
+            where = self.checkpoints.where()
+            raise Interrupted(f"run the same command again to go on {where}") from interrupt
+        return self._report(started_with, position), position
+
+    def _train(self, sampler: Sampler | None) -> PolicyPosition:
+        saved = self.checkpoints.load(PolicyPosition)
+        after = saved[1].step if saved else 0
+        log, samples = MetricsLog(self.folder, after), SampleLog(self.folder, self.watch.show_every, after)
+        watching = Watching(self._accuracy, self.watch.evaluate_every, self.checkpoints, log, samples)
+        try:
+            with closing(log), closing(samples):
+                collector = collector_of(self.data, self.rewards, self.config, sampler, self.margin)
+                trainer = PolicyTrainer(self.beginning.layer, self.data.head, collector, self.config, watching)
+                if saved is not None:
+                    trainer.resume(*saved)
+                return trainer.run()
+        finally:
+            if self.rewards.failures.failures:
+                say(self.console or text_console(), str(self.rewards.failures))
+
+    def _accuracy(self, layer: MoEBiasLayer) -> float:
+        policies = [policy_of(layer, self.data.head)]
+        verdicts = greedy_verdicts(self.data, self.data.test, policies, self.config, "held-out problems")[0]
+        return float(np.mean([verdict.is_correct for verdict in verdicts]))
+
+    def _report(self, started_with: MoEBiasLayer, position: PolicyPosition) -> RLReport:
+        layers = {"base": None, "start": started_with, "trained": self.beginning.layer}
+        policies = [policy_of(layer, self.data.head) for layer in layers.values()]
+        verdicts = greedy_verdicts(self.data, self.data.test, policies, self.config, "base, start and trained policy")
+        right = {
+            name: np.array([verdict.is_correct for verdict in column], float)
+            for name, column in zip(layers, verdicts, strict=True)
+        }
+        held_out = zip(self.data.test.problems, verdicts[0], strict=True)
+        unread = [problem.gold for problem, verdict in held_out if verdict.outcome == "bad gold"]
+        if unread:
+            say(self.console or text_console(), f"{of_bad_golds(unread, len(self.data.test.problems))}.")
+        return RLReport(
+            accuracy={name: wilson(int(values.sum()), len(values)) for name, values in right.items()},
+            change=mean(right["trained"] - right["start"]),
+            right={name: [bool(value) for value in values] for name, values in right.items()},
+            steps=position.step,
+            sampled_tokens=position.sampled_tokens,
+            seconds=position.seconds,
+            update_seconds=position.update_seconds,
+            curve=read_metrics(self.folder),
+        )
+
+    def save(self, report: RLReport, position: PolicyPosition, made_with: Mapping[str, Any]) -> None:
+        """Writes the record and then the adapter, so that none is without its record."""
+        record = {
+            "settings": made_with,
+            "provenance": provenance(),
+            "accuracy": {name: asdict(value) for name, value in report.accuracy.items()},
+            "change": asdict(report.change),
+            "right": {name: [float(value) for value in values] for name, values in report.right.items()},
+            "position": asdict(position),
+        }
+        write_json(self.folder / "record.json", record)
+        save_layer(self.beginning.layer, self.folder, self.data.base.model, self.beginning.fork_coverage)
