@@ -285,7 +285,7 @@ def test_too_few_different_problems_are_refused_with_their_number():
 
 
 def test_unknown_tasks_are_refused_with_near_names():
-    with pytest.raises(UserError, match=r"reasoning-gym has no task 'product'; near names are products, "):
+    with pytest.raises(UserError, match=r"there is no task 'product', .*; did you mean 'products'"):
         ProceduralTask("product").problems(3, seed=0)
 
 

@@ -102,9 +102,13 @@ def test_a_users_reward_that_fails_on_the_first_sample_is_refused_at_the_start(o
 @pytest.mark.parametrize(
     ("reward", "said"),
     [
-        ("own_rewards", "does not name a reward; write it as module:function"),
+        (
+            "own_rewards",
+            "there is no reward .own_rewards., looked for .* one of your own is given as module:name",
+        ),
+        ("own_rewards:", "does not name a reward; write it as module:name"),
         ("no_such_module:f", "'no_such_module:f' cannot be imported: ModuleNotFoundError"),
-        ("own_rewards:g", "own_rewards has no function g"),
+        ("own_rewards:g", "own_rewards has no g"),
         ("own_rewards:two", "must take a prompt, a completion and a gold answer: too many positional arguments"),
         ("own_rewards:four", "must take a prompt, a completion and a gold answer: missing a required argument"),
     ],

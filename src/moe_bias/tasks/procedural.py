@@ -13,14 +13,15 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from io import StringIO
 from typing import Any
 
+from moe_bias.extras import need
 from moe_bias.mistakes import UserError
+from moe_bias.plugins import unknown
 from moe_bias.tasks.grader import shared_grader
 from moe_bias.tasks.reading import make_dataset, packed
-from moe_bias.tasks.task import Entry, Problem, too_few
+from moe_bias.tasks.task import TASKS, Entry, Problem, too_few
 from moe_bias.tasks.verdict import Verdict
 
 SMALL_OPTIONS: dict[str, dict[str, Any]] = {
@@ -105,12 +106,9 @@ class ProceduralTask:
     def _dataset(self, size: int, seed: int) -> Any:
         if self.name in REFUSED:
             raise _refused(self.name, REFUSED[self.name])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)
-            from reasoning_gym.factory import DATASETS
-        if self.name not in DATASETS:
-            near = get_close_matches(self.name, DATASETS, n=3, cutoff=0.0)
-            raise UserError(f"reasoning-gym has no task {self.name!r}; near names are {', '.join(near)}")
+        known = data_sets(f"task {self.name!r}")
+        if self.name not in known:
+            raise unknown(TASKS, self.name, {*known, "general_points"} - REFUSED.keys())
         try:
             return make_dataset(self.name, self.options, size, seed)
         except UserError:
@@ -119,6 +117,20 @@ class ProceduralTask:
             raise UserError(
                 f"reasoning-gym cannot make task {self.name!r} with {dict(self.options)}: {error}"
             ) from error
+
+
+def data_sets(use: str) -> Mapping[str, tuple[type[Any], type[Any]]]:
+    """The class and the config of every data set of reasoning-gym, whatever can be used of them.
+
+    Raises UserError, naming the use, where reasoning-gym is not installed.
+    """
+    need("reasoning_gym", use)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)
+        from reasoning_gym.factory import DATASETS
+
+        found: Mapping[str, tuple[type[Any], type[Any]]] = DATASETS
+        return found
 
 
 def _refused(name: str, reason: str) -> UserError:

@@ -50,6 +50,8 @@ TEXTS = frozenset(
     }
 )
 """Tasks whose answers may look like a number without being one: of "3 * 43", 43 is no answer."""
+NOT_OPTIONS = ("size", "seed")
+"""Of a data set's config: how many problems are drawn, and by what seed, is said elsewhere."""
 MOST_READINGS = 8
 _NUMBER = re.compile(r"(?<!\w)-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d+)?(?:/\d+)?")
 _FRACTION = re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}")
@@ -91,7 +93,7 @@ def make_dataset(name: str, options: Mapping[str, Any], size: int, seed: int) ->
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
 
-        given = fitted(name, DATASETS[name][1], options, apart=("size", "seed"))
+        given = fitted(name, DATASETS[name][1], options, apart=NOT_OPTIONS)
         return reasoning_gym.create_dataset(name, size=size, seed=seed, **given)
 
 

@@ -19,36 +19,37 @@ one that gives no number from 0 to 1 stops the run.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
-from pathlib import Path
 from typing import Any
 
-from moe_bias.mistakes import UserError
+from moe_bias.mistakes import UserError, shown
+from moe_bias.plugins import Kind, label, resolve, told
 from moe_bias.tasks.task import Problem
 from moe_bias.tasks.verdict import Verdict
 
 UserReward = Callable[[str, str, str], float]
 """A function of prompt, completion and gold answer."""
+REWARDS = Kind("reward")
+"""No reward is built in: those of packages are entry points of `moe_bias.rewards`."""
 
 
 @dataclass(frozen=True)
 class RewardRules:
-    """The weights of the parts, what `user` (`module:function`) and `form` (a regular expression) are, the cache C.
+    """The weights of the parts, what `user` and `form` (a regular expression) are, the cache C.
 
-    `form` may match anywhere in the completion, `.` matches a line's end too; anchor it with `^` and `$`.
+    `user` is a function, `module:function`, or the name of an installed package's. `form` may match anywhere in the
+    completion, `.` matches a line's end too; anchor it with `^` and `$`.
     """
 
     verdict_weight: float = 1.0
     form: str = ""
     form_weight: float = 0.0
-    user: str = ""
+    user: str | UserReward = ""
     user_weight: float = 0.0
     overlong_cache: int = 0
 
@@ -65,9 +66,11 @@ class RewardRules:
         _check_pair("user", self.user, self.user_weight)
 
 
-def _check_pair(name: str, value: str, weight: float) -> None:
+def _check_pair(name: str, value: str | UserReward, weight: float) -> None:
     if bool(value) != bool(weight):
-        raise UserError(f"{name} = {value!r} and {name}_weight = {weight} do not go together; give both or neither")
+        raise UserError(
+            f"{name} = {label(value)!r} and {name}_weight = {weight} do not go together; give both or neither"
+        )
 
 
 @dataclass
@@ -81,7 +84,7 @@ class RewardFailures:
 
     def count(self, error: Exception) -> None:
         """Adds one failure."""
-        self.first = self.first or _told(error)
+        self.first = self.first or told(error)
         self.failures += 1
 
     def __str__(self) -> str:
@@ -96,7 +99,7 @@ class Rewards:
     failures: RewardFailures = field(init=False)
 
     def __post_init__(self) -> None:
-        self.failures = RewardFailures(self.rules.user)
+        self.failures = RewardFailures(label(self.rules.user))
         self._form = compile_form(self.rules.form)
         self._user = load_reward(self.rules.user) if self.rules.user else None
 
@@ -107,8 +110,8 @@ class Rewards:
         try:
             value = self._user(problem.question, problem.worked or problem.gold, problem.gold)
         except Exception as error:
-            raise UserError(f"{self.rules.user} failed on a first sample with {_told(error)}") from error
-        _checked(value, self.rules.user)
+            raise UserError(f"{self.failures.name} failed on a first sample with {told(error)}") from error
+        _checked(value, self.failures.name)
 
     def shaped(
         self,
@@ -143,7 +146,7 @@ class Rewards:
         except Exception as error:  # any fault of the user's code: shown by whoever holds the tally
             self.failures.count(error)
             return None
-        return _checked(value, self.rules.user)
+        return _checked(value, self.failures.name)
 
 
 def overlong_penalty(length: int, limit: int, cache: int) -> float:
@@ -159,29 +162,16 @@ def compile_form(form: str) -> re.Pattern[str] | None:
         raise UserError(f"form = {form!r} is not a regular expression: {error}") from error
 
 
-def load_reward(name: str) -> UserReward:
-    """The function that `module:function` names, found from the current folder too.
+def load_reward(given: str | UserReward) -> UserReward:
+    """The function that is given, by itself or by a name: see `plugins`.
 
-    Raises UserError where it cannot be imported or does not take a prompt, a completion and a gold answer.
+    Raises UserError where it cannot be had or does not take a prompt, a completion and a gold answer.
     """
-    module_name, _, function_name = name.partition(":")
-    if not (module_name and function_name):
-        raise UserError(f"{name!r} does not name a reward; write it as module:function")
-    function = getattr(_imported(module_name, name), function_name, None)
+    function, name = resolve(REWARDS, given), label(given)
     if not callable(function):
-        raise UserError(f"{name!r}: {module_name} has no function {function_name}")
+        raise UserError(f"{name!r} is no function but {shown(function)}")
     _check_signature(function, name)
     return function  # type: ignore[no-any-return]
-
-
-def _imported(module_name: str, name: str) -> Any:
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        return importlib.import_module(module_name)
-    except Exception as error:
-        raise UserError(f"{name!r} cannot be imported: {_told(error)}") from error
 
 
 def _check_signature(function: Callable[..., Any], name: str) -> None:
@@ -195,7 +185,3 @@ def _checked(value: Any, name: str) -> float:
     if not isinstance(value, Real) or not 0 <= float(value) <= 1:
         raise UserError(f"{name} gave {value!r}, which is not a number from 0 to 1")
     return float(value)
-
-
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"

@@ -11,9 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from moe_bias.mistakes import UserError, shown
+from moe_bias.plugins import Kind
 from moe_bias.tasks.verdict import Verdict
 
 Entry = Mapping[str, Any]
+TASKS = Kind("task")
+"""Tasks of users; `catalogue.make_task` knows those that are built in."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +25,8 @@ class Problem:
 
     question: str
     gold: str
-    worked: str
-    entry: Entry = field(repr=False, compare=False)
+    worked: str = ""
+    entry: Entry = field(default_factory=dict, repr=False, compare=False)
 
 
 class Task(Protocol):
