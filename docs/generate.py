@@ -96,9 +96,10 @@ def undefended_dependencies() -> Iterator[str]:
     """One sentence for each direct dependency that CONTRIBUTING.md does not say the reason of."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    for requirement in (*project["project"]["dependencies"], *chain(*project["dependency-groups"].values())):
+    groups = (*project["project"]["optional-dependencies"].values(), *project["dependency-groups"].values())
+    for requirement in (*project["project"]["dependencies"], *chain(*groups)):
         name = re.split(r"[^\w.-]", requirement)[0]
-        if f"| `{name}`" not in contributing:
+        if f"| `{name}`" not in contributing and name != project["project"]["name"]:
             yield f"CONTRIBUTING.md does not say why {name} is a dependency"
 
 

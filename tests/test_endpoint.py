@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -182,6 +183,6 @@ def test_other_failures_are_told(serve, falters, reason, capsys):
 
 
 def test_the_client_may_be_absent(serve, monkeypatch, capsys):
-    monkeypatch.setattr("moe_bias.rollout.endpoint.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "openai", None)
     sentence = complaint(capsys, *words_to(serve(), "out"))
-    assert sentence.startswith("--endpoint needs the openai client, which is not installed: pip install 'moe-bias[")
+    assert sentence.endswith("needs openai, which is not installed: pip install 'moe-bias[endpoint]'")

@@ -1,5 +1,6 @@
 """LoRA by TRL's GRPOTrainer: it learns, it counts, and leaves neither files nor changes."""
 
+import sys
 import tempfile
 from importlib.util import find_spec
 
@@ -10,7 +11,6 @@ from peft import LoraConfig, get_peft_model
 from conftest import tiny_model, token_ids
 from moe_bias.config import ModelConfig
 from moe_bias.mistakes import UserError
-from moe_bias.training import grpo_trainer as grpo_trainer_module
 from moe_bias.training.grpo_lora import _Watch, sampler_trainer_gap, train_grpo_lora
 from moe_bias.training.grpo_trainer import GRPOChoices, grpo_trainer
 from moe_bias.training.lora import lora_on
@@ -209,7 +209,7 @@ def test_too_few_prompts_are_refused():
 
 
 def test_without_trl_the_message_says_how_to_install_it(monkeypatch):
-    monkeypatch.setattr(grpo_trainer_module, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "trl", None)
     with pytest.raises(UserError, match=r"pip install 'moe-bias\[compare\]'"):
         trained(TINY)
 

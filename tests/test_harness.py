@@ -133,7 +133,7 @@ def test_arguments_are_the_harness_own(capsys, folder):
 
 
 def test_the_harness_may_be_absent(folder, monkeypatch, capsys):
-    monkeypatch.setattr("moe_bias.commands.harness.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert complaint(capsys, "lm-eval", "ls", "tasks").startswith(
-        "the lm-evaluation-harness is not installed: pip inst"
+        "the lm-evaluation-harness needs lm-eval, which is not installed: pip inst"
     )

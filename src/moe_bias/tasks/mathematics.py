@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
+from moe_bias.extras import need
 from moe_bias.mistakes import UserError, shown
 from moe_bias.tasks.answers import last_boxed
 from moe_bias.tasks.columns import message_of, with_context
@@ -80,6 +81,7 @@ def data_task(
     `instruction` follows every question, except one that comes as a message and so says what it wants.
     Raises UserError on a source that cannot be read and on a row without question or gold answer.
     """
+    need("math_verify", "grading mathematics")
     rows = enumerate(read_rows(source, split, configuration), 1)
     chosen = columns or Columns()
     problems = [read_problem(row, f"row {number} of {source}", chosen, instruction) for number, row in rows]

@@ -11,17 +11,12 @@ from typing import Any, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
 
-<<<<<<< HEAD
 from moe_bias.mistakes import UserError, first_mistake, shown
-=======
-from moe_bias.mistakes import UserError
-from moe_bias.mistakes import first_mistake, shown
 from moe_bias.plugins import nearest
 
 REQUIRED = MISSING
 """The default of an option that has to be given."""
 _OF_ANY_NAME = "**"
->>>>>>> 51a701b (Tasks and rewards of users come by one way: by object, as module:name, by entry point; an own task is held to its protocol before anything long begins)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moe_bias.extras import need
 from moe_bias.mistakes import UserError, reason_of, shown
 
 _DATA_FILES = (".jsonl", ".json", ".parquet", ".csv", ".arrow")
@@ -94,6 +95,7 @@ def _hub_rows(name: str, split: str, configuration: str | None) -> Sequence[Any]
     if name.endswith((".jsonl", ".json")):
         raise UserError(f"{name} is not a file")
     _check_folder(Path(name))
+    need("datasets", f"reading {shown(name)}, which is no file of JSON,")
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 

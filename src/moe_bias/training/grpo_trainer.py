@@ -22,13 +22,12 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
-from datasets import Dataset
 from transformers import PrinterCallback
 
+from moe_bias.extras import need
 from moe_bias.mistakes import UserError
 from moe_bias.records import temporary_folder
 from moe_bias.tasks.conversations import answer_ends
@@ -73,8 +72,7 @@ class GRPOChoices:
 
 def check_trl() -> None:
     """Raises UserError where TRL is missing."""
-    if find_spec("trl") is None:
-        raise UserError("LoRA is trained by RL with TRL, which is not installed: pip install 'moe-bias[compare]'")
+    need("trl", "LoRA by reinforcement learning")
 
 
 @contextmanager
@@ -86,6 +84,7 @@ def grpo_trainer(
     if len(prompts) < choices.prompts:
         raise UserError(f"{len(prompts)} prompts are too few for steps of {choices.prompts} prompts")
     import trl
+    from datasets import Dataset
 
     with temporary_folder("trl") as folder, _as_found(adapted):
         is_chat = not isinstance(prompts[0], str)
