@@ -30,7 +30,7 @@ LONG_RUN = 10_000
 ON_A_COMMAND_LINE = [text for text in ODD_TEXTS if "\0" not in text and "\ud800" not in text]
 NUMBERS = ["0", "1", "2", "3", "7", "0.5", "1e-3", "100", "1e9", str(2**31), str(2**40), "1,2"]
 WORDS = ["all", "auto:9", "free", "linear", "none", "cpu", "model", "adapter", "rows.jsonl", "train", "w5"]
-LIGHT = {"params", "inspect", "verify", "report", "generate", "train sft", "extract", "eval"}
+LIGHT = {"params", "inspect", "verify", "report", "generate", "train sft", "extract", "eval", "tasks"}
 """Commands that are run to their end on the tiny model; of the others the settings are made."""
 
 
@@ -63,6 +63,7 @@ def empty_environment(ground, monkeypatch):
 EXTRACT = "extract --model model --data rows.jsonl --support auto:40 --output store --device cpu"
 BASELINES = {
     "params": "params --model model",
+    "tasks": "tasks general_points",
     "inspect": "inspect adapter",
     "verify": "verify store",
     "report": "report answers.json --output OUT",

@@ -37,6 +37,7 @@ from moe_bias.commands.looking_settings import (
     ParamsSettings,
     ReportSettings,
     ServeSettings,
+    TasksSettings,
     VerifySettings,
 )
 from moe_bias.commands.sources import Sections, as_typed, options_on, read
@@ -264,6 +265,7 @@ COMMANDS = (
     # of two extractions into one store the second waits, which the store sees to itself
     Command("extract", ExtractSettings, "extract", writes=("manifest.json",), shared=True),
     Command("verify", VerifySettings, "verify", argument="STORE"),
+    Command("tasks", TasksSettings, "tasks", argument="[NAME]"),
     Command("sweep", SweepSettings, "sweep", writes=("table.json",)),
     Command("arms", ArmsSettings, "arms", writes=("table.json",)),
     Command("compare", CompareSettings, "compare", writes=("table.json",), shared=True),

@@ -25,6 +25,13 @@ class VerifySettings(Config):
     store: CliPositionalArg[Path] = Field(description="folder of a feature store")
 
 
+class TasksSettings(Config):
+    """List the tasks that there are, or show one: its options, and a problem of it with its gold answer."""
+
+    name: CliPositionalArg[str] = Field("", description="the task to show; none: all of them")
+    refused: bool = Field(False, description="list those that cannot serve as a reward, and why not")
+
+
 class AnalyzeSettings(ModelConfig, TextSettings, TaskConfig):
     """Say where adapters change the model, when and how, for tokens of high and of low base entropy apart.
 

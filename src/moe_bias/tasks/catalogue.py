@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,9 @@ from moe_bias.tasks.own import own_task
 from moe_bias.tasks.procedural import REFUSED, SMALL_OPTIONS, ProceduralTask, data_sets
 from moe_bias.tasks.reading import NOT_OPTIONS
 from moe_bias.tasks.task import TASKS, Task
+
+_LINK = re.compile(r"\[([^\]]*)\]\([^)]*\)")
+"""In a docstring that is Markdown."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +48,13 @@ def make_task(given: str | Task | Callable[..., Task], options: Mapping[str, Any
 
 def known_tasks() -> Iterator[KnownTask]:
     """Every task that has a name. Raises UserError where reasoning-gym is not installed, after the others."""
-    yield KnownTask(GeneralPoints.name, "built in", _first_sentence(GeneralPoints))
+    yield KnownTask(GeneralPoints.name, "built in", "A target from the numbers of a few cards")
     for name, points in sorted(installed(TASKS).items()):
         for point in points:
             yield KnownTask(name, point.dist.name if point.dist else "installed package", point.value)
     for name, (data_set, _) in sorted(data_sets("the list of reasoning-gym's tasks").items()):
-        yield KnownTask(name, "reasoning-gym", _first_sentence(data_set), REFUSED.get(name, ""))
+        about = _first_sentence(data_set) or _subject(data_set)
+        yield KnownTask(name, "reasoning-gym", about, REFUSED.get(name, ""))
 
 
 def task_options(name: str) -> tuple[dict[str, Option], Mapping[str, Any]]:
@@ -74,4 +79,12 @@ def _general_points(options: Mapping[str, Any], small: bool) -> GeneralPoints:
 def _first_sentence(kind: type[Any]) -> str:
     """Of a docstring; a dataclass without one has its signature there."""
     lines = " ".join((kind.__doc__ or "").split("\n\n")[0].split())
-    return "" if lines.startswith(f"{kind.__name__}(") else lines.split(". ")[0].split("; ")[0].removesuffix(".")
+    if lines.startswith(f"{kind.__name__}("):
+        return ""
+    sentence = _LINK.sub(r"\1", lines.split(". ")[0].split("; ")[0]).removesuffix(".").removeprefix("Generates ")
+    return sentence[:1].upper() + sentence[1:]
+
+
+def _subject(data_set: type[Any]) -> str:
+    """reasoning-gym's own for the task, such as geometry."""
+    return data_set.__module__.split(".")[-2].capitalize()
