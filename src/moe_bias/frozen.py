@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from moe_bias.backbone import Head, find_head, output_embedding
 from moe_bias.config import BUNDLED_MODEL, ModelConfig
 from moe_bias.mistakes import UserError, reason_of, shown
+from moe_bias.progress import without_bars_of_others
 from moe_bias.records import unfinished
 
 BUNDLED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -126,6 +127,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MOE_BIAS_CACHE") or Path(base) / "moe-bias")
 
 
+@without_bars_of_others()
 def _converted_bundle() -> Path:
     """The bundled GGUF file as safetensors, converted once: it then loads in a second."""
     target = cache_folder() / "SmolLM2-135M-Instruct"
@@ -178,6 +180,7 @@ def _named_dtype(dtype: str | torch.dtype) -> str:
     return name
 
 
+@without_bars_of_others()
 def _from_pretrained(auto_class: Any, path: str, name: str, trust_remote_code: bool, **kwargs: Any) -> Any:
     try:
         return auto_class.from_pretrained(path, trust_remote_code=trust_remote_code, **kwargs)

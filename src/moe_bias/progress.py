@@ -1,4 +1,7 @@
-"""What goes to the terminal: text as it is, and progress bars with a rate and an expected end on standard error."""
+"""What goes to the terminal: text as it is, and progress bars with a rate and an expected end on standard error.
+
+Other libraries draw bars of their own over work of a second or two; `without_bars_of_others` keeps them out.
+"""
 
 from __future__ import annotations
 
@@ -50,6 +53,27 @@ class Meter:
     def say(self, sentence: str) -> None:
         """Prints a line that stays, above the bar."""
         self.progress.console.print(sentence, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def without_bars_of_others() -> Iterator[None]:
+    """While open, transformers draws no bars over reading, converting and writing weights; downloads show theirs.
+
+    They are drawn all the same where transformers is told to say more, as by `TRANSFORMERS_VERBOSITY=info`.
+    """
+    from transformers import modeling_gguf_pytorch_utils as gguf_files
+    from transformers.utils import logging
+
+    if logging.get_verbosity() <= logging.INFO:
+        yield
+        return
+    before, tqdm = logging.set_tqdm_hook(lambda _, args, options: logging.EmptyTqdm(*args, **options)), gguf_files.tqdm
+    gguf_files.tqdm = logging.tqdm  # it has tqdm's own otherwise, which listens to no hook
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(before)
+        gguf_files.tqdm = tqdm
 
 
 @contextmanager
