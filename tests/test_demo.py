@@ -19,8 +19,11 @@ def test_demo_from_the_command_to_an_adapter_that_loads(tmp_path, capsys):
     small = ["--train-problems", "24", "--test-problems", "10", "--max-new-tokens", "24", "--support", "auto:256"]
     small += ["--warm-problems", "24", "--warm-epochs", "4", "--steps", "1", "--prompts", "4", "--group", "4"]
     assert main(["demo", "--output", str(output), *small]) == 0
-    printed = capsys.readouterr().out
-    assert "10 held-out problems" in printed
+    printed, beside = capsys.readouterr()
+    assert "Loading weights" not in beside
+    assert "Result: of 10 held-out problems the frozen model answers" in printed.split("\n\n")[1]
+    assert max(len(line) for line in printed.splitlines() if str(output) not in line) <= 100
+    assert "10 held-out problems, greedy answers" in printed
     assert "Reinforcement learning made 1 steps" in printed
     assert "What each used expert does" in printed
     assert "What linear experts read" in printed
@@ -56,7 +59,9 @@ def test_a_demo_without_time_makes_no_step_of_reinforcement_learning(tmp_path, c
     words = ["--train-problems", "4", "--test-problems", "2", "--warm-problems", "4", "--warm-epochs", "1"]
     words += ["--max-new-tokens", "2", "--support", "auto:64", "--minutes", "0.01"]
     assert main(["demo", "--output", str(tmp_path / "adapter"), *words]) == 0
-    assert "made 0 steps with 0 sampled tokens" in " ".join(capsys.readouterr().out.split())
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "after supervised learning; there was no time for reinforcement learning." in printed
+    assert "made 0 steps with 0 sampled tokens" in printed
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import ast
 from pathlib import Path
 
+import pytest
 from rich.rule import Rule
 from rich.table import Table
 from transformers import modeling_gguf_pytorch_utils
@@ -30,6 +31,15 @@ def test_a_bar_shows_text_as_it_is(capsys, monkeypatch):
         bar.note(ODD)
         bar.say(ODD)
     assert capsys.readouterr().err.count(ODD) >= 3
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100])
+def test_a_bar_stays_on_one_line(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with meter("answering held-out problems", 2, "sampled tokens") as bar:
+        bar.advance(2)
+        bar.note("loss 0.123, held-out 0.345")
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
 def test_bars_of_others_are_left_out_and_come_back(capsys):

@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from rich.text import Text
 
 
@@ -78,13 +79,16 @@ def without_bars_of_others() -> Iterator[None]:
 
 @contextmanager
 def meter(description: str, total: float, unit: str, visible: bool = True) -> Iterator[Meter]:
-    """A bar over `total` units of work, drawn while the block runs, or not at all."""
+    """A bar over `total` units of work, drawn while the block runs, or not at all.
+
+    It stays on one line: where the terminal is narrow, the bar itself gives way first.
+    """
     columns = (
-        TextColumn("{task.description:<34}", markup=False),
+        TextColumn("{task.description:<28}", markup=False),
         BarColumn(bar_width=24),
         TextColumn("{task.percentage:>3.0f}%"),
-        RateColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
+        RateColumn(table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(elapsed_when_finished=True, table_column=Column(no_wrap=True)),
         TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=text_console(stderr=True), disable=not visible) as progress:

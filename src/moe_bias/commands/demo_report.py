@@ -1,4 +1,7 @@
-"""What the demonstration prints."""
+"""What the demonstration prints: one sentence of result, then the comparison, answers, and what the experts do.
+
+It fits 100 columns, and can be read in 80.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -20,13 +24,14 @@ from moe_bias.evaluation.statistics import Estimate
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.progress import text_console
 
-WIDTH_OF_A_FILE = 108
+WIDTH_OF_A_FILE = 100
 """Columns where standard output is no terminal, which would give 80."""
 SHOWN_ANSWERS = 3
 SHOWN_TOKENS = 4
 SHOWN_READINGS = 1
 """Of each linear expert, its strongest."""
 SHOWN_CHARACTERS = 150
+_SHARE = "{:.1%}"
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,8 @@ def announce(console: Console, settings: DemoSettings, head: Head, model_paramet
         f"{settings.experts} experts, top-{settings.top_k}, support {settings.support}: {trainable:,} trainable "
         f"parameters ({trainable / model_parameters:.3%}).\n"
         f"Task: {settings.task}; {settings.warm_problems} worked answers to learn from, then reinforcement learning "
-        f"on {settings.train_problems} problems; {settings.test_problems} others to measure on."
+        f"on {settings.train_problems} problems; {settings.test_problems} others to measure on.",
+        highlight=False,
     )
 
 
@@ -88,17 +94,19 @@ def print_report(
     tokenizer: PreTrainedTokenizerBase,
     settings: DemoSettings,
 ) -> None:
-    """Prints the comparison, answers side by side, what the experts do, and how to use the adapter."""
+    """Prints the result in a sentence, the comparison, answers, what the experts do, and how to use the adapter."""
+    console.print(f"\n{result(report)}\n", highlight=False)
     console.print(_arms_table(report.arms, settings))
     console.print(_answers_table(report))
     _print_experts(console, report, layer, tokenizer)
     support = layer.support_or_all()
     console.print(
-        f"The support of {len(support):,} tokens holds {report.fork_coverage:.1%} of the base's probability\n"
+        f"The support of {len(support):,} tokens holds {report.fork_coverage:.1%} of the base's probability "
         f"mass at held-out forks. Supervised on {report.train_tokens:,} tokens.\n{_said(report.reinforced)}\n"
-        f"The run took {report.seconds:.0f} s.\n"
+        f"The run took {report.seconds:.0f} s.\n",
+        highlight=False,
     )
-    console.print(f"Saved in {settings.output}. To use it:\n")
+    console.print(f"Saved in {settings.output}. To use it:\n", highlight=False, soft_wrap=True)
     console.print(
         f"  from peft import AutoPeftModelForCausalLM; import moe_bias\n"
         f'  model = AutoPeftModelForCausalLM.from_pretrained("{settings.output}")\n\n'
@@ -108,28 +116,43 @@ def print_report(
     )
 
 
+def result(report: DemoReport) -> str:
+    """What came of it, in one sentence: accuracy of the base, after supervised and after reinforcement learning."""
+    base, supervised, reinforced = report.arms[0], report.arms[-2], report.arms[-1]
+    learned = f"and with the adapter {_interval(supervised.accuracy, _SHARE)} after supervised learning"
+    if report.reinforced.steps:
+        learned += f" and {_interval(reinforced.accuracy, _SHARE)} after reinforcement learning"
+    else:
+        learned += "; there was no time for reinforcement learning"
+    return (
+        f"Result: of {len(report.samples)} held-out problems the frozen model answers "
+        f"{_interval(base.accuracy, _SHARE)} right, {learned}."
+    )
+
+
 def _said(reinforced: Reinforced) -> str:
     share = reinforced.updating_seconds / max(reinforced.seconds, 1e-9)
     return (
         f"Reinforcement learning made {reinforced.steps} steps with {reinforced.sampled_tokens:,} sampled tokens in "
-        f"{reinforced.seconds:.0f} s,\nof which updating took {share:.1%}."
+        f"{reinforced.seconds:.0f} s, of which updating took {share:.1%}."
     )
 
 
 def _arms_table(arms: Sequence[Arm], settings: DemoSettings) -> Table:
     table = Table(
         title=f"{settings.test_problems} held-out problems, greedy answers, at most {settings.max_new_tokens} tokens;\n"
-        "in brackets 95% intervals, second lines: paired change against the row above",
+        "in brackets 95% intervals; second lines: trained parameters, and\npaired changes against the row above",
         title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=0,
     )
-    for heading in ("arm", "parameters", "NLL per token", "accuracy", "tokens", "cut off"):
-        table.add_column(heading, justify="left" if heading == "arm" else "right")
+    for heading in ("arm", "NLL per token", "accuracy", "tokens", "cut off"):
+        table.add_column(heading, justify="left" if heading == "arm" else "right", no_wrap=True)
     for arm in arms:
         table.add_row(
-            arm.name,
-            f"{arm.parameters:,}",
+            arm.name if arm.nll_change is None else f"{arm.name}\n  {arm.parameters:,}",
             _with_change(arm.nll, arm.nll_change, "{:.3f}", "{:+.3f}"),
-            _with_change(arm.accuracy, arm.accuracy_change, "{:.1%}", "{:+.1%}"),
+            _with_change(arm.accuracy, arm.accuracy_change, _SHARE, "{:+.1%}"),
             f"{arm.tokens.value:.1f}",
             f"{arm.cut:.0%}",
         )
@@ -146,13 +169,18 @@ def _interval(estimate: Estimate, form: str) -> str:
 
 
 def _answers_table(report: DemoReport) -> Table:
-    table = Table(title=f"The first {SHOWN_ANSWERS} of them", title_justify="left", show_lines=True)
-    table.add_column("problem (gold answer)", ratio=2)
-    for arm in report.arms:
-        table.add_column(arm.name, ratio=3)
+    table = Table(
+        title=f"The answers to the first {SHOWN_ANSWERS} of them",
+        title_justify="left",
+        box=box.SIMPLE,
+        show_header=False,
+        padding=(0, 1, 0, 0),
+    )
     for sample in report.samples[:SHOWN_ANSWERS]:
-        cells = [_answer(text, right) for text, right in zip(sample.answers, sample.correct, strict=True)]
-        table.add_row(Text(f"{sample.question.strip()} ({sample.gold})"), *cells)
+        table.add_section()
+        table.add_row(Text("problem"), Text(f"{sample.question.strip()} ({sample.gold})", "bold"))
+        for arm, text, right in zip(report.arms, sample.answers, sample.correct, strict=True):
+            table.add_row(Text(arm.name), _answer(text, right))
     return table
 
 
@@ -166,7 +194,9 @@ def _print_experts(
     console: Console, report: DemoReport, layer: MoEBiasLayer, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Of the experts that held-out tokens are routed to."""
-    table = Table(title="What each used expert does (bias in nats before the gate)", title_justify="left")
+    table = Table(
+        title="What each used expert does (bias in nats before the gate)", title_justify="left", box=box.SIMPLE_HEAD
+    )
     table.add_column("expert", justify="right")
     table.add_column("use", justify="right")
     table.add_column("raises most")
