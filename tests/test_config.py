@@ -226,7 +226,11 @@ def test_missing_option_is_named():
 
 def test_what_the_library_says_of_a_field_is_said_of_the_option_at_a_terminal():
     assert complaint("eval --output o") == "one of --benchmark, --data and --task is required"
-    assert told(EvalConfig) == "one of `benchmark`, `data` and `task` is required"
+    sentence = "--benchmark gsm8k and --task products exclude each other; give one"
+    found = complaint("eval --output o --benchmark gsm8k --task products")
+    assert found == f"{sentence} (benchmark comes from --benchmark, task comes from --task)"
+    in_python = sentence.replace("--benchmark", "`benchmark`").replace("--task", "`task`")
+    assert told(EvalConfig, benchmark="gsm8k", task="products") == in_python
 
 
 def test_what_a_store_has_settled_is_refused_wherever_it_comes_from(folder):

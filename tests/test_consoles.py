@@ -4,7 +4,6 @@ import io
 import sys
 
 import pytest
-from moe_bias.commands.examples import say
 from rich.table import Table
 from rich.text import Text
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -14,7 +13,7 @@ from conftest import VOCABULARY, tiny_model
 from moe_bias import cli
 from moe_bias.commands import params
 from moe_bias.commands.demo_report import report_console
-from moe_bias.progress import meter, text_console
+from moe_bias.progress import meter, say, text_console
 from moe_bias.tasks.grader import Grader
 from test_cli import SUPPORT, save_adapter
 from test_cli import folder as empty_folder

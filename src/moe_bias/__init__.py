@@ -18,7 +18,15 @@ if TYPE_CHECKING:
     from moe_bias.adapter import MoEBiasConfig, MoEBiasHead, MoEBiasModel, find_adapter_head
     from moe_bias.adapter.card import push_to_hub
     from moe_bias.adapter.shift import HiddenShift, InsertedShift
-    from moe_bias.config import LayerConfig
+    from moe_bias.api.adapters import generate, load_layer, save
+    from moe_bias.api.data import Data, extract
+    from moe_bias.api.measuring import analyze, evaluate
+    from moe_bias.api.reports import Analysis, Evaluation, RLReport, SFTReport
+    from moe_bias.api.rewarded import Watch, train_rl
+    from moe_bias.api.supervised import train_sft
+    from moe_bias.api.tasks import task
+    from moe_bias.config import EvalConfig, LayerConfig, RewardConfig, RLConfig, SFTConfig
+    from moe_bias.frozen import Frozen, load
     from moe_bias.functional import (
         apply_moe_bias,
         get_load_balance_loss,
@@ -28,8 +36,16 @@ if TYPE_CHECKING:
         shift_hidden_states,
     )
     from moe_bias.layer import MoEBiasLayer
+    from moe_bias.mistakes import UserError
+    from moe_bias.tasks.task import Problem, Task
+    from moe_bias.tasks.verdict import Verdict
 
 __all__ = [
+    "Analysis",
+    "Data",
+    "EvalConfig",
+    "Evaluation",
+    "Frozen",
     "HiddenShift",
     "InsertedShift",
     "LayerConfig",
@@ -37,21 +53,49 @@ __all__ = [
     "MoEBiasHead",
     "MoEBiasLayer",
     "MoEBiasModel",
+    "Problem",
+    "RLConfig",
+    "RLReport",
+    "RewardConfig",
+    "SFTConfig",
+    "SFTReport",
+    "Task",
+    "UserError",
+    "Verdict",
+    "Watch",
+    "analyze",
     "apply_moe_bias",
+    "evaluate",
+    "extract",
     "find_adapter_head",
+    "generate",
     "get_load_balance_loss",
     "get_moe_bias_layer",
+    "load",
+    "load_layer",
     "load_moe_bias_layer",
     "push_to_hub",
+    "save",
     "save_moe_bias_layer",
     "shift_hidden_states",
+    "task",
+    "train_rl",
+    "train_sft",
 ]
 
 _HOMES = {
     "adapter": ("MoEBiasConfig", "MoEBiasHead", "MoEBiasModel", "find_adapter_head"),
     "adapter.card": ("push_to_hub",),
     "adapter.shift": ("HiddenShift", "InsertedShift"),
-    "config": ("LayerConfig",),
+    "api.adapters": ("generate", "load_layer", "save"),
+    "api.data": ("Data", "extract"),
+    "api.measuring": ("analyze", "evaluate"),
+    "api.reports": ("Analysis", "Evaluation", "RLReport", "SFTReport"),
+    "api.rewarded": ("Watch", "train_rl"),
+    "api.supervised": ("train_sft",),
+    "api.tasks": ("task",),
+    "config": ("EvalConfig", "LayerConfig", "RLConfig", "RewardConfig", "SFTConfig"),
+    "frozen": ("Frozen", "load"),
     "functional": (
         "apply_moe_bias",
         "get_load_balance_loss",
@@ -61,6 +105,9 @@ _HOMES = {
         "shift_hidden_states",
     ),
     "layer": ("MoEBiasLayer",),
+    "mistakes": ("UserError",),
+    "tasks.task": ("Problem", "Task"),
+    "tasks.verdict": ("Verdict",),
 }
 _HOME_OF = {name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names}
 

@@ -525,11 +525,9 @@ class EvalConfig(Config):
     )
 
     @model_validator(mode="after")
-    def _one_source(self) -> Self:
+    def _problems_fit(self) -> Self:
         """Errors' contexts name the fields, so that a command can say where they came from."""
         given = {name: getattr(self, name) for name in ("benchmark", "data", "task") if getattr(self, name)}
-        if not given:
-            raise PydanticCustomError("source", "one of `benchmark`, `data` and `task` is required")
         _refuse_problems_beyond_memory({"train_problems": self.train_problems, "limit": self.limit or 0})
         if len(given) > 1:
             both = " and ".join(f"`{name}` {{{name}}}" for name in given)

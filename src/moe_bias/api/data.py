@@ -130,7 +130,7 @@ class Data:
         self._folder.close()
 
 
-def features(
+def extract(
     base: Frozen,
     rows: Rows,
     *,
@@ -164,7 +164,7 @@ def features(
 
 @dataclass(frozen=True)
 class Extraction:
-    """How texts become features; see `features`."""
+    """How texts become features; see `extract`."""
 
     held_out: float
     seed: int

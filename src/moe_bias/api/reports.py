@@ -10,6 +10,8 @@ from typing import Any
 
 from rich.table import Table
 
+from moe_bias.evaluation.samples import Sample
+from moe_bias.evaluation.scores import Score
 from moe_bias.evaluation.statistics import Estimate
 from moe_bias.mistakes import UserError
 from moe_bias.progress import text_console
@@ -44,13 +46,15 @@ class Report:
 
     def __repr__(self) -> str:
         rows = self.rows()
-        table = Table(title=self.title, title_justify="left")
+        table = Table()
         for name in rows[0]:
             table.add_column(name, justify="left" if name == next(iter(rows[0])) else "right")
         for row in rows:
             table.add_row(*row.values())
         text = StringIO()
-        text_console(file=text, width=WIDTH, color_system=None).print(table)
+        console = text_console(file=text, width=WIDTH, color_system=None, highlight=False)
+        console.print(self.title)
+        console.print(table)
         return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
     def _repr_html_(self) -> str:
@@ -141,46 +145,84 @@ class RLReport(Report):
         return [{"policy": name, "held-out problems solved": _percent(value)} for name, value in self.accuracy.items()]
 
 
-@dataclass(frozen=True)
-class EvaluatedArm:
-    """One policy on the problems: the share solved, its paired change to the first policy, each problem's verdict."""
-
-    name: str
-    accuracy: Estimate
-    change: Estimate | None
-    outcomes: Sequence[str] = field(repr=False)
-    answers: Sequence[str] = field(repr=False)
-
-
 @dataclass(frozen=True, repr=False)
 class Evaluation(Report):
-    """Policies on the same problems of a task, compared in pairs; `arms` are in the order that they were given."""
+    """Policies on the same problems, compared in pairs; `scores` are in the order in which policies were given.
 
-    task: str
-    problems: int
-    arms: Sequence[EvaluatedArm]
+    `samples` are all answers with their verdicts.
+    """
+
+    problems: str
+    count: int
+    scores: Sequence[Score]
+    samples: Sequence[Sample]
     curve: Curve = field(default=(), compare=False)
 
     @property
     def title(self) -> str:  # type: ignore[override]
         """What was measured."""
-        return f"{self.problems:,} problems of {self.task}, solved by greedy answers"
+        return f"{self.count:,} problems of {self.problems}: % solved [95% interval over problems]"
 
-    def __getitem__(self, name: str) -> EvaluatedArm:
-        """The arm of this name."""
-        return next(arm for arm in self.arms if arm.name == name)
+    def __getitem__(self, name: str) -> Score:
+        """The score of the policy of this name. Raises KeyError where there is none."""
+        return {score.name: score for score in self.scores}[name]
 
     def rows(self) -> list[dict[str, str]]:
-        """Accuracy of each policy, and its change to the first."""
-        first = self.arms[0].name
+        """Accuracy of each policy, its change to the first, and how its answers are written."""
+        first = self.scores[0].name
         return [
             {
-                "policy": arm.name,
-                "solved": _percent(arm.accuracy),
-                f"to {first}, points": "" if arm.change is None else _points(arm.change),
+                "policy": score.name,
+                "solved": _percent(score.accuracy),
+                f"to {first}, points": _points(score.change[first]) if first in score.change else "",
+                "tokens": "" if score.tokens is None else f"{score.tokens.value:,.0f}",
+                "loops": f"{score.looping.value:.0%}",
             }
-            for arm in self.arms
+            for score in self.scores
         ]
+
+
+@dataclass(frozen=True, repr=False)
+class Analysis(Report):
+    """What a layer does to the model on a text, for tokens of high and of low base entropy apart.
+
+    `record` is an adapter's entry of `analysis.json` (`moe_bias.analysis.record` says what is in it).
+    """
+
+    record: Mapping[str, Any]
+    rho: float
+    curve: Curve = field(default=(), compare=False)
+
+    @property
+    def title(self) -> str:  # type: ignore[override]
+        """What was measured."""
+        overlap = self.record["overlap"]["value"]
+        return (
+            f"Means over tokens; 'high' are the {self.rho:.0%} of highest base entropy, of which {overlap:.0%} are "
+            "those of the adapted model too"
+        )
+
+    @property
+    def experts(self) -> Sequence[Mapping[str, Any]]:
+        """A card for each expert: the tokens that it raises and lowers most, what it reads, where it acts."""
+        cards: Sequence[Mapping[str, Any]] = self.record["experts"]
+        return cards
+
+    def rows(self) -> list[dict[str, str]]:
+        """Tokens, entropies, KL to the base, share of changed choices and change of log-probability by stratum."""
+        return [_stratum(name, self.record["strata"][name]) for name in ("all", "high", "low")]
+
+
+def _stratum(name: str, stratum: Mapping[str, Any]) -> dict[str, str]:
+    means = {quantity: value["value"] for quantity, value in stratum["means"].items()}
+    return {
+        "tokens of entropy": name,
+        "tokens": f"{stratum['tokens']:,}",
+        "entropy, nats": f"{means['base_entropy']:.3f} -> {means['adapted_entropy']:.3f}",
+        "KL, nats": f"{means['kl']:.3f}",
+        "flipped": f"{means['flipped']:.1%}",
+        "log-probability": f"{means['log_prob_change']:+.3f}",
+    }
 
 
 def _nats(value: Estimate) -> str:

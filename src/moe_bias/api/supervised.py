@@ -49,6 +49,8 @@ def train_sft(
     other settings, and where the loss is not finite; Interrupted on Ctrl-C, saying where the same call goes on.
     """
     config = SFTConfig() if config is None else config
+    if "support" not in config.model_fields_set:
+        config = config.model_copy(update={"support": data.made_on})
     if data.base is not base:
         raise UserError("`data` is of another frozen model than `base`; extract it with this one")
     made_with = config.model_dump(mode="json")
@@ -68,10 +70,10 @@ def train_sft(
 
 
 def prepared_for(data: Data, config: SFTConfig, layer: MoEBiasLayer | None = None) -> Prepared:
-    """The data on the support of the layer, else on that of the config, where it names one, else on its own."""
+    """The data on the support of the layer, where it has one already, else on that of the config."""
     if layer is not None:
         return data.on("all" if layer.support_ids is None else layer.support_ids.tolist())
-    return data.on(config.support) if "support" in config.model_fields_set else data.prepared
+    return data.prepared if config.support == data.made_on else data.on(config.support)
 
 
 def train_on(

@@ -121,6 +121,12 @@ class EvalSettings(EvalConfig, ModelConfig):
         return names
 
     @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if not (self.benchmark or self.data or self.task):
+            raise PydanticCustomError("source", "one of --benchmark, --data and --task is required")
+        return self
+
+    @model_validator(mode="after")
     def _one_engine(self) -> Self:
         if bool(self.endpoint) != bool(self.endpoint_model):
             raise PydanticCustomError("engine", "--endpoint and --endpoint-model belong together; give both")

@@ -40,7 +40,7 @@ def texts_named(settings: TextSettings) -> Texts:
 
 
 def keep(settings: TextSettings) -> bool | str:
-    """Where hidden states are kept, as `features` takes it."""
+    """Where hidden states are kept, as `extract` takes it."""
     return str(settings.features) if settings.features else settings.keep_features
 
 

@@ -95,7 +95,7 @@ def protocol_of(settings: EvalConfig) -> Protocol:
     temperature = own.temperature if settings.temperature is None else settings.temperature
     samples = settings.samples or (own.samples if temperature > 0 else 1)
     if samples > 1 and temperature == 0:
-        raise UserError(f"--samples {samples} at temperature 0 would be all alike; give --temperature, such as 1")
+        raise UserError(f"`samples` {samples} at temperature 0 would be all alike; give a `temperature`, such as 1")
     return Protocol(
         samples=samples,
         temperature=temperature,
@@ -113,7 +113,7 @@ def find_benchmark(name: str) -> Benchmark:
         near = get_close_matches(name.lower(), BENCHMARKS, n=2, cutoff=0.0)
         raise UserError(
             f"there is no benchmark {name!r}; near names are {' and '.join(near)}, of {', '.join(BENCHMARKS)}; "
-            "a file or another data set of the Hub is given as --data"
+            "a file or another data set of the Hub is given as `data`"
         )
     return BENCHMARKS[name]
 
@@ -124,7 +124,7 @@ def problem_set(settings: EvalConfig) -> ProblemSet:
     Raises UserError on a source that cannot be read, a problem without a gold answer, and too few problems.
     """
     if settings.task:
-        return _of_task(settings)
+        return drawn_from(make_task(settings.task, settings.task_options, settings.easy), settings)
     if settings.benchmark:
         named = find_benchmark(settings.benchmark)
         task = data_task(named.source, named.split, instruction="", configuration=named.configuration)
@@ -139,10 +139,10 @@ def problem_set(settings: EvalConfig) -> ProblemSet:
     return found
 
 
-def _of_task(settings: EvalConfig) -> ProblemSet:
-    task = make_task(settings.task, settings.task_options, settings.easy)
+def drawn_from(task: Task, settings: EvalConfig) -> ProblemSet:
+    """The task's problems after those that training with this seed takes."""
     wanted = settings.train_problems + (settings.limit or TASK_PROBLEMS)
-    return _numbered(settings.task, task, task.problems(wanted, settings.seed)[settings.train_problems :])
+    return _numbered(task.name, task, task.problems(wanted, settings.seed)[settings.train_problems :])
 
 
 def _numbered(name: str, task: Task, problems: Sequence[Problem]) -> ProblemSet:
@@ -163,8 +163,9 @@ def _ids(entries: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _template(settings: EvalConfig) -> str:
     """Tasks say themselves what form the answer is to have."""
-    usual = PLACE if settings.task else f"{PLACE}\n\n{INSTRUCTION}"
+    says_itself = not (settings.benchmark or settings.data)
+    usual = PLACE if says_itself else f"{PLACE}\n\n{INSTRUCTION}"
     template = settings.prompt_template or usual
     if PLACE not in template:
-        raise UserError(f"--prompt-template {template!r} has no {PLACE}, the place for the question; put it in")
+        raise UserError(f"`prompt_template` {template!r} has no {PLACE}, the place for the question; put it in")
     return template

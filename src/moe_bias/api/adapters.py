@@ -1,0 +1,58 @@
+"""Layers as saved adapters, and answers under them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moe_bias.adapter import save_layer
+from moe_bias.adapter.saved import refuse_overwriting
+from moe_bias.api.policy import policy_of, saved_layer
+from moe_bias.frozen import Frozen
+from moe_bias.layer import MoEBiasLayer
+from moe_bias.mistakes import UserError
+from moe_bias.progress import meter
+from moe_bias.rollout.answers import AnswerChoices, sampled_answers
+from moe_bias.tasks.conversations import Conversation, answer_ends, encode_prompt
+
+
+def save(layer: MoEBiasLayer, folder: str | Path, base: Frozen) -> None:
+    """Saves a layer as an adapter, which `PeftModel.from_pretrained`, vLLM with this plugin and `load_layer` read.
+
+    Raises UserError where the folder holds an adapter already or cannot be written.
+    """
+    refuse_overwriting(Path(folder))
+    save_layer(layer, folder, base.model)
+
+
+def load_layer(source: str | Path, base: Frozen) -> MoEBiasLayer:
+    """The layer of an adapter, a folder or a Hub id, on the model's device.
+
+    Raises UserError where there is none, or it is damaged, of another method or made for another model.
+    """
+    return saved_layer(str(source), base.head).layer
+
+
+def generate(
+    base: Frozen,
+    prompt: str,
+    layer: MoEBiasLayer | None = None,
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    seed: int = 0,
+    chat: bool = True,
+) -> str:
+    """The answer to a prompt under a layer, or of the frozen model itself.
+
+    `temperature` 0 is greedy. With `chat` the prompt is a user's turn in the model's chat template, else a text to be
+    continued. Raises UserError where the tokenizer has no such template.
+    """
+    if chat and not base.tokenizer.chat_template:
+        raise UserError("the tokenizer has no chat template; pass chat=False for plain text")
+    turn = {"role": "user", "content": prompt}
+    ids = encode_prompt(Conversation((turn,), "", is_chat=chat), base.tokenizer)
+    choices = AnswerChoices(1, temperature, 1.0, max_new_tokens, answer_ends(base.model, base.tokenizer, chat))
+    policies = [policy_of(layer, base.head)]
+    with meter("answering", 1, "answers", visible=False) as bar:
+        answers = sampled_answers(base.model, base.head, [ids], policies, choices, [seed], bar)
+    return str(base.tokenizer.decode(answers[0][0][0].token_ids, skip_special_tokens=True))

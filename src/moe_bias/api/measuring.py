@@ -1,0 +1,94 @@
+"""Measuring what layers do: on problems that a program can check, and on a text token by token."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from moe_bias.analysis.record import adapter_record
+from moe_bias.analysis.survey import Text, mark, overlap, survey
+from moe_bias.analysis.token_classes import vocabulary_classes
+from moe_bias.api.data import Data
+from moe_bias.api.policy import policy_of, saved_layer
+from moe_bias.api.reports import Analysis, Evaluation
+from moe_bias.config import EvalConfig
+from moe_bias.evaluation.answering import Asker
+from moe_bias.evaluation.ledger import Ledger
+from moe_bias.evaluation.samples import SampleFile
+from moe_bias.evaluation.scores import scores
+from moe_bias.frozen import Frozen
+from moe_bias.layer import MoEBiasLayer
+from moe_bias.mistakes import UserError
+from moe_bias.records import temporary_folder
+from moe_bias.tasks.benchmarks import drawn_from, problem_set, protocol_of
+from moe_bias.tasks.task import Task
+
+Policies = Mapping[str, MoEBiasLayer | str | Path | None]
+"""By name a layer, the folder or Hub id of an adapter, or None for the frozen model itself."""
+
+
+def evaluate(
+    base: Frozen, policies: Policies, task: Task | str | None = None, config: EvalConfig | None = None
+) -> Evaluation:
+    """Has policies answer the same problems in one batch, on one backbone, and compares them in pairs.
+
+    The problems are of a task, an object or a name (those that training with the same seed takes are left out), or
+    of what the config names: a `benchmark`, or `data` of questions and gold answers. How they are answered is the
+    config's: greedy for tasks where it says nothing, else `samples` of each problem at a `temperature`.
+
+    Raises UserError on problems, adapters and settings that cannot be used.
+    """
+    config = _named(config or EvalConfig(), task)
+    problems = problem_set(config) if task is None or isinstance(task, str) else drawn_from(task, config)
+    protocol = protocol_of(config)
+    if not policies:
+        raise UserError("`policies` is empty; give a layer by name, such as {'base': None, 'mine': layer}")
+    layers = {name: _layer(base, given) for name, given in policies.items()}
+    with ExitStack() as stack:
+        folder = stack.enter_context(temporary_folder("eval"))
+        ledger = Ledger(problems, list(layers), SampleFile(folder, protocol.samples))
+        asker = Asker.of(protocol, base.model, base.tokenizer, ledger, config.batch_size)
+        asker.check_context(base.model)
+        answering = {name: policy_of(layer, base.head) for name, layer in layers.items()}
+        asker.ask(base.model, base.head, answering, range(len(problems.problems)))
+        samples = list(ledger.file.read())
+    return Evaluation(problems.name, len(problems.problems), scores(samples, list(layers), {}), samples)
+
+
+def analyze(
+    base: Frozen, layer: MoEBiasLayer, data: Data, *, rho: float = 0.2, top: int = 8, contexts: int = 5
+) -> Analysis:
+    """What the layer does to the held-out answers of the data, for tokens of high and low base entropy apart.
+
+    `rho` in (0, 1) is the share of the tokens that are of high entropy. Cards of experts have `top` tokens, and
+    `contexts` places where an expert acts most. Raises UserError on data of another model.
+    """
+    if data.base is not base:
+        raise UserError("`data` is of another frozen model than `base`; extract it with this one")
+
+    def decode(ids: Sequence[int]) -> str:
+        return str(base.tokenizer.decode(list(ids)))
+
+    text = Text(data.store, torch.tensor(data.held_out))
+    marks = mark(text, vocabulary_classes(base.tokenizer, base.head.vocab_size), rho)
+    own = copy.deepcopy(layer).eval()
+    found = survey(own, base.head, text, marks, 0, contexts, "layer")
+    shared = overlap(text, marks, found.adapted_entropy)
+    return Analysis(adapter_record("layer", own, found, shared, [], top, decode), rho)
+
+
+def _named(config: EvalConfig, task: Task | str | None) -> EvalConfig:
+    named = config.benchmark or config.data or config.task
+    if task is None and not named:
+        raise UserError("give a `task`, or a config with a `benchmark`, `data` or a `task`")
+    if task is not None and named:
+        raise UserError(f"`task` and the config's {named!r} exclude each other; give one")
+    return config.model_copy(update={"task": task}) if isinstance(task, str) else config
+
+
+def _layer(base: Frozen, given: MoEBiasLayer | str | Path | None) -> MoEBiasLayer | None:
+    return saved_layer(str(given), base.head).layer if isinstance(given, str | Path) else given
