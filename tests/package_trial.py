@@ -10,9 +10,11 @@ import json
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from pkgutil import walk_packages
 
 import torch
 from peft import AutoPeftModelForCausalLM
@@ -25,6 +27,8 @@ from moe_bias.extras import EXTRA_OF
 
 PROGRAM = str(Path(sys.executable).parent / "moe-bias")
 WORDS = 64
+OF_EXTRAS = ("moe_bias.serving.", "moe_bias.report.", "moe_bias.tasks.equality")
+"""Modules that need vLLM, matplotlib or math-verify."""
 
 
 def main() -> None:
@@ -36,9 +40,17 @@ def main() -> None:
     assert not there, f"{there} came along without an extra"
     for words, expected in (("--version", f"moe-bias {version('moe-bias')}"), ("--help", "usage: moe-bias")):
         assert subprocess.check_output([PROGRAM, words], text=True).startswith(expected)
+    import_everything()
     make_model(Path("tiny"))
     train_and_apply()
     refuse_what_is_missing()
+
+
+def import_everything() -> None:
+    """Every module can be imported, but those that exist for what an extra brings."""
+    for module in walk_packages(moe_bias.__path__, "moe_bias."):
+        if not module.name.startswith(OF_EXTRAS) and module.name != "moe_bias.__main__":
+            import_module(module.name)
 
 
 def train_and_apply() -> None:
