@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from conftest import HIDDEN, VOCABULARY, randomise, tiny_model, token_ids
 from moe_bias import MoEBiasConfig, apply_moe_bias, find_adapter_head, load_moe_bias_layer
 from moe_bias import layer as layer_module
-from moe_bias.adapter.saved import read_saved
+from moe_bias.adapter.saved import load_layer, read_saved
 from moe_bias.backbone import HeadTransform, find_head
 from moe_bias.config import LayerConfig
 from moe_bias.layer import LARGEST_INPUT, MoEBiasLayer
@@ -42,6 +42,7 @@ def ways_of_loading(folder):
     return {
         "PEFT": lambda: PeftModel.from_pretrained(tiny_model(), folder),
         "by hand": lambda: load_moe_bias_layer(tiny_model(), folder),
+        "at a head": lambda: load_layer(folder, find_head(tiny_model())[1]),
         "without a model": lambda: read_saved(str(folder)),
         "to be served": lambda: read_version(folder, HIDDEN, VOCABULARY, rows),
     }
@@ -157,6 +158,8 @@ def test_a_config_that_is_no_object(folder):
     (folder / CONFIG).write_text("[]")
     with pytest.raises(UserError, match="holds no JSON object"):
         load_moe_bias_layer(tiny_model(), folder)
+    with pytest.raises(UserError, match="holds no JSON object"):
+        load_layer(folder, find_head(tiny_model())[1])
 
 
 # --- the layer ------------------------------------------------------------------------------------

@@ -230,7 +230,7 @@ def test_either_form_loads_what_the_other_saved(tmp_path):
 
 def test_files_that_do_not_fit_or_are_damaged_are_refused(tmp_path):
     save_moe_bias_layer(tiny_model(), tmp_path)
-    with pytest.raises(ValueError, match="made for hidden_size 16, the model has 32"):
+    with pytest.raises(ValueError, match="hidden states and vocabulary are 16 and 97 wide, here they are 32"):
         load_moe_bias_layer(tiny_model(hidden_size=32), tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     tensors = load_file(path)
@@ -242,7 +242,7 @@ def test_files_that_do_not_fit_or_are_damaged_are_refused(tmp_path):
     with pytest.raises(ValueError, match="lacks tensor 'directions'"):
         load_moe_bias_layer(tiny_model(), tmp_path)
     path.unlink()
-    with pytest.raises(ValueError, match=r"holds no adapter_model\.safetensors"):
+    with pytest.raises(ValueError, match=r"has no adapter_model\.safetensors"):
         load_moe_bias_layer(tiny_model(), tmp_path)
 
 
@@ -250,7 +250,7 @@ def test_adapter_of_another_method_is_refused_by_name(tmp_path):
     from peft import LoraConfig
 
     get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="holds an adapter of LoraConfig, not a MoE-Bias one"):
+    with pytest.raises(ValueError, match="is an adapter of type 'LORA', not of MOE_BIAS"):
         load_moe_bias_layer(tiny_model(), tmp_path)
 
 

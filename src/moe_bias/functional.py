@@ -35,11 +35,9 @@ from moe_bias.adapter import (
     LastRouting,
     MoEBiasHead,
     base_entropy,
-    check_adapter_file,
-    layer_tensors,
-    read_adapter,
     save_layer,
 )
+from moe_bias.adapter.saved import load_layer
 from moe_bias.adapter.shift import InsertedShift
 from moe_bias.backbone import Head, HeadTransform, find_head, with_bias
 from moe_bias.layer import MoEBiasLayer, at_least_float32, in_type, load_balance_loss
@@ -164,11 +162,7 @@ def load_moe_bias_layer(model: nn.Module, source: str | Path) -> MoEBiasLayer:
     if model in _ATTACHED and _ATTACHED[model].shift is not None:
         raise UserError("the model's hidden states are shifted by its layer; remove() the shift before loading another")
     _, head = find_head(model)
-    config, tensors = read_adapter(source)
-    config = config.for_model(head.hidden_size, head.vocab_size, head.rows)
-    check_adapter_file(tensors, config)
-    layer = _like_model(head.layer(config.layer_config()), head)
-    layer.load_state_dict(layer_tensors(tensors))
+    layer = _like_model(load_layer(source, head), head)
     _ATTACHED[model] = _Attached(layer, head)
     return layer
 

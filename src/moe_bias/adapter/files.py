@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from huggingface_hub import hf_hub_download
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -83,19 +82,17 @@ def save_layer(
     return config
 
 
-def read_adapter(source: str | Path) -> tuple[MoEBiasConfig, dict[str, Tensor]]:
-    """Config and tensors of an adapter folder or Hub id, the tensors named as in its file.
+def read_adapter(folder: str | Path) -> tuple[MoEBiasConfig, dict[str, Tensor]]:
+    """Config and tensors of an adapter folder, the tensors named as in its file.
 
     Raises ValueError where there is no MoE-Bias adapter, or a file that cannot be read.
     """
-    config = MoEBiasConfig.from_pretrained(str(source))
+    config = MoEBiasConfig.from_pretrained(str(folder))
     if not isinstance(config, MoEBiasConfig):
-        raise UserError(f"{str(source)!r} holds an adapter of {type(config).__name__}, not a MoE-Bias one")
-    path = Path(source) / SAFETENSORS_WEIGHTS_NAME
+        raise UserError(f"{str(folder)!r} holds an adapter of {type(config).__name__}, not a MoE-Bias one")
+    path = Path(folder) / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
-        if Path(source).is_dir():
-            raise UserError(f"{str(source)!r} holds no {SAFETENSORS_WEIGHTS_NAME}")
-        path = Path(hf_hub_download(str(source), SAFETENSORS_WEIGHTS_NAME))
+        raise UserError(f"{str(folder)!r} holds no {SAFETENSORS_WEIGHTS_NAME}")
     with reading(f"adapter file {str(path)!r}"):
         return config, load_file(path)
 

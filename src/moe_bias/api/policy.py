@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from moe_bias.adapter.saved import read_saved
+from moe_bias.adapter.saved import load_adapter
 from moe_bias.backbone import Head
 from moe_bias.config import LayerConfig, ModelConfig, RewardConfig, RLConfig, TaskConfig
 from moe_bias.features.extract import fork_coverage, measure_fork_mass
 from moe_bias.frozen import Frozen, frozen
 from moe_bias.layer import MoEBiasLayer
-from moe_bias.mistakes import UserError
 from moe_bias.rollout.greedy import greedy_answers
 from moe_bias.rollout.policy import Policy, base_policy, layer_policy
 from moe_bias.rollout.sampler import Rollouts, Sampler, SamplingChoices
@@ -185,16 +184,8 @@ class Beginning:
 
 def saved_layer(name: str, head: Head) -> Beginning:
     """The layer of an adapter folder or Hub id. Raises UserError where it does not fit the model."""
-    config, tensors = read_saved(name)
-    found = (config.hidden_size, config.vocab_size)
-    if found != (head.hidden_size, head.vocab_size):
-        raise UserError(
-            f"the adapter in {name!r} is of another model: its hidden states and vocabulary are {found[0]} and "
-            f"{found[1]} wide, here they are {head.hidden_size} and {head.vocab_size}"
-        )
-    layer = head.layer(config.for_model(head.hidden_size, head.vocab_size, head.rows).layer_config())
-    layer.load_state_dict(tensors)
-    return Beginning(layer.to(head.device), config.fork_coverage)
+    layer, config = load_adapter(name, head)
+    return Beginning(layer, config.fork_coverage)
 
 
 @torch.no_grad()
