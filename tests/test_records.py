@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from moe_bias.records import provenance, write_json, write_whole
+from moe_bias.records import provenance, whole_folder, write_json, write_whole
 
 
 def test_written_whole_and_readable(tmp_path):
@@ -29,6 +29,27 @@ def test_a_disk_that_takes_no_more_leaves_the_old_file_and_no_half(tmp_path, mon
     with pytest.raises(OSError, match="No space left"):
         write_whole(path, b"new")
     assert [(entry.name, entry.read_bytes()) for entry in tmp_path.iterdir()] == [("file", b"old")]
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "new" / "folder"
+    with pytest.raises(RuntimeError), whole_folder(target) as beside:
+        (beside / "half").touch()
+        raise RuntimeError
+    assert list(target.parent.iterdir()) == []
+    with whole_folder(target) as beside:
+        (beside / "file").write_text("mine")
+        assert not target.exists()
+    assert (target / "file").read_text() == "mine"
+
+
+def test_another_process_may_have_made_the_folder_first(tmp_path):
+    with whole_folder(tmp_path / "folder") as beside:
+        (beside / "file").write_text("mine")
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "folder" / "file").write_text("theirs")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
+    assert (tmp_path / "folder" / "file").read_text() == "theirs"
 
 
 def failing(descriptor):

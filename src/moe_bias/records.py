@@ -67,6 +67,20 @@ def unfinished(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """An empty folder to fill, which becomes `path` at the end of the block, unless another process was first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with unfinished(path) as beside:
+        beside.mkdir()
+        yield beside
+        try:
+            beside.rename(path)
+        except OSError:
+            if not path.is_dir():
+                raise
+
+
+@contextmanager
 def temporary_folder(purpose: str, within: Path | None = None) -> Iterator[Path]:
     """A folder of this process alone, in the system's place for such things; what killed processes left goes."""
     with _own_name((within or Path(tempfile.gettempdir())) / purpose, _TEMPORARY) as folder:

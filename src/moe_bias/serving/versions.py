@@ -15,7 +15,6 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from threading import Lock
 
 from peft import PeftConfig
@@ -27,6 +26,7 @@ from moe_bias.adapter import MoEBiasConfig, check_adapter_file, layer_tensors, r
 from moe_bias.adapter.embedding import check_embedding
 from moe_bias.layer import EmbeddingRows, MoEBiasLayer
 from moe_bias.mistakes import UserError
+from moe_bias.records import whole_folder
 
 _FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
 _Stamp = tuple[tuple[int, int, int], ...]
@@ -112,17 +112,9 @@ class AdapterFolder:
         digest = hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in contents.values()))
         version = self._versions / digest.hexdigest()
         if not version.is_dir():
-            self._versions.mkdir(parents=True, exist_ok=True)
-            with TemporaryDirectory(dir=self._versions, prefix=".") as scratch:
-                made = Path(scratch) / version.name
-                made.mkdir()
+            with whole_folder(version) as made:  # another process of this server may make the same copy
                 for file, content in contents.items():
                     (made / file).write_bytes(content)
-                try:
-                    made.rename(version)
-                except OSError:
-                    if not version.is_dir():  # another process of this server may have made the same copy
-                        raise
         return version
 
     def _stamp(self, name: str) -> _Stamp:
