@@ -25,9 +25,10 @@ import torch
 
 from memory import peak_in_own_process, print_peak
 from moe_bias.backbone import find_head
+from moe_bias.chunks import longest_first
 from moe_bias.config import ModelConfig
 from moe_bias.features.build import Choices, extract, make_plan
-from moe_bias.features.extract import batches_by_length, chunk_rows, completion_hidden
+from moe_bias.features.extract import chunk_rows, completion_hidden
 from moe_bias.features.fingerprint import model_facts
 from moe_bias.frozen import load_model
 from moe_bias.tasks.conversations import Corpus, Example
@@ -90,7 +91,7 @@ def build_arms(options: argparse.Namespace) -> dict[str, Callable[[], int]]:
     )
 
     def hidden_of_batches() -> Iterator[torch.Tensor]:
-        for batch in batches_by_length(examples, options.batch_size):
+        for batch in longest_first(examples, options.batch_size):
             yield torch.cat(list(completion_hidden(model, [examples[index] for index in batch])))
 
     def backbone() -> int:

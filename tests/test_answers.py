@@ -12,9 +12,8 @@ from moe_bias.config import LayerConfig
 from moe_bias.features.extract import run_backbone
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.progress import meter
-from moe_bias.rollout.answers import AnswerChoices, sampled_answers
+from moe_bias.rollout.answers import AnswerChoices, greedy_answers, sampled_answers
 from moe_bias.rollout.draw import nucleus
-from moe_bias.rollout.greedy import greedy_answers
 from moe_bias.rollout.policy import base_policy, layer_policy
 from moe_bias.tasks.conversations import Example
 

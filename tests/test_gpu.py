@@ -11,7 +11,7 @@ from moe_bias.config import LayerConfig, SFTConfig
 from moe_bias.evaluation.likelihood import token_nll
 from moe_bias.features.extract import run_backbone, with_scalars
 from moe_bias.layer import MoEBiasLayer
-from moe_bias.rollout.greedy import greedy_answers
+from moe_bias.rollout.answers import greedy_answers
 from moe_bias.rollout.policy import base_policy, layer_policy
 from moe_bias.rollout.sampler import SamplingChoices
 from moe_bias.rollout.sampling import TransformersSampler

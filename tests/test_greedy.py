@@ -7,7 +7,7 @@ from moe_bias.adapter import MoEBiasConfig, find_adapter_head
 from moe_bias.backbone import find_head
 from moe_bias.config import LayerConfig
 from moe_bias.layer import MoEBiasLayer
-from moe_bias.rollout.greedy import greedy_answers
+from moe_bias.rollout.answers import greedy_answers
 from moe_bias.rollout.policy import base_policy, layer_policy
 
 PROMPTS = [[5, 6, 7, 8], [9], [30, 31, 32], [40, 41, 42, 43, 44, 45]]

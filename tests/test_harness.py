@@ -16,7 +16,7 @@ from moe_bias.backbone import find_head
 from moe_bias.cli import main
 from moe_bias.evaluation.likelihood import per_example, token_nll
 from moe_bias.features.extract import run_backbone, with_scalars
-from moe_bias.rollout.greedy import greedy_answers
+from moe_bias.rollout.answers import greedy_answers
 from moe_bias.tasks.conversations import Example
 from test_cli import complaint, save_adapter
 from test_cli import folder as empty_folder

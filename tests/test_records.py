@@ -33,9 +33,8 @@ def test_a_disk_that_takes_no_more_leaves_the_old_file_and_no_half(tmp_path, mon
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     target = tmp_path / "new" / "folder"
-    with pytest.raises(RuntimeError), whole_folder(target) as beside:
-        (beside / "half").touch()
-        raise RuntimeError
+    with pytest.raises(FileNotFoundError), whole_folder(target) as beside:
+        (beside / "half").rename(beside / "missing" / "half")
     assert list(target.parent.iterdir()) == []
     with whole_folder(target) as beside:
         (beside / "file").write_text("mine")

@@ -14,8 +14,8 @@ from moe_bias.features.extract import run_backbone, with_scalars
 from moe_bias.frozen import load_model
 from moe_bias.layer import MoEBiasLayer, entropy_from_logits
 from moe_bias.mistakes import UserError
+from moe_bias.rollout.answers import greedy_answers
 from moe_bias.rollout.draw import draw
-from moe_bias.rollout.greedy import greedy_answers
 from moe_bias.rollout.policy import base_policy, layer_policy
 from moe_bias.rollout.sampler import SamplingChoices
 from moe_bias.rollout.sampling import TransformersSampler

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -121,6 +121,18 @@ def base_scalars(logits_TV: Tensor, split: VocabularySplit) -> BaseScalars:
     """Entropy, log Z, R and A from the full scaled logits, without gradient. -inf logits count as probability 0."""
     pieces = logits_TV.detach().split(PIECE.rows(logits_TV.shape[-1], logits_TV.device))
     return joined([_piece_scalars(piece, split) for piece in pieces])
+
+
+def at_temperature(logits: Tensor, temperature: float) -> Tensor:
+    """`u = z / T`, in float32 or better."""
+    logits = at_least_float32(logits)
+    return logits if temperature == 1 else logits / temperature
+
+
+def scalars_at_temperature(logits_TV: Tensor, temperature: float, split: VocabularySplit) -> BaseScalars:
+    """Log Z, R and A of `u = z / T`, and the entropy of the base as it is, at temperature 1, which the gate reads."""
+    base = base_scalars(at_temperature(logits_TV, temperature), split)
+    return base if temperature == 1 else replace(base, entropy=entropy_from_logits(logits_TV))
 
 
 @dataclass(frozen=True)

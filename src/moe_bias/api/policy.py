@@ -15,7 +15,7 @@ from moe_bias.config import LayerConfig, ModelConfig, RewardConfig, RLConfig, Ta
 from moe_bias.features.extract import fork_coverage, measure_fork_mass
 from moe_bias.frozen import Frozen, frozen
 from moe_bias.layer import MoEBiasLayer
-from moe_bias.rollout.greedy import greedy_answers
+from moe_bias.rollout.answers import greedy_answers
 from moe_bias.rollout.policy import Policy, base_policy, layer_policy
 from moe_bias.rollout.sampler import Rollouts, Sampler, SamplingChoices
 from moe_bias.rollout.sampling import TransformersSampler

@@ -28,7 +28,7 @@ from moe_bias.commands.analysis_text import Matter, greedy_answered
 from moe_bias.commands.looking_settings import AnalyzeSettings
 from moe_bias.features.extract import Features
 from moe_bias.layer import MoEBiasLayer
-from moe_bias.rollout.greedy import greedy_answers
+from moe_bias.rollout.answers import greedy_answers
 from moe_bias.rollout.policy import base_policy
 from moe_bias.tasks.conversations import answer_ends
 

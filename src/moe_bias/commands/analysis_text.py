@@ -33,7 +33,7 @@ from moe_bias.layer import MoEBiasLayer
 from moe_bias.mistakes import as_kind, read_json
 from moe_bias.progress import say
 from moe_bias.records import write_json
-from moe_bias.rollout.greedy import greedy_answers
+from moe_bias.rollout.answers import greedy_answers
 from moe_bias.rollout.policy import Policy, base_policy
 from moe_bias.tasks.conversations import Corpus, Example
 from moe_bias.training.processes import ALONE

@@ -25,7 +25,7 @@ from moe_bias.mistakes import UserError
 from moe_bias.progress import text_console
 from moe_bias.records import provenance, write_json
 from moe_bias.report.inspector import InspectedAnswer, InspectedToken, Inspection, shared_length, write_page
-from moe_bias.rollout.greedy import greedy_answers
+from moe_bias.rollout.answers import greedy_answers
 from moe_bias.rollout.policy import base_policy, layer_policy
 from moe_bias.support import fork_threshold
 from moe_bias.tasks.conversations import Conversation, Example, answer_ends, encode_prompt

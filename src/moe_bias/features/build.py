@@ -30,9 +30,9 @@ import torch
 from torch import Tensor, nn
 
 from moe_bias.backbone import Head
+from moe_bias.chunks import longest_first
 from moe_bias.features.extract import (
     base_entropies,
-    batches_by_length,
     completion_hidden,
     evenly_spaced,
     measure_fork_mass,
@@ -232,7 +232,7 @@ def _sample_hidden(model: nn.Module, plan: Plan) -> Tensor:
     """Hidden states (T, D) of the calibration sample, rounded as they would be stored."""
     parts = []
     with meter("calibration", sum(len(example) for example in plan.sample), "tokens") as bar:
-        for batch in batches_by_length(plan.sample, plan.choices.batch_size):
+        for batch in longest_first(plan.sample, plan.choices.batch_size):
             examples = [plan.sample[index] for index in batch]
             parts += [
                 hidden_TD.to("cpu", plan.choices.hidden_dtype) for hidden_TD in completion_hidden(model, examples)
@@ -250,7 +250,7 @@ def _shard_columns(
     token_T = torch.cat([torch.tensor(example.completion_ids) for example in examples])
     columns = _empty_columns(len(token_T), plan.recipe.model.hidden_size, plan.choices.hidden_dtype)
     places = torch.arange(len(token_T)).split(lengths.tolist())
-    for batch in batches_by_length(examples, plan.choices.batch_size):
+    for batch in longest_first(examples, plan.choices.batch_size):
         rows_T = torch.cat([places[index] for index in batch])
         batch_examples = [examples[index] for index in batch]
         for name, values in _batch_columns(model, head, batch_examples, token_T[rows_T], split, plan.choices).items():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from moe_bias import columns
 from moe_bias.backbone import Head, hidden_states, output_embedding
-from moe_bias.chunks import LOGITS
+from moe_bias.chunks import LOGITS, longest_first
 from moe_bias.columns import Columns
 from moe_bias.layer import at_least_float32, entropy_from_logits
 from moe_bias.limits import refuse_beyond_memory
@@ -94,18 +94,11 @@ class HiddenTokens:
     example: Tensor
 
 
-def batches_by_length(examples: Sequence[Example], batch_size: int) -> Iterator[list[int]]:
-    """Indices of examples in batches of like length, longest first, so that memory is seen to fit."""
-    order = sorted(range(len(examples)), key=lambda index: -len(examples[index]))
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
-
-
 def run_backbone(model: nn.Module, examples: Sequence[Example], batch_size: int, description: str) -> HiddenTokens:
     """Runs the backbone over the examples and keeps the hidden states that predict completion tokens."""
     parts: dict[int, Tensor] = {}
     with meter(description, sum(len(example) for example in examples), "tokens") as bar:
-        for batch in batches_by_length(examples, batch_size):
+        for batch in longest_first(examples, batch_size):
             refuse_batch_beyond_memory(model, [examples[i] for i in batch])
             for index, hidden_TD in zip(batch, completion_hidden(model, [examples[i] for i in batch]), strict=True):
                 parts[index] = at_least_float32(hidden_TD).cpu()

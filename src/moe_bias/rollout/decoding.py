@@ -69,12 +69,6 @@ class _Rows:
         self.cache.batch_select_indices(order)
 
 
-def longest_first(prompts: Sequence[list[int]], batch_size: int) -> list[list[int]]:
-    """Numbers of the prompts in batches of like length: little padding, and memory is soon seen to fit."""
-    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-
-
 @torch.inference_mode()
 def answer_batch(
     model: nn.Module,

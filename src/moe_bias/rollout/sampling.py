@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from moe_bias.backbone import Head, adapted_logits
-from moe_bias.layer import MoEBiasLayer, entropy_from_logits
+from moe_bias.chunks import longest_first
+from moe_bias.layer import MoEBiasLayer
 from moe_bias.progress import Meter, meter
-from moe_bias.rollout.decoding import Answer, answer_batch, longest_first
+from moe_bias.rollout.decoding import Answer, answer_batch
 from moe_bias.rollout.draw import draw
 from moe_bias.rollout.sampler import (
     BUFFER_BYTES,
@@ -28,7 +29,8 @@ from moe_bias.rollout.sampler import (
     check_prompts,
     rollouts_of,
 )
-from moe_bias.support import RestScalars, VocabularySplit, base_scalars, split_vocabulary
+from moe_bias.serving.recording import kept_dtype
+from moe_bias.support import RestScalars, at_temperature, scalars_at_temperature, split_vocabulary
 
 _SCALAR_BYTES = 160
 """A token's numbers besides its hidden state: 80 bytes while sampling, 73 in the result."""
@@ -61,7 +63,7 @@ class TransformersSampler:
         description: str = "samples",
     ) -> Rollouts:
         """See `Sampler`. Raises UserError where `buffer_bytes` might not hold the features, or a prompt is empty."""
-        token_bytes = self.head.hidden_size * _hidden_type(self.head).itemsize + _SCALAR_BYTES
+        token_bytes = self.head.hidden_size * kept_dtype(self.head.dtype).itemsize + _SCALAR_BYTES
         check_prompts(prompts, choices, token_bytes, self.buffer_bytes)
         samples = len(prompts) * choices.group
         generator = torch.Generator().manual_seed(seed)
@@ -109,31 +111,30 @@ class _Recorder:
     ) -> None:
         self._head, self._layer, self._choices, self._kept = head, layer, choices, kept
         self._sample_R, self._uniform_RL = sample_R.to(head.device), uniform_RL.to(head.device)
-        self._split = _split_of(layer, head)
+        self._split = split_vocabulary(layer.support_or_all().to(head.device), head.vocab_size)
 
     def choose(self, hidden_BD: Tensor, number_B: Tensor, step: int) -> Tensor:
         """The next token of each row: see `decoding.Choose`."""
         biased = step == 0 or not self._choices.first_token_only
         scalars_BK, token_B = self._step(hidden_BD, self._uniform_RL[number_B, step], biased)
-        hidden_BD = hidden_BD.to("cpu", _hidden_type(self._head), copy=True)
+        hidden_BD = hidden_BD.to("cpu", kept_dtype(self._head.dtype), copy=True)
         self._kept.append(_Kept(self._sample_R[number_B].cpu(), step, hidden_BD, scalars_BK.cpu()))
         return token_B
 
     def _step(self, hidden_BD: Tensor, uniform_B: Tensor, biased: bool) -> tuple[Tensor, Tensor]:
         temperature = self._choices.temperature
         logits_BV = self._head.logits(hidden_BD)
-        base = base_scalars(_divided(logits_BV, temperature), self._split)
-        entropy_B = base.entropy if temperature == 1 else entropy_from_logits(logits_BV)
+        base = scalars_at_temperature(logits_BV, temperature, self._split)
         policy_BV = logits_BV
         if biased:
-            policy_BV = adapted_logits(self._layer, self._head.transform, hidden_BD, entropy_B, logits_BV)
-        drawn = draw(_divided(policy_BV, temperature), uniform_B)
-        logit_B = _divided(logits_BV.gather(-1, drawn.token[:, None]).squeeze(-1), temperature)
+            policy_BV = adapted_logits(self._layer, self._head.transform, hidden_BD, base.entropy, logits_BV)
+        drawn = draw(at_temperature(policy_BV, temperature), uniform_B)
+        logit_B = at_temperature(logits_BV.gather(-1, drawn.token[:, None]).squeeze(-1), temperature)
         rest = base.rest
         columns = (
             drawn.token,
             logit_B,
-            entropy_B,
+            base.entropy,
             base.log_partition,
             rest.log_sum_exp,
             rest.mean_logit,
@@ -141,19 +142,6 @@ class _Recorder:
             drawn.entropy,
         )
         return torch.stack([column.double() for column in columns], dim=-1), drawn.token
-
-
-def _divided(logits: Tensor, temperature: float) -> Tensor:
-    return logits if temperature == 1 else logits / temperature
-
-
-def _hidden_type(head: Head) -> torch.dtype:
-    """Of the hidden states that are kept: bfloat16 as it is, anything else in float32."""
-    return torch.bfloat16 if head.dtype == torch.bfloat16 else torch.float32
-
-
-def _split_of(layer: MoEBiasLayer, head: Head) -> VocabularySplit:
-    return split_vocabulary(layer.support_or_all().to(head.device), head.vocab_size)
 
 
 def _in_order(kept: list[_Kept], answers: list[Answer], layer: MoEBiasLayer, choices: SamplingChoices) -> Rollouts:

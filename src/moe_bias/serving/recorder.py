@@ -23,7 +23,7 @@ from torch import Tensor
 from moe_bias.layer import entropy_from_logits
 from moe_bias.serving.recording import RecordFile
 from moe_bias.serving.rows import Tenant
-from moe_bias.support import VocabularySplit, base_scalars, split_vocabulary
+from moe_bias.support import VocabularySplit, at_temperature, scalars_at_temperature, split_vocabulary
 
 _LOG = logging.getLogger(__name__)
 
@@ -71,28 +71,17 @@ def recorded_rows(recordings: Mapping[int, Recording], vocab_size: int, device: 
 @contextmanager
 def recorded(groups: Sequence[RecordedRows], hidden_BD: Tensor, logits_BV: Tensor) -> Iterator[None]:
     """Writes the rows of a step: the logits are the base's on entry, and the policy's on exit."""
-    base = [_base_scalars(group, logits_BV[group.row_R]) for group in groups]
+    bases = [scalars_at_temperature(logits_BV[group.row_R], group.temperature, group.split) for group in groups]
     yield
-    for group, columns in zip(groups, base, strict=True):
-        policy_R = entropy_from_logits(_divided(logits_BV[group.row_R], group.temperature))
+    for group, base in zip(groups, bases, strict=True):
+        policy_R = entropy_from_logits(at_temperature(logits_BV[group.row_R], group.temperature))
+        columns = (base.entropy, base.log_partition, base.rest.log_sum_exp, base.rest.mean_logit)
         place_R = [len(recording.tokens) for recording in group.recordings]
         ordinal_R = torch.tensor(place_R, device=logits_BV.device) + 1
         scalars_RK = torch.stack([column.double() for column in (ordinal_R, *columns, policy_R)], dim=-1)
         rows_R = group.recordings[0].file.layout.packed(scalars_RK, hidden_BD[group.row_R])
         for recording, place, row in zip(group.recordings, place_R, rows_R, strict=True):
             _write(recording.file, place, row, bool(row["scalars"][-1] >= recording.above))
-
-
-def _base_scalars(group: RecordedRows, logits_RV: Tensor) -> tuple[Tensor, ...]:
-    """Entropy at temperature 1, and log Z, R and A at the group's, each (R,)."""
-    base = base_scalars(_divided(logits_RV, group.temperature), group.split)
-    entropy_R = base.entropy if group.temperature == 1 else entropy_from_logits(logits_RV)
-    return entropy_R, base.log_partition, base.rest.log_sum_exp, base.rest.mean_logit
-
-
-def _divided(logits_RV: Tensor, temperature: float) -> Tensor:
-    logits_RV = logits_RV.float()
-    return logits_RV if temperature == 1 else logits_RV / temperature
 
 
 def _write(file: RecordFile, place: int, row: np.void, with_hidden: bool) -> None:

@@ -44,6 +44,11 @@ SCALARS = ("ordinal", "entropy", "log_partition", "log_sum_exp", "mean_logit", "
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 
 
+def kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which hidden states of a type are kept: bfloat16 as it is, anything else in float32."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
 @dataclass(frozen=True)
 class RowLayout:
     """The rows of a model whose hidden states have `hidden_size` numbers, kept in `dtype`."""
@@ -53,8 +58,8 @@ class RowLayout:
 
     @classmethod
     def of_model(cls, hidden_size: int, dtype: torch.dtype) -> RowLayout:
-        """bfloat16 hidden states are kept as they are, all others in float32."""
-        return cls(hidden_size, torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+        """The rows of a model that computes in `dtype`."""
+        return cls(hidden_size, kept_dtype(dtype))
 
     @property
     def row(self) -> np.dtype[Any]:

@@ -28,8 +28,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from moe_bias.backbone import Head, output_embedding
+from moe_bias.chunks import longest_first
 from moe_bias.config import LayerConfig
-from moe_bias.features.extract import batches_by_length
 from moe_bias.layer import Mixture, MoEBiasLayer, Routing, at_least_float32
 from moe_bias.mistakes import UserError
 from moe_bias.progress import meter
@@ -153,7 +153,7 @@ def completion_log_prob(model: Any, examples: Sequence[Example]) -> Tensor:
 def lora_token_nll(model: Any, examples: Sequence[Example], batch_size: int) -> Tensor:
     """Negative log-likelihood (T,) float32 in nats of all completion tokens, in the order of features."""
     parts: dict[int, Tensor] = {}
-    for batch in batches_by_length(examples, batch_size):
+    for batch in longest_first(examples, batch_size):
         nll_T = -completion_log_prob(model, [examples[index] for index in batch]).cpu()
         sizes = [len(examples[index].completion_ids) for index in batch]
         parts.update(zip(batch, nll_T.split(sizes), strict=True))
