@@ -32,11 +32,12 @@ from moe_bias.rollout.sampling import TransformersSampler
 from moe_bias.support import choose_support
 from moe_bias.tasks.conversations import answer_ends, ask, encode_prompt
 from moe_bias.tasks.procedural import ProceduralTask
+from moe_bias.training.advantage import select_high_entropy
 from moe_bias.training.grpo_lora import sampler_trainer_gap, train_grpo_lora
 from moe_bias.training.grpo_trainer import GRPOChoices
 from moe_bias.training.lora import lora_on
+from moe_bias.training.objectives import Sampled
 from moe_bias.training.optimisation import Optimisation
-from moe_bias.training.policy_objective import Sampled, select_high_entropy
 from moe_bias.training.rl import Update
 from random_layer import random_layer
 from side_by_side import ratio, write_record

@@ -30,7 +30,8 @@ from moe_bias.features.extract import Features, run_backbone, with_scalars
 from moe_bias.frozen import load_model
 from moe_bias.layer import load_balance_loss
 from moe_bias.tasks.conversations import Example
-from moe_bias.training.objective import supervised_gradients
+from moe_bias.training.gradients import gradients
+from moe_bias.training.objectives import Supervised
 from side_by_side import ratio, take_turns, write_record
 
 SUPPORT = 4096
@@ -104,7 +105,7 @@ def on_features(features: Features, head: Head, config: LayerConfig) -> Callable
 
     def step() -> int:
         optimizer.zero_grad()
-        supervised_gradients(layer, features, lambda rows: logits_of(features.hidden[rows]), head.transform)
+        gradients(layer, features, lambda rows: logits_of(features.hidden[rows]), head.transform, Supervised())
         optimizer.step()
         return len(features)
 

@@ -27,7 +27,8 @@ from moe_bias.features.source import Subset
 from moe_bias.layer import MoEBiasLayer, load_balance_loss
 from moe_bias.support import FORK_SHARE, fork_threshold, log_prob_from_adapted
 from moe_bias.training.base_logits import BaseLogits
-from moe_bias.training.objective import supervised_gradients
+from moe_bias.training.gradients import gradients
+from moe_bias.training.objectives import Supervised
 from side_by_side import wait
 
 BATCH = 512
@@ -178,7 +179,7 @@ def _ours(head: Head, features: Features, choices: Choices, budget: int) -> Arm:
     def step(index: Tensor) -> None:
         batch = features.at(index)
         optimizer.zero_grad()
-        supervised_gradients(layer, batch, logits.of(index, batch), head.transform)
+        gradients(layer, batch, logits.of(index, batch), head.transform, Supervised())
         optimizer.step()
 
     return Arm(step, batches_of(features), len(features), layer)

@@ -29,10 +29,10 @@ from moe_bias.features.extract import Features
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.records import provenance, write_json
 from moe_bias.support import log_prob_from_adapted
-from moe_bias.training.objective import TableMove, chunks
+from moe_bias.training.adapted import TableMove, chunks, policy_stats
+from moe_bias.training.advantage import select_high_entropy
+from moe_bias.training.objectives import Sampled
 from moe_bias.training.optimisation import Optimisation
-from moe_bias.training.policy_gradients import policy_stats
-from moe_bias.training.policy_objective import Sampled, select_high_entropy
 from moe_bias.training.rl import Update
 
 ADAMW, SGD = {"optimizer": "adamw"}, {"optimizer": "sgd"}

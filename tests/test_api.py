@@ -152,9 +152,8 @@ def test_features_are_found_again_and_those_that_are_not_kept_go(base, folder, c
     del data
     assert not place.exists()
     assert data_of(base, keep="here").store.folders == (Path("here"),)
-    assert (
-        repr(mb.extract(base, "here", held_out=0.2)) == "Data(120 tokens of 40 examples, 8 of them held out, support 40)"
-    )
+    found = repr(mb.extract(base, "here", held_out=0.2))
+    assert found == "Data(120 tokens of 40 examples, 8 of them held out, support 40)"
 
 
 def test_a_training_without_a_folder_leaves_nothing(base, folder, monkeypatch):

@@ -20,12 +20,12 @@ from moe_bias.adapter import read_adapter, save_layer
 from moe_bias.backbone import OutputRows, adapted_logits, find_head
 from moe_bias.config import LayerConfig, SFTConfig
 from moe_bias.evaluation.likelihood import token_nll
-from moe_bias.layer import MoEBiasLayer, entropy_from_logits, plain_bias
+from moe_bias.layer import MoEBiasLayer, entropy_from_logits, load_balance_loss, plain_bias
 from moe_bias.mistakes import UserError
 from moe_bias.support import full_log_prob
-from moe_bias.training.objective import adapted_log_prob, supervised_gradients, supervised_loss
-from moe_bias.training.policy_gradients import adapted_policy, policy_gradients, policy_stats
-from moe_bias.training.policy_objective import PolicyTerms, Sampled, policy_loss
+from moe_bias.training.adapted import adapted_policy, policy_stats
+from moe_bias.training.gradients import gradients, plain_loss
+from moe_bias.training.objectives import DAPO, Sampled, Supervised, Then
 from moe_bias.training.sft import fit
 from test_training import features_of
 
@@ -166,18 +166,15 @@ def test_log_prob_and_its_gradients_are_those_of_the_full_softmax(name, support,
     logits_TV = head.logits(features.hidden).double()
     move_TM = head.transform.reachable(logits_TV[:, features.support], move_TM)
     log_prob_T = full_log_prob(logits_TV, move_TM, features.support, features.token)
-    adapted = adapted_log_prob(layer, features, logits_of(features.hidden), head.transform)
+    adapted = adapted_policy(layer, features, logits_of(features.hidden), head.transform)
     torch.testing.assert_close(adapted.log_prob.double(), log_prob_T, rtol=1e-5, atol=1e-5)
-    loss = supervised_gradients(layer, features, lambda rows: logits_of(features.hidden[rows]), head.transform)
-    balance = supervised_loss(adapted, 0.0).load_balance
+    loss = gradients(layer, features, lambda rows: logits_of(features.hidden[rows]), head.transform, Supervised())
+    balance = load_balance_loss(adapted.routing)
     exact_loss = -log_prob_T.mean()
     torch.testing.assert_close(float(loss.total), float(exact_loss) + 0.3 * float(balance), rtol=1e-5, atol=1e-5)
     supervised = {n: p.grad.clone() for n, p in layer.named_parameters()}
     layer.zero_grad()
-    (
-        0.3
-        * supervised_loss(adapted_log_prob(layer, features, logits_of(features.hidden), head.transform), 0).load_balance
-    ).backward()
+    (0.3 * load_balance_loss(layer.route(features.hidden))).backward()
     exact_loss.backward()
     for n, parameter in exact.named_parameters():
         own = 0 if dict(layer.named_parameters())[n].grad is None else dict(layer.named_parameters())[n].grad
@@ -185,23 +182,22 @@ def test_log_prob_and_its_gradients_are_those_of_the_full_softmax(name, support,
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("terms", [PolicyTerms(), PolicyTerms(0.7, kl_weight=0.3, entropy_weight=0.1)])
-def test_policy_gradients_are_those_of_autograd_over_the_whole_batch(kind, terms):
+@pytest.mark.parametrize(("temperature", "objective"), [(1.0, DAPO()), (0.7, DAPO(kl_weight=0.3, entropy_weight=0.1))])
+def test_gradients_of_policies_are_those_of_autograd_over_the_whole_batch(kind, temperature, objective):
     head = find_head(tiny_model())[1]
     layer, features = layer_at(head, **kind), features_of(head)
-    logits_TM = head.columns(features.support)(features.hidden) / terms.temperature
+    logits_TM = head.columns(features.support)(features.hidden) / temperature
     sampled = Sampled(torch.full((len(features),), -2.0), torch.linspace(-1, 1, len(features)))
-    found = policy_gradients(layer, features, sampled, lambda rows: logits_TM[rows], head.transform, terms)
-    gradients = {name: parameter.grad.clone() for name, parameter in layer.named_parameters()}
+    logits_of = lambda rows: logits_TM[rows].clone()  # noqa: E731
+    found = gradients(layer, features, logits_of, head.transform, objective, sampled, temperature)
+    by_chunks = {name: parameter.grad.clone() for name, parameter in layer.named_parameters()}
     layer.zero_grad()
-    everything = torch.ones(len(features), dtype=torch.bool)
-    whole = policy_loss(
-        adapted_policy(layer, features, logits_TM, head.transform, terms), sampled, everything, terms, 0.01
-    )
+    adapted = adapted_policy(layer, features, logits_TM, head.transform, temperature, objective.needs_stats)
+    whole = plain_loss(objective, adapted, Then(features, sampled), 0.01)
     whole.total.backward()
     torch.testing.assert_close(found.total, whole.total.detach())
     for name, parameter in layer.named_parameters():
-        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+        torch.testing.assert_close(by_chunks[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("kind", [{"experts": "free"}, *KINDS])

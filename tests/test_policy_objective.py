@@ -16,23 +16,17 @@ from conftest import HIDDEN, VOCABULARY, randomise, tiny_model
 from moe_bias.backbone import HeadTransform, find_head
 from moe_bias.config import LayerConfig
 from moe_bias.features.extract import Features, support_columns
-from moe_bias.layer import MoEBiasLayer, Routing, entropy_from_logits, itself
+from moe_bias.layer import MoEBiasLayer, Routing, entropy_from_logits, itself, load_balance_loss
 from moe_bias.mistakes import UserError
 from moe_bias.support import full_log_prob, full_stats, rest_scalars
-from moe_bias.training import objective
-from moe_bias.training.policy_gradients import adapted_policy, mean_kl_to_base, policy_gradients, policy_stats
-from moe_bias.training.policy_objective import (
-    AdaptedPolicy,
-    PolicyTerms,
-    Sampled,
-    clipped_policy_loss,
-    group_advantages,
-    policy_loss,
-    select_high_entropy,
-)
+from moe_bias.training import adapted as adapted_module
+from moe_bias.training.adapted import Adapted, adapted_policy, mean_kl_to_base, policy_stats
+from moe_bias.training.advantage import group_advantages, select_high_entropy
+from moe_bias.training.gradients import gradients, plain_loss
+from moe_bias.training.objectives import DAPO, Distribution, Sampled, Then, clipped_policy_loss
 
 SUPPORT = tuple(range(2, 60))
-ALL_TERMS = PolicyTerms(temperature=0.7, kl_weight=0.3, entropy_weight=0.05)
+ALL_TERMS = DAPO(kl_weight=0.3, entropy_weight=0.05)
 
 
 # --- advantages -----------------------------------------------------------------------------------
@@ -174,29 +168,24 @@ def test_policy_loss_by_hand():
     # Selected are the first, second and fifth: (-2 - 2.56 + 0.8) / 3 tokens = -3.76 / 3, two of three clipped.
     # KL (0.1 + 0.2 + 0.6) / 3 = 0.3 at weight 0.5; entropy (1 + 2 + 3) / 3 = 2 at weight 0.1.
     # Routed among them: experts 0, 1, 0, so f = (2/3, 1/3), P = (1/2, 1/2): 2 (1/3 + 1/6) = 1 at weight 0.01.
-    stats = SimpleNamespace(
-        log_partition=torch.zeros(5),
-        entropy=torch.tensor([1.0, 2, math.nan, 9, 3]),
-        kl=torch.tensor([0.1, 0.2, math.nan, 9, 0.6]),
-    )
-    adapted = AdaptedPolicy(torch.tensor(RATIOS).log(), uniform_routing(5), stats)
+    stats = Distribution(torch.tensor([1.0, 2, math.nan, 9, 3]), torch.tensor([0.1, 0.2, math.nan, 9, 0.6]))
+    adapted = Adapted(torch.tensor(RATIOS).log(), uniform_routing(5), stats)
     sampled = Sampled(torch.tensor([0, 0, math.nan, 0, 0]), torch.tensor(ADVANTAGES))
     selected = torch.tensor([True, True, False, False, True])
-    loss = policy_loss(adapted, sampled, selected, PolicyTerms(kl_weight=0.5, entropy_weight=0.1), 0.01)
-    assert float(loss.policy) == pytest.approx(-3.76 / 3)
-    assert float(loss.kl) == pytest.approx(0.3)
-    assert float(loss.entropy) == pytest.approx(2)
-    assert float(loss.clipped) == pytest.approx(2 / 3)
+    then = Then(problem(tokens=5).features, sampled)
+    loss = plain_loss(DAPO(kl_weight=0.5, entropy_weight=0.1), adapted, then, 0.01, selected)
+    assert float(loss.metrics["clipped"]) == pytest.approx(2 / 3)
     assert float(loss.load_balance) == pytest.approx(1)
     assert float(loss.total) == pytest.approx(-3.76 / 3 + 0.5 * 0.3 - 0.1 * 2 + 0.01)
-    assert int(loss.tokens) == 3
+    assert int(loss.units) == 3
 
 
 def test_policy_loss_without_a_selected_token_is_0():
     log_prob = torch.tensor([-1.0, math.nan], requires_grad=True)
     sampled = Sampled(torch.zeros(2), torch.ones(2))
     nothing = torch.zeros(2, dtype=torch.bool)
-    loss = policy_loss(AdaptedPolicy(log_prob, uniform_routing(2)), sampled, nothing, PolicyTerms(), 0.01)
+    then = Then(problem(tokens=2).features, sampled)
+    loss = plain_loss(DAPO(), Adapted(log_prob, uniform_routing(2)), then, 0.01, nothing)
     loss.total.backward()
     assert loss.total.item() == 0
     assert log_prob.grad.tolist() == [0, 0]
@@ -205,14 +194,15 @@ def test_policy_loss_without_a_selected_token_is_0():
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
-        ({"temperature": 0.0}, "temperature = 0.0: it must be above 0"),
         ({"eps_low": 1.0}, r"the clip range 1 - 1\.0 to 1 \+ 0\.28"),
         ({"eps_high": -0.1}, r"the clip range 1 - 0\.2 to 1 \+ -0\.1"),
+        ({"kl_weight": -1}, "`kl_weight` = -1: it must be finite and at least 0"),
+        ({"entropy_weight": math.inf}, "`entropy_weight` = inf: it must be a finite number"),
     ],
 )
 def test_unusable_terms_are_refused(choices, message):
     with pytest.raises(UserError, match=message):
-        PolicyTerms(**choices)
+        DAPO(**choices)
 
 
 # --- against TRL ----------------------------------------------------------------------------------
@@ -271,8 +261,8 @@ def two_log_probs(scale=0.3):
 
 def our_loss(log_prob_NL, old_NL, advantage_N, selected_NL):
     sampled = Sampled(old_NL.flatten(), advantage_N[:, None].expand(-1, 7).flatten())
-    adapted = AdaptedPolicy(log_prob_NL.flatten(), uniform_routing(28))
-    return policy_loss(adapted, sampled, selected_NL.flatten(), PolicyTerms(), 0.0)
+    adapted = Adapted(log_prob_NL.flatten(), uniform_routing(28))
+    return plain_loss(DAPO(), adapted, Then(problem(tokens=28).features, sampled), 0.0, selected_NL.flatten())
 
 
 ADVANTAGE_N = torch.tensor([1.5, -0.5, 0.7, -1.2], dtype=torch.float64)
@@ -287,7 +277,7 @@ def test_loss_and_gradient_over_all_tokens_are_those_of_trl(loss_type):
     (gradient,) = torch.autograd.grad(ours.total, log_prob)
     torch.testing.assert_close(ours.total, theirs)
     torch.testing.assert_close(gradient, expected)
-    assert ours.clipped.item() == pytest.approx(their_clipped)
+    assert ours.metrics["clipped"].item() == pytest.approx(their_clipped)
     assert 0 < their_clipped < 1
     assert (gradient[MASK_NL == 0] == 0).all()
 
@@ -299,7 +289,7 @@ def test_trl_divides_the_loss_of_the_selected_tokens_by_the_number_of_all():
     theirs, _ = trl_loss(log_prob, old, ADVANTAGE_N, entropy, top_entropy_quantile=0.2)
     selected, _ = select_high_entropy(entropy, 0.2, MASK_NL)
     ours = our_loss(log_prob, old, ADVANTAGE_N, selected)
-    assert int(ours.tokens) == 3
+    assert int(ours.units) == 3
     torch.testing.assert_close(theirs, ours.total * 3 / 15)
     (expected,) = torch.autograd.grad(theirs, log_prob)
     (gradient,) = torch.autograd.grad(ours.total, log_prob)
@@ -358,12 +348,12 @@ def problem(name="llama", tokens=61, temperature=0.7, **choices):
     return SimpleNamespace(head=head, layer=layer, features=features, sampled=sampled, logits=logits_TV)
 
 
-def gradients(layer):
+def gradients_of(layer):
     return {name: parameter.grad.clone() for name, parameter in layer.named_parameters()}
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "cohere"])
-@pytest.mark.parametrize("terms", [PolicyTerms(temperature=0.7), ALL_TERMS], ids=["policy", "all"])
+@pytest.mark.parametrize("terms", [DAPO(), ALL_TERMS], ids=["policy", "all"])
 def test_loss_and_gradient_are_those_of_the_full_softmax_at_temperature(name, terms):
     p = problem(name, load_balance_weight=0.2)
     support_M, transform = p.features.support, p.head.transform
@@ -374,48 +364,47 @@ def test_loss_and_gradient_are_those_of_the_full_softmax_at_temperature(name, te
     stats = full_stats(p.logits, move_TM, support_M)
     ratio_T, advantage_T = (log_prob_T - p.sampled.log_prob).exp(), p.sampled.advantage
     surrogate_T = torch.minimum(ratio_T * advantage_T, ratio_T.clamp(0.8, 1.28) * advantage_T)
-    balance = objective.load_balance_loss(output.routing)
+    balance = load_balance_loss(output.routing)
     penalty = terms.kl_weight * stats.kl.mean() - terms.entropy_weight * stats.entropy.mean()
     expected = -surrogate_T.mean() + penalty + 0.2 * balance
     expected.backward()
-    wanted = gradients(p.layer)
+    wanted = gradients_of(p.layer)
     p.layer.zero_grad()
-    loss = policy_gradients(p.layer, p.features, p.sampled, lambda rows: p.logits[rows][:, support_M], transform, terms)
+    loss = gradients(p.layer, p.features, lambda rows: p.logits[rows][:, support_M], transform, terms, p.sampled, 0.7)
     torch.testing.assert_close(loss.total, expected.detach(), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(loss.log_prob, log_prob_T.detach(), rtol=1e-9, atol=1e-9)
-    if terms.needs_stats:
-        torch.testing.assert_close(loss.kl, stats.kl.mean().detach(), rtol=1e-9, atol=1e-9)
-    for key, gradient in gradients(p.layer).items():
+    for key, gradient in gradients_of(p.layer).items():
         torch.testing.assert_close(gradient, wanted[key], rtol=1e-8, atol=1e-10, msg=key)
 
 
 @pytest.mark.parametrize("elements", [1, 58 * 7, 10**9])
-@pytest.mark.parametrize("terms", [PolicyTerms(temperature=0.7), ALL_TERMS], ids=["policy", "all"])
+@pytest.mark.parametrize("terms", [DAPO(), ALL_TERMS], ids=["policy", "all"])
 def test_gradients_by_chunks_of_the_selected_tokens_are_those_of_the_plain_loss(monkeypatch, elements, terms):
     p = problem(load_balance_weight=0.2)
     logits_TM = p.logits[:, p.features.support]
     selected, _ = select_high_entropy(p.features.entropy, 0.4)
-    whole = policy_loss(
-        adapted_policy(p.layer, p.features, logits_TM, p.head.transform, terms), p.sampled, selected, terms, 0.2
-    )
+    adapted = adapted_policy(p.layer, p.features, logits_TM, p.head.transform, 0.7, terms.needs_stats)
+    whole = plain_loss(terms, adapted, Then(p.features, p.sampled), 0.2, selected)
     whole.total.backward()
-    expected = gradients(p.layer)
+    expected = gradients_of(p.layer)
     p.layer.zero_grad()
-    monkeypatch.setitem(objective.CHUNK_ELEMENTS, "cpu", elements)
+    monkeypatch.setitem(adapted_module.CHUNK_ELEMENTS, "cpu", elements)
     index = selected.nonzero().squeeze(-1)
-    loss = policy_gradients(
+    loss = gradients(
         p.layer,
         p.features.at(index),
-        p.sampled.at(index),
         lambda rows: logits_TM[index[rows]],
         p.head.transform,
         terms,
+        p.sampled.at(index),
+        0.7,
     )
-    for part in ("total", "policy", "kl", "entropy", "clipped", "load_balance"):
+    for part in ("total", "load_balance"):
         torch.testing.assert_close(getattr(loss, part), getattr(whole, part).detach(), msg=part)
-    assert float(loss.tokens) == float(whole.tokens) == 25
+    torch.testing.assert_close(loss.metrics, whole.metrics)
+    assert float(loss.units) == float(whole.units) == 25
     torch.testing.assert_close(loss.log_prob, whole.log_prob.detach()[selected])
-    for key, gradient in gradients(p.layer).items():
+    for key, gradient in gradients_of(p.layer).items():
         torch.testing.assert_close(gradient, expected[key], msg=key)
 
 
@@ -427,10 +416,9 @@ def test_gradients_of_processes_sum_to_those_of_the_whole_batch():
     def run(rows, total=itself):
         layer = copy.deepcopy(p.layer)
         batch, sampled = p.features.at(rows), p.sampled.at(rows)
-        loss = policy_gradients(
-            layer, batch, sampled, lambda inner: logits_TM[rows][inner], p.head.transform, ALL_TERMS, total
-        )
-        return loss, gradients(layer)
+        logits_of = lambda inner: logits_TM[rows][inner].clone()  # noqa: E731
+        loss = gradients(layer, batch, logits_of, p.head.transform, ALL_TERMS, sampled, 0.7, total)
+        return loss, gradients_of(layer)
 
     def total_in(rank):
         def total(tensor):
@@ -448,25 +436,25 @@ def test_gradients_of_processes_sum_to_those_of_the_whole_batch():
         (first, one), (second, other) = threads.map(run, rows, totals)
     for loss in (first, second):
         torch.testing.assert_close(loss.total, whole.total)
-        torch.testing.assert_close(loss.clipped, whole.clipped)
+        torch.testing.assert_close(loss.metrics, whole.metrics)
     for key, gradient in expected.items():
         torch.testing.assert_close(one[key] + other[key], gradient, msg=key)
 
 
-@pytest.mark.parametrize("terms", [PolicyTerms(), ALL_TERMS], ids=["policy", "all"])
+@pytest.mark.parametrize("terms", [DAPO(), ALL_TERMS], ids=["policy", "all"])
 def test_no_tokens_give_no_loss_and_no_gradient(terms):
     p = problem()
     nothing = slice(0, 0)
-    loss = policy_gradients(
+    loss = gradients(
         p.layer,
         p.features.at(nothing),
-        p.sampled.at(nothing),
         lambda rows: torch.zeros(0, 58, dtype=torch.float64),
         p.head.transform,
         terms,
+        p.sampled.at(nothing),
     )
     assert float(loss.total) == 0
-    assert all((gradient == 0).all() for gradient in gradients(p.layer).values())
+    assert all((gradient == 0).all() for gradient in gradients_of(p.layer).values())
     kl = mean_kl_to_base(p.layer, p.features.at(nothing), lambda rows: p.logits[nothing, :58], p.head.transform)
     assert kl == 0
 
@@ -479,7 +467,7 @@ def test_entropy_and_kl_to_the_base_are_those_of_the_full_softmax(monkeypatch, n
     with torch.no_grad():
         bias_TM = p.layer.strength * p.layer(p.features.hidden, p.features.entropy).bias
     expected = full_stats(p.logits, p.head.transform.reachable(final_TM, bias_TM) / 0.7, support_M)
-    monkeypatch.setitem(objective.CHUNK_ELEMENTS, "cpu", 58 * 7)
+    monkeypatch.setitem(adapted_module.CHUNK_ELEMENTS, "cpu", 58 * 7)
     arguments = (p.layer, p.features, lambda rows: p.logits[rows][:, support_M], p.head.transform, 0.7)
     torch.testing.assert_close(policy_stats(*arguments).entropy, expected.entropy)
     torch.testing.assert_close(policy_stats(*arguments).kl, expected.kl)
@@ -494,9 +482,9 @@ def test_a_fresh_layer_samples_what_it_is_trained_on():
     logits_TM = p.logits[:, p.features.support]
     base_T = full_log_prob(p.logits, torch.zeros_like(logits_TM), p.features.support, p.features.token)
     sampled = replace(p.sampled, log_prob=base_T)
-    loss = policy_gradients(
-        p.layer, p.features, sampled, lambda rows: logits_TM[rows], HeadTransform(), PolicyTerms(temperature=0.7)
-    )
-    torch.testing.assert_close(loss.policy, -sampled.advantage.mean())
-    assert float(loss.clipped) == 0
+    logits_of = lambda rows: logits_TM[rows].clone()  # noqa: E731
+    p.layer.config = p.layer.config.model_copy(update={"load_balance_weight": 0.0})
+    loss = gradients(p.layer, p.features, logits_of, HeadTransform(), DAPO(), sampled, 0.7)
+    torch.testing.assert_close(loss.total, -sampled.advantage.mean())
+    assert float(loss.metrics["clipped"]) == 0
     assert p.layer.experts.grad.abs().max() > 0

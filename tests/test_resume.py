@@ -13,7 +13,7 @@ from moe_bias.interrupts import deferred_interrupt
 from moe_bias.mistakes import UserError
 from moe_bias.training import checkpoint, trainer
 from moe_bias.training.checkpoint import Checkpoints, Position
-from moe_bias.training.trainer import Trainer
+from moe_bias.training.objectives import Supervised
 from test_trainer import lines_of, run_settings
 from test_training import features_of, head_of, layer_of
 from training_processes import ADAPTER, run_training, start_training, train_in
@@ -117,19 +117,22 @@ def test_a_run_killed_at_random_steps_ends_with_the_same_bytes(tmp_path, seed, u
     assert [without_speed(line) for line in lines_of(tmp_path)] == metrics
 
 
-def stopped_run(folder, method, after=0, **changes):
-    """Trains until the trainer calls this method of its own with `after` steps taken; returns head and features."""
+class StopsAfter:
+    """A callback that breaks a run off once so many steps are taken."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_step(self, step, metrics, layer):
+        assert step < self.steps, "stopped"
+
+
+def stopped_run(folder, after, **changes):
+    """Trains until `after` steps are taken; returns head and features."""
     head = head_of()
-    features, real = features_of(head), getattr(Trainer, method)
-
-    def stopped(self, *arguments):
-        assert self._position.step < after, "stopped"
-        return real(self, *arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, method, stopped)
-        with pytest.raises(AssertionError, match="stopped"):
-            train_in(layer_of(), features, features, head, run_settings(folder, **changes))
+    features = features_of(head)
+    with pytest.raises(AssertionError, match="stopped"):
+        train_in(layer_of(), features, features, head, run_settings(folder, **changes), callbacks=[StopsAfter(after)])
     return head, features
 
 
@@ -142,7 +145,7 @@ def with_nlls(patch, nlls):
 def test_a_run_that_ran_out_of_patience_stays_so(tmp_path, monkeypatch):
     with_nlls(monkeypatch, [3.0, 1.0, 2.0, 2.0])
     changes = {"epochs": 9, "evaluate_every": 2, "patience": 2}
-    head, features = stopped_run(tmp_path, "_finish", **changes)
+    head, features = stopped_run(tmp_path, 6, **changes)
     report = train_in(layer_of(), features, features, head, run_settings(tmp_path, **changes))
     assert (report.steps, report.layer_step, report.held_out_nll) == (6, 2, 1.0)
 
@@ -154,34 +157,37 @@ def test_the_best_layer_survives_a_kill(tmp_path, monkeypatch):
     for folder in (tmp_path / "whole", tmp_path / "cut"):
         with_nlls(monkeypatch, [3.0, 1.0, *[2.0] * 20])
         if folder.name == "cut":
-            stopped_run(folder, "_step", after=7, **changes)
+            stopped_run(folder, 7, **changes)
         layers.append(layer_of())
         assert train_in(layers[-1], features, features, head, run_settings(folder, **changes)).layer_step == 2
     assert torch.equal(layers[0].experts, layers[1].experts)
 
 
-def test_ctrl_c_keeps_the_step_that_was_running(tmp_path, monkeypatch):
-    head, layer = head_of(), layer_of()
-    features = features_of(head)
-    real, calls = trainer.supervised_gradients, []
+class Pressing(Supervised):
+    """Ctrl-C in the fifth step; the first call of a run is the trial before it."""
 
-    def pressed_in_the_fifth(*arguments):
-        calls.append(1)
-        if len(calls) == 5:
+    calls = 0
+
+    def __call__(self, now, then):
+        Pressing.calls += 1
+        if Pressing.calls == 1 + 5:
             os.kill(os.getpid(), signal.SIGINT)
-        return real(*arguments)
+        return super().__call__(now, then)
 
-    monkeypatch.setattr(trainer, "supervised_gradients", pressed_in_the_fifth)
+
+def test_ctrl_c_keeps_the_step_that_was_running(tmp_path):
+    head, layer, settings = head_of(), layer_of(), run_settings(tmp_path, checkpoint_every=100)
+    features = features_of(head)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
-            train_in(layer, features, features, head, run_settings(tmp_path, checkpoint_every=100))
+            train_in(layer, features, features, head, settings, objective=Pressing())
     finally:
         signal.signal(signal.SIGINT, before)
     assert names(tmp_path / "checkpoints") == ["step-00000005.safetensors"]
-    report = train_in(layer_of(), features, features, head, run_settings(tmp_path, checkpoint_every=100))
+    report = train_in(layer_of(), features, features, head, settings, objective=Pressing())
     assert report.steps == 12
-    assert len(calls) == 12
+    assert Pressing.calls == 12 + 2
 
 
 def test_a_second_ctrl_c_interrupts_at_once():
@@ -212,25 +218,25 @@ def test_handlers_of_the_program_are_left_alone():
 @pytest.mark.parametrize(
     ("changes", "difference"),
     [
-        ({"expert_rate": 0.01}, "--expert-rate None, not 0.01"),
-        ({"seed": 4, "epochs": 5}, "--seed 0, not 4"),
-        ({"entropy_gate": False}, "--entropy-gate True, not False"),
+        ({"expert_rate": 0.01}, "`expert_rate` None, not 0.01"),
+        ({"seed": 4, "epochs": 5}, "`seed` 0, not 4"),
+        ({"entropy_gate": False}, "`entropy_gate` True, not False"),
     ],
 )
 def test_other_settings_are_refused_by_the_first_that_differs(tmp_path, changes, difference):
-    head, features = stopped_run(tmp_path, "_step", after=2)
+    head, features = stopped_run(tmp_path, 2)
     with pytest.raises(UserError, match=f"holds an unfinished run with {difference}; give its settings"):
         train_in(layer_of(), features, features, head, run_settings(tmp_path, **changes))
 
 
 def test_other_tokens_are_refused(tmp_path):
-    head, features = stopped_run(tmp_path, "_step", after=2)
+    head, features = stopped_run(tmp_path, 2)
     with pytest.raises(UserError, match="holds an unfinished run with other training tokens"):
         train_in(layer_of(), features.at(slice(0, 60)), features, head, run_settings(tmp_path))
 
 
 def test_how_often_checkpoints_are_written_may_change(tmp_path):
-    head, features = stopped_run(tmp_path, "_step", after=2)
+    head, features = stopped_run(tmp_path, 2)
     report = train_in(
         layer_of(), features, features, head, run_settings(tmp_path, checkpoint_every=5, keep_checkpoints=3)
     )
@@ -239,7 +245,7 @@ def test_how_often_checkpoints_are_written_may_change(tmp_path):
 
 
 def test_a_damaged_run_file_is_named(tmp_path):
-    head, features = stopped_run(tmp_path, "_step", after=2)
+    head, features = stopped_run(tmp_path, 2)
     (tmp_path / "run.json").write_text(json.dumps({"settings": {}}))
     with pytest.raises(UserError, match=r"run\.json' is damaged"):
         train_in(layer_of(), features, features, head, run_settings(tmp_path))

@@ -16,11 +16,13 @@ from moe_bias.rollout.sampler import SamplingChoices
 from moe_bias.rollout.sampling import TransformersSampler
 from moe_bias.tasks.task import Problem
 from moe_bias.tasks.verdict import judged
+from moe_bias.training.adapted import mean_kl_between
 from moe_bias.training.checkpoint import Checkpoints
 from moe_bias.training.collect import Collector, Curriculum, Judged
+from moe_bias.training.loop import Watching
 from moe_bias.training.metrics import MetricsLog, SampleLog
-from moe_bias.training.policy_gradients import mean_kl_between
-from moe_bias.training.rl import PolicyPosition, PolicyTrainer, Watching
+from moe_bias.training.objectives import DAPO
+from moe_bias.training.rl import PolicyPosition, PolicyTrainer
 from test_training import features_of
 
 WANTED = set(range(3, 40))
@@ -41,7 +43,17 @@ def share_of_wanted(tokens) -> float:
 class Setting:
     """A trainer with all that belongs to it, and what was judged."""
 
-    def __init__(self, settings, reward=share_of_wanted, folder=None, keep=2, layer=None):
+    def __init__(
+        self,
+        settings,
+        reward=share_of_wanted,
+        folder=None,
+        keep=2,
+        layer=None,
+        objective=None,
+        callbacks=(),
+        changed=lambda collector: collector,
+    ):
         model = tiny_model()
         head = find_head(model)[1]
         torch.manual_seed(0)
@@ -64,12 +76,11 @@ class Setting:
 
         choices = SamplingChoices(settings.temperature, settings.max_new_tokens, settings.group, 8, [2])
         sampler = TransformersSampler(model, head)
-        collector = Collector(sampler, Curriculum(PROBLEMS, PROMPTS), judge, settings, choices)
+        self.collector = changed(Collector(sampler, Curriculum(PROBLEMS, PROMPTS), judge, settings, choices))
         self.checkpoints = None if folder is None else Checkpoints(folder, 1, keep)
         self.lines = []
-        self.trainer = PolicyTrainer(
-            self.layer, head, collector, settings, Watching(evaluate, 2, self.checkpoints, self, None)
-        )
+        watching = Watching(evaluate, 2, self.checkpoints, self, callbacks=callbacks)
+        self.trainer = PolicyTrainer(self.layer, head, self.collector, settings, watching, objective)
 
     def write(self, step, metrics):
         self.lines.append({"step": step, **metrics})
@@ -106,10 +117,9 @@ class Forgetful:
 
 def test_hidden_states_below_the_last_threshold_are_not_needed():
     """With a margin the run is the same where thresholds fall by less, and never touches what was left out."""
-    whole, part = Setting(settings_of(steps=4)), Setting(settings_of(steps=4))
-    collector = part.trainer._collector
-    forgetful = Forgetful(collector.sampler)
-    part.trainer._collector = replace(collector, sampler=forgetful, margin=1.0)
+    whole = Setting(settings_of(steps=4))
+    forgetful = Forgetful(whole.collector.sampler)
+    part = Setting(settings_of(steps=4), changed=lambda one: replace(one, sampler=forgetful, margin=1.0))
     whole.trainer.run()
     part.trainer.run()
     thresholds = [line["threshold"] for line in part.lines if "threshold" in line]
@@ -121,7 +131,7 @@ def test_hidden_states_below_the_last_threshold_are_not_needed():
 
 def test_tokens_whose_hidden_states_were_left_out_are_not_selected():
     setting = Setting(settings_of(steps=1))
-    collector = setting.trainer._collector
+    collector = setting.collector
     whole = collector.collect(setting.layer, 0)
     above = whole.threshold + 0.005
     part = replace(collector, sampler=Forgetful(collector.sampler), margin=0.0).collect(setting.layer, 0, above)
@@ -148,8 +158,9 @@ def test_frozen_model_and_first_step_are_untouched_by_what_is_not_selected():
 def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(tmp_path):
     whole = Setting(settings_of())
     whole.trainer.run()
-    first = Setting(settings_of(), folder=tmp_path)
-    stop_after(first, 2)
+    first = Setting(settings_of(), folder=tmp_path, objective=Deadly(2, whole.lines))
+    with pytest.raises(RuntimeError, match="killed"):
+        first.trainer.run()
     second = Setting(settings_of(), folder=tmp_path)
     saved = second.checkpoints.load(PolicyPosition)
     assert saved[1].step == 2
@@ -161,18 +172,19 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(tmp_path):
     assert timeless == [{k: v for k, v in line.items() if "seconds" not in k} for line in second.lines]
 
 
-def stop_after(setting, steps):
-    """Breaks off in the middle of the step after, as a kill would."""
-    before = setting.trainer._update.learn
+class Deadly(DAPO):
+    """Breaks off in the first update after some steps, as a kill would; `lines` are those of a whole run."""
 
-    def learn(batch, sampled, step, share):
-        if step == steps:
+    def __init__(self, steps, lines):
+        super().__init__()
+        before = sum(int(line.get("updates", 0)) for line in lines[: steps + 1])
+        object.__setattr__(self, "left", [before + 1])  # and the trial before the run
+
+    def __call__(self, now, then):
+        self.left[0] -= 1
+        if self.left[0] < 0:
             raise RuntimeError("killed")
-        return before(batch, sampled, step, share)
-
-    setting.trainer._update.learn = learn
-    with pytest.raises(RuntimeError, match="killed"):
-        setting.trainer.run()
+        return super().__call__(now, then)
 
 
 def test_no_update_exceeds_the_bound_on_kl():
@@ -221,25 +233,24 @@ def test_a_step_is_as_small_as_the_share_of_groups_that_teach():
     moved = {}
     for shrink in (True, False):
         setting = Setting(
-            settings_of(steps=1, epochs=1, batch_tokens=4096, resamples=0, max_grad_norm=1e9, shrink_steps=shrink)
+            settings_of(steps=1, epochs=1, batch_tokens=4096, resamples=0, max_grad_norm=1e9, shrink_steps=shrink),
+            changed=only_first_teaches,
         )
         before = setting.layer.experts.detach().clone()
-        only_first_teaches(setting)
         setting.trainer.run()
         moved[shrink] = setting.layer.experts.detach() - before
         assert setting.lines[1]["rate_share"] == (0.25 if shrink else 1.0)
     torch.testing.assert_close(moved[True], moved[False] / 4)
 
 
-def only_first_teaches(setting):
+def only_first_teaches(collector):
     """Samples of all problems but each step's first are rewarded alike."""
-    judge = setting.trainer._collector.judge
 
     def judged_alike(problems, rollouts):
-        found = judge(problems, rollouts)
+        found = collector.judge(problems, rollouts)
         return [replace(one, reward=one.reward if one.problem is problems[0] else 0.0) for one in found]
 
-    setting.trainer._collector = replace(setting.trainer._collector, judge=judged_alike)
+    return replace(collector, judge=judged_alike)
 
 
 def test_equal_rewards_stop_the_run_with_the_success_rate():
@@ -265,9 +276,10 @@ def test_a_step_s_problems_follow_from_seed_and_step():
 
 
 def test_first_token_arm_learns_from_first_tokens_alone():
-    setting = Setting(settings_of(steps=2, rho=1.0))
-    collector = setting.trainer._collector
-    object.__setattr__(collector, "choices", replace(collector.choices, first_token_only=True))
+    setting = Setting(
+        settings_of(steps=2, rho=1.0),
+        changed=lambda one: replace(one, choices=replace(one.choices, first_token_only=True)),
+    )
     setting.trainer.run()
     assert all(line["selected"] <= 16 for line in setting.lines if "selected" in line)
 

@@ -15,14 +15,17 @@ from moe_bias.config import SFTConfig
 from moe_bias.evaluation.likelihood import token_nll
 from moe_bias.layer import Routing
 from moe_bias.mistakes import UserError
-from moe_bias.training import metrics, trainer
+from moe_bias.training import metrics
+from moe_bias.training.adapted import mean_nll
 from moe_bias.training.base_logits import BaseLogits
+from moe_bias.training.batches import batches
+from moe_bias.training.loop import Watching
 from moe_bias.training.metrics import MetricsLog, router_use
-from moe_bias.training.objective import mean_nll
+from moe_bias.training.objectives import Objective, Supervised, Terms
 from moe_bias.training.optimisation import Optimisation, dropped_experts, rate_factor
 from moe_bias.training.processes import ALONE
 from moe_bias.training.sft import NORMALISATION_TOKENS, fit, start
-from moe_bias.training.trainer import Evaluations, Trainer, Watch, batches
+from moe_bias.training.trainer import Trainer
 from test_training import features_of, head_of, layer_of
 from training_processes import train_in
 
@@ -78,14 +81,13 @@ def test_dropout_leaves_entries_out_and_puts_them_back():
 
 
 def test_every_epoch_has_every_token_once_and_a_later_start_sees_the_same_rest():
-    settings = SFTConfig(epochs=3, batch_tokens=4, seed=5)
-    whole = list(batches(10, settings))
+    whole = list(batches(10, 4, epochs=3, seed=5))
     assert [len(index) for index in whole] == [4, 4, 2] * 3
     orders = [torch.cat(whole[first : first + 3]).tolist() for first in (0, 3, 6)]
     assert all(sorted(order) == list(range(10)) for order in orders)
     assert orders[0] != orders[1] != orders[2]
     for first in range(10):
-        rest = list(batches(10, settings, first))
+        rest = list(batches(10, 4, epochs=3, seed=5, first_step=first))
         assert len(rest) == 9 - first
         assert all(torch.equal(a, b) for a, b in zip(rest, whole[first:], strict=True))
 
@@ -151,27 +153,26 @@ def test_start_reads_few_tokens_from_all_over_the_source():
     assert (layer.entropy_gate.weight.item(), layer.entropy_gate.bias.item()) == (2.0, -1.0)
 
 
-def test_early_stopping_ends_with_the_best_layer(monkeypatch):
+def test_early_stopping_ends_with_the_best_layer():
     head, layer = head_of(), layer_of()
     features = features_of(head)
     seen, nlls = [], iter([5.0, 4.0, 3.0, 3.5, 3.0, 1.0])  # a tie is not better
 
-    def scripted(layer, *arguments):
+    def scripted(layer):
         seen.append(layer.experts.detach().clone())
         return next(nlls)
 
-    monkeypatch.setattr(trainer, "mean_nll", scripted)
     settings = SFTConfig(epochs=9, batch_tokens=16)
-    report = fit(layer, features, head, settings, "test", Evaluations(features, every=2, patience=2))
+    report = fit(layer, features, head, settings, "test", Watching(scripted, evaluate_every=2, patience=2))
     assert (report.steps, report.layer_step, report.held_out_nll) == (8, 4, 3.0)
     assert torch.equal(layer.experts.detach(), seen[2])
 
 
-def test_without_patience_the_last_layer_stays(monkeypatch):
+def test_without_patience_the_last_layer_stays():
     head, layer = head_of(), layer_of()
     features, nlls = features_of(head), iter([5.0, 1.0, 2.0, 3.0])
-    monkeypatch.setattr(trainer, "mean_nll", lambda *arguments: next(nlls))
-    report = fit(layer, features, head, SFTConfig(epochs=3, batch_tokens=16), "test", Evaluations(features))
+    watching = Watching(lambda layer: next(nlls))
+    report = fit(layer, features, head, SFTConfig(epochs=3, batch_tokens=16), "test", watching)
     assert (report.steps, report.layer_step, report.held_out_nll) == (12, 12, 3.0)
 
 
@@ -249,60 +250,57 @@ def test_tensorboard_where_it_is_installed(tmp_path, monkeypatch):
     assert (writer.scalars, writer.closed) == ([("loss", 2.0, 1)], True)
 
 
-def spoil(monkeypatch, at_step: int, change) -> None:
-    """From step `at_step` on, `change` gets the loss and the layer after their gradients are there."""
-    real, calls = trainer.supervised_gradients, []
+class Spoilt(Objective):
+    """The supervised loss, changed from the `at_step`-th call on; the first is the trial before the run."""
 
-    def spoiled(layer, *arguments):
-        loss = real(layer, *arguments)
-        calls.append(1)
-        return change(loss, layer) if len(calls) >= at_step else loss
+    def __init__(self, change, at_step):
+        self.change, self.calls, self.at_step = change, -1, at_step
 
-    monkeypatch.setattr(trainer, "supervised_gradients", spoiled)
-
-
-def with_total(value):
-    from dataclasses import replace
-
-    return lambda loss, layer: replace(loss, total=torch.tensor(value))
+    def __call__(self, now, then):
+        self.calls += 1
+        terms = Supervised()(now, then)
+        return Terms(self.change(terms.loss), terms.metrics) if self.calls >= self.at_step else terms
 
 
-def infinite_gradient(loss, layer):
-    layer.experts.grad[0, 0] = math.inf
-    return loss
+def steep(loss):
+    """Of the same value, with a gradient that no float32 holds."""
+    difference = loss - loss.detach()
+    return loss.detach() + difference * 3e38 * 3e38
 
 
 @pytest.mark.parametrize(
     ("change", "cause"),
     [
-        (with_total(math.nan), r"the loss became nan; lower --expert-rate \(0.02\) or --router-rate \(0.003\)"),
-        (with_total(1234.5), r"the loss 1234 is above --loss-bound 100; lower --expert-rate"),
-        (infinite_gradient, r"the norm of the gradients became inf; lower --expert-rate"),
+        (
+            lambda loss: loss * math.nan,
+            r"the loss became nan; lower `expert_rate` \(0.02\) or `router_rate` \(0.003\)",
+        ),
+        (lambda loss: loss * 0 + 1234.0, r"the loss 1234 is above `loss_bound` 100; lower `expert_rate`"),
+        (steep, r"the norm of the gradients became (inf|nan); lower `expert_rate`"),
     ],
 )
-def test_a_bad_step_stops_the_run_and_names_the_last_good_checkpoint(tmp_path, monkeypatch, change, cause):
+def test_a_bad_step_stops_the_run_and_names_the_last_good_checkpoint(tmp_path, change, cause):
     head, layer = head_of(), layer_of()
     features = features_of(head)
-    spoil(monkeypatch, 6, change)
     found = rf"training stopped at step 6 of 12: {cause}.*; the last good checkpoint is .*step-00000004.safetensors$"
     with pytest.raises(UserError, match=found):
-        train_in(layer, features, features, head, run_settings(tmp_path))
+        train_in(layer, features, features, head, run_settings(tmp_path), objective=Spoilt(change, 6))
     assert torch.isfinite(layer.experts).all()
 
 
-def test_a_bad_step_before_any_checkpoint_says_so(tmp_path, monkeypatch):
+def test_a_bad_step_before_any_checkpoint_says_so(tmp_path):
     head = head_of()
     features = features_of(head)
-    spoil(monkeypatch, 1, with_total(math.inf))
+    spoilt = Spoilt(lambda loss: loss * math.inf, 1)
     with pytest.raises(UserError, match=r"step 1 of 12: the loss became inf.*; there is no checkpoint yet"):
-        train_in(layer_of(), features, features, head, run_settings(tmp_path))
+        train_in(layer_of(), features, features, head, run_settings(tmp_path), objective=spoilt)
 
 
 def test_a_batch_that_is_not_finite_is_named_as_the_cause():
     head, layer = head_of(), layer_of()
     features = features_of(head)
     features.logit[7] = math.nan
-    runner = Trainer(layer, features, head, SFTConfig(epochs=1, batch_tokens=61), Watch())
+    runner = Trainer(layer, features, head, SFTConfig(epochs=1, batch_tokens=61))
     features.column[7] = -1
     with pytest.raises(UserError, match="its hidden states, logits or entropies are not finite; extract them again"):
         runner.run("test")

@@ -13,10 +13,12 @@ from moe_bias.features.extract import Features, HiddenTokens, with_scalars
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.mistakes import UserError
 from moe_bias.support import full_log_prob, full_stats
-from moe_bias.training import objective
+from moe_bias.training import adapted as adapted_module
+from moe_bias.training.adapted import Adapted, adapted_policy, chunks
 from moe_bias.training.base_logits import BaseLogits
+from moe_bias.training.gradients import gradients, plain_loss
 from moe_bias.training.lora import HeadLoRA
-from moe_bias.training.objective import adapted_log_prob, supervised_gradients, supervised_loss
+from moe_bias.training.objectives import Distribution, Supervised, Then
 from moe_bias.training.sft import fit, parse_support
 
 SUPPORT = list(range(2, 60))
@@ -48,7 +50,7 @@ def test_log_prob_from_features_is_that_of_the_full_softmax(name, support):
     head, layer = head_of(name), layer_of(support)
     randomise(layer)
     features = features_of(head, support=range(VOCABULARY) if support is None else support)
-    adapted = adapted_log_prob(layer, features, head.columns(features.support)(features.hidden), head.transform)
+    adapted = adapted_policy(layer, features, head.columns(features.support)(features.hidden), head.transform)
     logits_TV = head.logits(features.hidden)
     bias_TV = layer.on_vocabulary(layer(features.hidden, features.entropy).bias)
     move_TV = head.transform.reachable(logits_TV, bias_TV)
@@ -65,18 +67,20 @@ def test_gradients_by_chunks_are_those_of_autograd_over_the_whole_batch(monkeypa
     randomise(layer)
     features = features_of(head)
     logits_of = head.columns(features.support)
-    adapted = adapted_log_prob(layer, features, logits_of(features.hidden), head.transform, with_kl=kl_weight > 0)
-    whole = supervised_loss(adapted, 0.3, kl_weight)
+    logits_TM = logits_of(features.hidden)
+    adapted = adapted_policy(layer, features, logits_TM, head.transform, with_stats=kl_weight > 0)
+    whole = plain_loss(Supervised(kl_weight), adapted, Then(features), 0.3)
     whole.total.backward()
     expected = {name: parameter.grad.clone() for name, parameter in layer.named_parameters()}
     layer.zero_grad()
-    monkeypatch.setitem(objective.CHUNK_ELEMENTS, "cpu", elements)
-    by_chunks = supervised_gradients(
-        layer, features, lambda rows: logits_of(features.hidden[rows]), head.transform, kl_weight=kl_weight
+    monkeypatch.setitem(adapted_module.CHUNK_ELEMENTS, "cpu", elements)
+    by_chunks = gradients(
+        layer, features, lambda rows: logits_of(features.hidden[rows]), head.transform, Supervised(kl_weight)
     )
-    for part in ("total", "nll", "kl"):
-        torch.testing.assert_close(getattr(by_chunks, part), getattr(whole, part).detach())
-    assert (whole.kl > 0) == (kl_weight > 0)
+    torch.testing.assert_close(by_chunks.total, whole.total.detach())
+    for part in ("nll", "kl"):
+        torch.testing.assert_close(by_chunks.metrics[part], whole.metrics[part].detach())
+    assert (whole.metrics["kl"] > 0) == (kl_weight > 0)
     for name, parameter in layer.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], msg=name)
 
@@ -89,12 +93,12 @@ def test_gradients_are_those_of_autograd_through_the_full_softmax(kl_weight, hid
     features = features_of(head)
     features = replace(features, hidden=features.hidden.to(hidden_type))
     logits_of = head.columns(features.support)
-    supervised_gradients(
+    gradients(
         layer,
         features,
         lambda rows: logits_of(features.hidden[rows]).to(hidden_type),
         head.transform,
-        kl_weight=kl_weight,
+        Supervised(kl_weight),
     )
     found = {name: parameter.grad.double() for name, parameter in layer.named_parameters()}
     exact = copy.deepcopy(layer).double()
@@ -109,15 +113,15 @@ def test_gradients_are_those_of_autograd_through_the_full_softmax(kl_weight, hid
 
 def test_chunks_are_even_and_hold_every_token(monkeypatch):
     # 10 rows fit: 21 tokens need three chunks, of 7 each, not 10, 10 and 1.
-    monkeypatch.setitem(objective.CHUNK_ELEMENTS, "cpu", 10 * 58)
+    monkeypatch.setitem(adapted_module.CHUNK_ELEMENTS, "cpu", 10 * 58)
     experts_EM = torch.zeros(4, 58)
-    assert objective.chunks(21, experts_EM) == [slice(0, 7), slice(7, 14), slice(14, 21)]
-    assert objective.chunks(10, experts_EM) == [slice(0, 10)]
-    assert len(objective.chunks(0, experts_EM)) == 1
+    assert chunks(21, experts_EM) == [slice(0, 7), slice(7, 14), slice(14, 21)]
+    assert chunks(10, experts_EM) == [slice(0, 10)]
+    assert len(chunks(0, experts_EM)) == 1
     for tokens in range(1, 60):
-        held = [token for rows in objective.chunks(tokens, experts_EM) for token in range(tokens)[rows]]
+        held = [token for rows in chunks(tokens, experts_EM) for token in range(tokens)[rows]]
         assert held == list(range(tokens))
-        assert all(rows.stop - rows.start <= 10 for rows in objective.chunks(tokens, experts_EM))
+        assert all(rows.stop - rows.start <= 10 for rows in chunks(tokens, experts_EM))
 
 
 def test_gradients_are_added_to_those_there_are():
@@ -127,7 +131,7 @@ def test_gradients_are_added_to_those_there_are():
     logits_of = head.columns(features.support)
     once = {}
     for times in (1, 2):
-        supervised_gradients(layer, features, lambda rows: logits_of(features.hidden[rows]), head.transform)
+        gradients(layer, features, lambda rows: logits_of(features.hidden[rows]), head.transform, Supervised())
         for name, parameter in layer.named_parameters():
             once.setdefault(name, parameter.grad.clone())
             torch.testing.assert_close(parameter.grad, times * once[name], msg=name)
@@ -142,16 +146,18 @@ def test_base_logits_are_the_same_after_a_step_overwrote_what_they_gave(budget):
     expected = head.logits(batch.hidden)[:, features.support]
     for _ in range(2):
         torch.testing.assert_close(logits.of(index, batch)(slice(3, 20)), expected[3:20])
-        supervised_gradients(layer, batch, logits.of(index, batch), head.transform)
+        gradients(layer, batch, logits.of(index, batch), head.transform, Supervised())
 
 
 def test_supervised_loss_by_hand():
     # Two tokens of log-probability -1 and -3: mean NLL 2. Uniform routing over 2 experts: balance 1.
     routing = layer_of(num_experts=2, top_k=1).route(torch.zeros(2, HIDDEN))
     routing.gates.copy_(torch.eye(2))
-    loss = supervised_loss(objective.Adapted(torch.tensor([-1.0, -3.0]), routing, torch.tensor([0.5, 1.5])), 0.5, 0.1)
-    assert (float(loss.nll), float(loss.load_balance), float(loss.total)) == (2.0, 1.0, pytest.approx(2.6))
-    assert float(loss.kl) == 1.0
+    stats = Distribution(torch.zeros(2), torch.tensor([0.5, 1.5]))
+    features = features_of(head_of(), tokens=2)
+    loss = plain_loss(Supervised(0.1), Adapted(torch.tensor([-1.0, -3.0]), routing, stats), Then(features), 0.5)
+    assert (float(loss.load_balance), float(loss.total)) == (1.0, pytest.approx(2.6))
+    assert {name: float(value) for name, value in loss.metrics.items()} == {"nll": 2.0, "kl": 1.0}
 
 
 def test_fit_learns_what_the_hidden_state_tells_and_a_static_bias_cannot():

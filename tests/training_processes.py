@@ -36,10 +36,13 @@ def settings_of(folder: Path, choices: dict[str, Any]) -> TrainSFTSettings:
     return TrainSFTSettings(data="none", output=folder, device="cpu", **choices)
 
 
-def train_in(layer, source, held_out, head, settings: TrainSFTSettings, processes: Processes = ALONE) -> FitReport:
+def train_in(
+    layer, source, held_out, head, settings: TrainSFTSettings, processes: Processes = ALONE, **others
+) -> FitReport:
     """Trains in the folder that the settings name, as the command does."""
     checkpoints = Checkpoints(settings.output, settings.checkpoint_every, settings.keep_checkpoints)
-    return train(layer, source, held_out, head, settings, checkpoints, settings.model_dump(mode="json"), processes)
+    made_with = settings.model_dump(mode="json")
+    return train(layer, source, held_out, head, settings, checkpoints, made_with, processes, **others)
 
 
 def run_training(folder: Path, choices: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ Shapes: T tokens, V vocabulary, M support.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -202,11 +202,15 @@ def log_prob_from_adapted(logit_T: Tensor, column_T: Tensor, adapted_TM: Tensor,
 
 
 def log_prob_and_gradient(
-    logit_T: Tensor, column_T: Tensor, adapted_TM: Tensor, rest: RestScalars, weight_T: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`log_prob_from_adapted` (T,), and the gradient (T, M) of `sum weight_T log pi'(y)` by `adapted_TM`; no graph."""
+    logit_T: Tensor, column_T: Tensor, adapted_TM: Tensor, rest: RestScalars
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """`log_prob_from_adapted` (T,) without graph, and what makes weights (T,) the gradient of their sum.
+
+    That is the gradient (T, M) of `sum weight_T log pi'(y)` by `adapted_TM`; it can be had once, being written over
+    what it is made of.
+    """
     within_TM, support_share_T, log_prob_T = _within_support(adapted_TM, logit_T, column_T, rest.log_sum_exp)
-    return log_prob_T, _gradient_into(within_TM, within_TM, support_share_T, column_T, weight_T)
+    return log_prob_T, lambda weight_T: _gradient_into(within_TM, within_TM, support_share_T, column_T, weight_T)
 
 
 class _ReducedLogProb(torch.autograd.Function):

@@ -38,8 +38,9 @@ from moe_bias.rollout.sampler import Sampler
 from moe_bias.tasks.rewards import Rewards
 from moe_bias.tasks.task import Task, of_bad_golds
 from moe_bias.training.checkpoint import Checkpoints
+from moe_bias.training.loop import Watching
 from moe_bias.training.metrics import MetricsLog, SampleLog, read_metrics
-from moe_bias.training.rl import PolicyPosition, PolicyTrainer, Watching
+from moe_bias.training.rl import PolicyPosition, PolicyTrainer
 from moe_bias.training.run_folder import begin, refuse_other_settings
 from moe_bias.training.sft import refuse_impossible
 

@@ -52,10 +52,11 @@ from moe_bias.tasks.task import Problem, Task
 from moe_bias.training.collect import Curriculum
 from moe_bias.training.grpo_lora import train_grpo_lora
 from moe_bias.training.grpo_trainer import GRPOChoices, check_trl
+from moe_bias.training.loop import Watching
 from moe_bias.training.lora import Budget, LoRAChoices, lora_on, train_lora
-from moe_bias.training.rl import PolicyTrainer, Watching
+from moe_bias.training.rl import PolicyTrainer
 from moe_bias.training.sft import Prepared, refuse_impossible
-from moe_bias.training.trainer import Trainer, Watch
+from moe_bias.training.trainer import Trainer
 
 
 def prepare_stage(settings: CompareSettings, names: Sequence[str]) -> Stage:
@@ -175,7 +176,7 @@ class Stage:
         training = warm_settings(settings).model_copy(update={"epochs": settings.epochs, "warmup": 0.0})
         for problems in self._parts(settings):
             rows = torch.isin(self._worked.example, torch.tensor(problems)).nonzero().squeeze(-1)
-            Trainer(layer, Subset(self._worked, rows), self.ground.head, training, Watch()).run("supervised")
+            Trainer(layer, Subset(self._worked, rows), self.ground.head, training).run("supervised")
             copies.take(layer)
 
     def _parts(self, settings: CompareSettings) -> list[list[int]]:

@@ -30,7 +30,8 @@ from moe_bias.features.extract import Features
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.records import provenance, write_json
 from moe_bias.rollout.answers import greedy_answers
-from moe_bias.training.rl import PolicyTrainer, Watching
+from moe_bias.training.loop import Watching
+from moe_bias.training.rl import PolicyTrainer
 from moe_bias.training.sft import Prepared, refuse_impossible
 
 MEASURING_SECONDS = 200

@@ -25,8 +25,8 @@ from moe_bias.layer import MoEBiasLayer
 from moe_bias.mistakes import UserError, as_kind, read_json
 from moe_bias.records import provenance, write_json
 from moe_bias.training.base_logits import BaseLogits
+from moe_bias.training.loop import Watching
 from moe_bias.training.sft import Prepared, first_tokens, fit, fresh_layer
-from moe_bias.training.trainer import Evaluations
 
 BASE_MODEL = "base model"
 """The frozen model's own cell."""
@@ -111,10 +111,12 @@ def run_cell(
 
     `layer` is the fresh one (None: the one of the settings), `logits` are those of the training features.
     """
-    watched = Evaluations(prepared.held_out, settings.evaluate_every, settings.patience) if settings.patience else None
+    watching = Watching(evaluate_every=settings.evaluate_every, patience=settings.patience)
+    held_out = prepared.held_out if settings.patience else None
     layer = layer or fresh_layer(settings, prepared.support, head)
     started = time.perf_counter()
-    report = fit(layer, prepared.train, head, settings, f"{name}, seed {settings.seed}", watched, logits)
+    description = f"{name}, seed {settings.seed}"
+    report = fit(layer, prepared.train, head, settings, description, watching, held_out, logits)
     seconds = time.perf_counter() - started
     tokens = len(first_tokens(prepared.train, settings.train_tokens))
     trained = min(report.steps * settings.batch_tokens, settings.epochs * tokens)

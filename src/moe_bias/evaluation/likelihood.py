@@ -13,7 +13,7 @@ from moe_bias.features.extract import Features
 from moe_bias.features.source import FeatureSource
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.support import reduced_log_prob
-from moe_bias.training.objective import adapted_log_prob
+from moe_bias.training.adapted import adapted_policy
 
 
 @torch.no_grad()
@@ -31,7 +31,7 @@ def token_nll(layer: MoEBiasLayer | None, features: FeatureSource, head: Head) -
             still_TM = torch.zeros_like(logits_TM)
             log_prob_T = reduced_log_prob(batch.logit, batch.column, logits_TM, still_TM, batch.rest)
         else:
-            log_prob_T = adapted_log_prob(layer, batch, logits_TM, head.transform).log_prob
+            log_prob_T = adapted_policy(layer, batch, logits_TM, head.transform).log_prob
         parts.append(-log_prob_T.cpu())
     return torch.cat(parts)
 

@@ -31,6 +31,10 @@ class FeatureSource(Protocol):
     def token(self) -> Tensor:
         """The realised token ids (T,) int64, without a look at the hidden states."""
 
+    @property
+    def example(self) -> Tensor:
+        """The number of the example that each token is of (T,) int64, without a look at the hidden states."""
+
     def __len__(self) -> int:
         """How many tokens there are."""
 
@@ -64,6 +68,11 @@ class Subset:
         """Realised token ids (T,) int64."""
         return self.source.token[self.index]
 
+    @property
+    def example(self) -> Tensor:
+        """The source's numbers of the examples, (T,) int64."""
+        return self.source.example[self.index]
+
     def at(self, index: Tensor | slice) -> Features:
         """The given tokens, by their numbers in the view. Raises IndexError on a number outside it."""
         return self.source.at(self.index[index])
@@ -89,6 +98,11 @@ class OnSupport:
     def token(self) -> Tensor:
         """Realised token ids (T,) int64."""
         return self.source.token
+
+    @property
+    def example(self) -> Tensor:
+        """The source's numbers of the examples, (T,) int64."""
+        return self.source.example
 
     def at(self, index: Tensor | slice) -> Features:
         """The given tokens, by their numbers in the source."""

@@ -14,6 +14,7 @@ Shapes: N samples, T tokens.
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections import Counter
@@ -21,17 +22,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from moe_bias.config import RLConfig
 from moe_bias.features.extract import Features, joined
 from moe_bias.layer import MoEBiasLayer
+from moe_bias.mistakes import UserError
 from moe_bias.rollout.sampler import Rollouts, Sampler, SamplingChoices
 from moe_bias.tasks.task import Problem
 from moe_bias.tasks.verdict import Verdict
-from moe_bias.training.policy_objective import Sampled, group_advantages, select_high_entropy
+from moe_bias.training.advantage import Advantage, check_advantages, group_advantages, select_high_entropy
+from moe_bias.training.batches import mixed_seed
+from moe_bias.training.objectives import Sampled
 
 
 @dataclass(frozen=True)
@@ -103,13 +106,31 @@ class Collected:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """The kept groups of one round of sampling: all their tokens."""
+class Candidates:
+    """The tokens of kept groups: their features, how they were sampled, and the sampling policy's entropy (T,) in nats.
+
+    `has_hidden` (T,) bool: whether the sampler gave a token's hidden state; only those can be learnt from.
+    """
 
     features: Features
     sampled: Sampled
     entropy: Tensor
-    kept: Tensor
+    has_hidden: Tensor
+
+
+Selection = Callable[[Candidates], Tensor]
+"""Which tokens to learn from, (T,) bool; all of a step's candidates are given together."""
+
+
+@dataclass(frozen=True)
+class HighEntropy:
+    """Selects the share `rho` of highest entropy, ties included."""
+
+    rho: float
+
+    def __call__(self, candidates: Candidates) -> Tensor:
+        """(T,) bool."""
+        return select_high_entropy(candidates.entropy, self.rho)[0]
 
 
 @dataclass(frozen=True)
@@ -117,7 +138,8 @@ class Collector:
     """Collects a step's samples from a sampler.
 
     With a `margin`, the sampler is asked for hidden states of those tokens alone whose entropy is at most
-    so many nats below the threshold of the step before (None: of all).
+    so many nats below the threshold of the step before (None: of all). `advantage` says what each sample is worth
+    among those of its prompt, `selection` which tokens are learnt from (None: `HighEntropy` with the settings' `rho`).
     """
 
     sampler: Sampler
@@ -126,13 +148,15 @@ class Collector:
     settings: RLConfig
     choices: SamplingChoices
     margin: float | None = None
+    advantage: Advantage = group_advantages
+    selection: Selection | None = None
 
     def collect(self, layer: MoEBiasLayer, step: int, last_threshold: float | None = None) -> Collected:
         """The samples of step `step`, counted from 0, under the layer as it is.
 
         `last_threshold` is the entropy from which tokens were selected in the step before, where there was one.
         """
-        settings, parts, judged = self.settings, list[_Part](), list[Judged]()
+        settings, parts, judged = self.settings, list[Candidates](), list[Judged]()
         choices = self.choices
         if self.margin is not None and last_threshold is not None:
             choices = replace(choices, keep_above=max(last_threshold - self.margin, 0.0))
@@ -143,7 +167,7 @@ class Collector:
             chosen, order = order[:wanted], order[wanted:]
             if not chosen:
                 break
-            part, seen, spent = self._round(layer, chosen, choices, _mixed(settings.seed, step, round_))
+            part, seen, spent = self._round(layer, chosen, choices, mixed_seed(settings.seed, step, round_))
             judged += seen
             seconds = [before + more for before, more in zip(seconds, spent, strict=True)]
             if part is not None:
@@ -157,34 +181,53 @@ class Collector:
         """Numbers of a step's problems: as many different problems as the step could need, in a random order."""
         problems = len(self.curriculum.problems)
         needed = min(self.settings.prompts * (self.settings.resamples + 1), problems)
-        return random.Random(_mixed(self.settings.seed, step)).sample(range(problems), needed)
+        return random.Random(mixed_seed(self.settings.seed, step)).sample(range(problems), needed)
 
     def _round(
         self, layer: MoEBiasLayer, chosen: Sequence[int], choices: SamplingChoices, seed: int
-    ) -> tuple[_Part | None, list[Judged], tuple[float, float]]:
+    ) -> tuple[Candidates | None, list[Judged], tuple[float, float]]:
         started = time.perf_counter()
         rollouts = self.sampler.sample([self.curriculum.prompts[i] for i in chosen], layer, choices, seed, "")
         sampled = time.perf_counter()
         problems = [self.curriculum.problems[i] for i in chosen for _ in range(self.choices.group)]
         judged = self.judge(problems, rollouts)
-        part = _kept_part(rollouts, torch.tensor([one.reward for one in judged], dtype=torch.float64))
+        part = self._candidates(rollouts, torch.tensor([one.reward for one in judged], dtype=torch.float64))
         return part, judged, (sampled - started, time.perf_counter() - sampled)
 
-    def _selected(self, parts: Sequence[_Part], judged: list[Judged], seconds: Sequence[float]) -> Collected:
+    def _candidates(self, rollouts: Rollouts, reward_N: Tensor) -> Candidates | None:
+        """The tokens of groups that are kept, where the layer acted on them; None without any."""
+        advantage_N, kept_N = self.advantage(reward_N, rollouts.group)
+        check_advantages(advantage_N, kept_N, reward_N)
+        example_T = rollouts.features.example
+        kept_T = kept_N[example_T] & rollouts.biased
+        if not kept_T.any():
+            return None
+        advantage_T = advantage_N[example_T[kept_T]].to(rollouts.log_prob.dtype)
+        return Candidates(
+            rollouts.features.at(kept_T),
+            Sampled(rollouts.log_prob[kept_T], advantage_T),
+            rollouts.policy_entropy[kept_T],
+            rollouts.kept[kept_T],
+        )
+
+    def _selected(self, parts: Sequence[Candidates], judged: list[Judged], seconds: Sequence[float]) -> Collected:
         if not parts:
-            return Collected(None, None, 0.0, float("inf"), 0, 0.0, judged, *seconds)
-        entropy_T = torch.cat([part.entropy for part in parts])
-        selected_T, threshold = select_high_entropy(entropy_T, self.settings.rho)
-        selected_T &= torch.cat([part.kept for part in parts])
-        kept = sum(part.features.example.unique().numel() for part in parts)
-        taught = kept / len(judged)
-        if not selected_T.any():
-            return Collected(None, None, taught, threshold, len(entropy_T), float(entropy_T.mean()), judged, *seconds)
-        log_prob_T = torch.cat([part.sampled.log_prob for part in parts])
-        advantage_T = torch.cat([part.sampled.advantage for part in parts])
+            return Collected(None, None, 0.0, math.inf, 0, 0.0, judged, *seconds)
+        candidates = _together(parts)
+        entropy_T = candidates.entropy
+        selected_T = (self.selection or HighEntropy(self.settings.rho))(candidates)
+        if selected_T.dtype != torch.bool or selected_T.shape != entropy_T.shape:
+            raise UserError(
+                f"the selection of tokens gave {selected_T.dtype} of shape {tuple(selected_T.shape)}, not "
+                f"{len(entropy_T)} of bool, one for each token"
+            )
+        threshold = float(entropy_T[selected_T].min()) if selected_T.any() else math.inf
+        selected_T = selected_T & candidates.has_hidden
+        taught = sum(part.features.example.unique().numel() for part in parts) / len(judged)
+        any_selected = bool(selected_T.any())
         return Collected(
-            joined([part.features for part in parts]).at(selected_T),
-            Sampled(log_prob_T, advantage_T).at(selected_T),
+            candidates.features.at(selected_T) if any_selected else None,
+            candidates.sampled.at(selected_T) if any_selected else None,
             taught,
             threshold,
             len(entropy_T),
@@ -194,22 +237,11 @@ class Collector:
         )
 
 
-def _kept_part(rollouts: Rollouts, reward_N: Tensor) -> _Part | None:
-    """The tokens of groups whose rewards differ, where the layer acted on them; None without any."""
-    advantage_N, kept_N = group_advantages(reward_N, rollouts.group)
-    example_T = rollouts.features.example
-    kept_T = kept_N[example_T] & rollouts.biased
-    if not kept_T.any():
-        return None
-    advantage_T = advantage_N[example_T[kept_T]].to(rollouts.log_prob.dtype)
-    return _Part(
-        rollouts.features.at(kept_T),
-        Sampled(rollouts.log_prob[kept_T], advantage_T),
-        rollouts.policy_entropy[kept_T],
-        rollouts.kept[kept_T],
+def _together(parts: Sequence[Candidates]) -> Candidates:
+    sampled = [part.sampled for part in parts]
+    return Candidates(
+        joined([part.features for part in parts]),
+        Sampled(torch.cat([one.log_prob for one in sampled]), torch.cat([one.advantage for one in sampled])),
+        torch.cat([part.entropy for part in parts]),
+        torch.cat([part.has_hidden for part in parts]),
     )
-
-
-def _mixed(*numbers: int) -> int:
-    """One seed of several numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])

@@ -5,7 +5,7 @@ The objective is DAPO's over all tokens, or over those of high entropy (RLVR-Hig
     loss_type="dapo", epsilon 0.2, epsilon_high 0.28, beta 0, advantages scaled by the group's standard
     deviation, truncated completions kept, top_entropy_quantile 1.0 or 0.2
 
-How TRL's loss then differs from ours: see `policy_objective`. TRL takes its entropy threshold over each
+How TRL's loss then differs from ours: see `objectives` and `advantage`. TRL takes its entropy threshold over each
 micro-batch, not over the step. All samples of a step's prompts make one optimiser step, so that TRL
 takes its own log-probabilities, detached, for those of the sampler. AdamW without weight decay,
 gradients clipped to norm 1, a rate that falls linearly to 0.
@@ -31,7 +31,7 @@ from moe_bias.extras import need
 from moe_bias.mistakes import UserError
 from moe_bias.records import temporary_folder
 from moe_bias.tasks.conversations import answer_ends
-from moe_bias.training.policy_objective import EPS_HIGH, EPS_LOW
+from moe_bias.training.objectives import EPS_HIGH, EPS_LOW
 
 Prompt = str | list[dict[str, str]]
 """Text to be continued, or the turns of a chat, to which the tokenizer's template is applied."""

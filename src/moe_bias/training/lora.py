@@ -164,7 +164,7 @@ def _step(adapted: Any, batch: Sequence[Example], optimizer: torch.optim.Optimiz
     optimizer.zero_grad()
     loss = -completion_log_prob(adapted, batch).mean()
     if not torch.isfinite(loss):
-        raise UserError(f"the loss of LoRA became {loss.item()}; lower --lora-rate")
+        raise UserError(f"the loss of LoRA became {loss.item()}; lower `lora_rate`")
     loss.backward()
     torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
     optimizer.step()

@@ -3,7 +3,9 @@
 The keys:
 
     step                steps taken, counted from 1; 0 is before the first
-    loss                what is minimised, in nats per token; its parts are `nll`, `kl` to the base and `load_balance`
+    loss                what is minimised, the mean over the objective's units and the weighted `load_balance`
+    nll, kl             parts of the supervised loss, in nats per token, `kl` 0 where it has no weight; another
+                        objective has metrics of its own
     router_entropy      entropy in nats of the router's probabilities, mean over the batch's tokens
     used_experts        share of the experts that at least one token of the batch is routed to
     gate_alpha/_beta    the entropy gate's parameters, where there is one
@@ -11,8 +13,8 @@ The keys:
     *_rate              the step's learning rates, of the experts, of router and gate
     tokens              of this step
     tokens_per_second   of this step, held-out tokens and writing left out
-    kl                  exact mean KL to the base of the step's tokens in nats, 0 where it has no weight
-    held_out_nll        in nats per token, where this step was followed by an evaluation
+    held_out_nll        in nats per token, where this step was followed by an evaluation; held_out_loss, the
+                        objective's, where its unit is more than a token
 
 With several processes all of them are of the whole batch.
 
@@ -27,7 +29,8 @@ Reinforcement learning has in place of `nll` and `held_out_nll`:
     kl                  exact mean KL to the base over the selected tokens, in nats, after the step
     step_kl             exact mean KL to the policy that sampled over the selected tokens, in nats, after the step
     rate_share          what the step's rates were multiplied with
-    clipped             share of the selected tokens whose gradient the clip took away, mean over minibatches
+    clipped             share of the selected tokens whose gradient the clip took away; this and whatever else an
+                        objective gives is a mean over minibatches
     sampler_gap         largest |log-probability in training - in sampling| in the first minibatch
     updates             optimiser steps
     *seconds            of the step, and within it of sampling, of judging and of updating
@@ -43,31 +46,31 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from torch import Tensor
 
 from moe_bias.layer import MoEBiasLayer, Routing
+from moe_bias.mistakes import UserError
 from moe_bias.records import write_whole
-from moe_bias.training.objective import SupervisedLoss
+from moe_bias.training.gradients import Loss
 from moe_bias.training.optimisation import EXPERTS, ROUTER, GradientNorms
 from moe_bias.training.processes import Processes
 
 FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 Metrics = dict[str, float]
+_RESERVED = ("step", "loss", "tokens", "tokens_per_second", "held_out_nll", "held_out_loss", "held_out_accuracy")
 
 
 def step_metrics(
     layer: MoEBiasLayer,
-    loss: SupervisedLoss,
+    loss: Loss,
     norms: GradientNorms,
     rates: Mapping[str, float],
     processes: Processes,
 ) -> Metrics:
     """All of a step but its number, its speed and its evaluation."""
     entropy, used = router_use(loss.routing, processes)
-    return {
-        "loss": float(loss.total),
-        "nll": float(loss.nll),
-        "kl": float(loss.kl),
+    own = {
         "load_balance": float(loss.load_balance),
         "router_entropy": entropy,
         "used_experts": used,
@@ -77,6 +80,15 @@ def step_metrics(
         "expert_rate": rates[EXPERTS],
         "router_rate": rates[ROUTER],
     }
+    return {"loss": float(loss.total), **beside(own, loss.metrics), **own}
+
+
+def beside(own: Mapping[str, float], metrics: Mapping[str, Tensor | float]) -> Metrics:
+    """An objective's metrics as numbers. Raises UserError on a name that training has a metric of its own by."""
+    for name in metrics:
+        if name in own or name in _RESERVED:
+            raise UserError(f"the objective's metric {name!r} has the name of one that training writes; rename it")
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def router_use(routing: Routing, processes: Processes) -> tuple[float, float]:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from moe_bias.config import OptimizerOptions
 from moe_bias.layer import MoEBiasLayer
+from moe_bias.training.batches import mixed_seed
 
 STATE_PREFIX = "optimizer."
 EXPERTS, ROUTER, ENTRIES = "experts", "router", "entries"
@@ -132,7 +133,7 @@ def dropped_experts(layer: MoEBiasLayer, share: float, seed: int, step: int) -> 
     if share == 0:
         yield
         return
-    generator = torch.Generator().manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
+    generator = torch.Generator().manual_seed(mixed_seed(seed, step))
     parameters = list(expert_parameters(layer).values())
     masks = [_dropout_mask(parameter, share, generator) for parameter in parameters]
     whole = [parameter.detach().clone() for parameter in parameters]

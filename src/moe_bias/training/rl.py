@@ -1,6 +1,6 @@
 """Reinforcement learning with verifiable rewards: sample, verify, update many times without the backbone.
 
-The objective is that of `policy_objective`: GRPO with DAPO's clipping, over the high-entropy tokens of
+The objective, where no other is given, is GRPO with DAPO's clipping (`objectives`), over the high-entropy tokens of
 a step's samples (arXiv 2506.01939, 2503.14476). Departures from both papers:
 
 - the policy that samples is the policy that is trained, to the bit of its weights: hidden states,
@@ -14,9 +14,8 @@ a step's samples (arXiv 2506.01939, 2503.14476). Departures from both papers:
   sampled groups whose rewards differ. The loss is a mean over the tokens of those groups, so that otherwise a step
   of one group would be as large as one of all.
 
-A step is: collect, then `epochs` passes over the selected tokens in minibatches, then a line of
-metrics, an evaluation and a checkpoint where they are due. All draws follow from seed and step, so
-that a run which was killed does the interrupted step again, with the same samples.
+A step is: collect, then `epochs` passes over the selected tokens in minibatches; what follows it is in `loop`. All
+draws follow from seed and step, so that a run which was killed does the interrupted step again, with the same samples.
 
 Shapes: T tokens, M support.
 """
@@ -26,9 +25,9 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -37,25 +36,25 @@ from moe_bias.backbone import Head
 from moe_bias.config import RLConfig
 from moe_bias.features.extract import Features
 from moe_bias.features.source import on_device
-from moe_bias.interrupts import deferred_interrupt
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.mistakes import UserError
-from moe_bias.progress import Meter, meter
+from moe_bias.progress import Meter
 from moe_bias.tasks.verdict import Outcome
-from moe_bias.training.checkpoint import LAYER, Checkpoints, Standing
+from moe_bias.training.adapted import mean_kl_between, mean_kl_to_base
+from moe_bias.training.batches import Units, batches
+from moe_bias.training.checkpoint import Standing
 from moe_bias.training.collect import Collected, Collector
-from moe_bias.training.metrics import Metrics, SampleLog, router_use
+from moe_bias.training.gradients import Loss, gradients
+from moe_bias.training.loop import NOTHING_ELSE, Loop
+from moe_bias.training.loop import Watching as Watching
+from moe_bias.training.metrics import Metrics, beside, router_use
+from moe_bias.training.objectives import DAPO, Objective, Sampled, check_objective
 from moe_bias.training.optimisation import Optimisation
-from moe_bias.training.policy_gradients import mean_kl_between, mean_kl_to_base, policy_gradients
-from moe_bias.training.policy_objective import PolicyLoss, PolicyTerms, Sampled
 from moe_bias.training.processes import ALONE
 
 HALVINGS = 8
 """How often an update that exceeds a bound on KL is halved before it is undone."""
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
-
-Evaluate = Callable[[MoEBiasLayer], float | None]
-"""Greedy accuracy on the held-out problems; None where it only took a copy, to be measured later."""
 
 
 @dataclass(frozen=True)
@@ -75,45 +74,30 @@ class PolicyPosition(Standing):
     threshold: float | None = None
 
 
-class Log(Protocol):
-    """Takes the metrics of each step."""
-
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Adds the line of a step."""
-
-
-@dataclass(frozen=True)
-class Watching:
-    """What goes on beside the steps, and how often. After `deadline`, of `time.perf_counter`, no step begins."""
-
-    evaluate: Evaluate
-    evaluate_every: int
-    checkpoints: Checkpoints | None = None
-    log: Log | None = None
-    samples: SampleLog | None = None
-    deadline: float = float("inf")
-
-
-class PolicyTrainer:
+class PolicyTrainer(Loop[PolicyPosition]):
     """One run of reinforcement learning. The layer is trained in place."""
 
+    measure = "held_out_accuracy"
+
     def __init__(
-        self, layer: MoEBiasLayer, head: Head, collector: Collector, settings: RLConfig, watching: Watching
+        self,
+        layer: MoEBiasLayer,
+        head: Head,
+        collector: Collector,
+        settings: RLConfig,
+        watching: Watching = NOTHING_ELSE,
+        objective: Objective | None = None,
     ) -> None:
-        self._layer = layer.to(head.device)
+        """`objective` is what each update minimises (None: `DAPO` with the settings' terms).
+
+        Raises UserError on one that cannot be used.
+        """
+        layer = layer.to(head.device)
+        optimisation = Optimisation(layer, settings, settings.steps)
+        super().__init__(layer, optimisation, watching, PolicyPosition(), settings.steps)
         self._collector = collector
         self._settings = settings
-        self._watching = watching
-        self._optimisation = Optimisation(layer, settings, settings.steps)
-        self._update = Update(layer, head, settings, self._optimisation)
-        self._position = PolicyPosition()
-
-    def resume(self, tensors: Mapping[str, Tensor], position: PolicyPosition) -> None:
-        """Takes up what a checkpoint holds."""
-        own = {name.removeprefix(LAYER): t for name, t in tensors.items() if name.startswith(LAYER)}
-        self._layer.load_state_dict(own)
-        self._optimisation.load_tensors(dict(tensors))
-        self._position = position
+        self._update = Update(layer, head, settings, optimisation, objective)
 
     def run(self) -> PolicyPosition:
         """Trains to the end.
@@ -121,25 +105,16 @@ class PolicyTrainer:
         Raises UserError where rewards have been equal for too many steps or a loss is not finite;
         KeyboardInterrupt on Ctrl-C between two steps, after a checkpoint where there are any.
         """
-        with meter("reinforcement learning", self._settings.steps, "steps") as bar, deferred_interrupt() as pressed:
-            bar.advance(self._position.step)
-            if self._position.step == 0:
-                self._evaluate({}, bar)
-            while self._position.step < self._settings.steps and time.perf_counter() < self._watching.deadline:
-                if pressed():
-                    self._save()
-                    raise KeyboardInterrupt
-                self._advance(bar)
+        self._loop("reinforcement learning", self._steps, "steps", self._position.step)
         return self._position
 
-    def _advance(self, bar: Meter) -> None:
-        """A step and what follows it, in the order that a resumed run relies on: evaluation, log, checkpoint."""
+    def _step(self, bar: Meter) -> Metrics:
         step, started = self._position.step, time.perf_counter()
         collected = self._collector.collect(self._layer, step, self._position.threshold)
         updating = time.perf_counter()
         update = self._learn(collected, step)
         ended = time.perf_counter()
-        metrics = _metrics(collected, self._settings) | update
+        metrics = _metrics(collected, update)
         metrics |= {"seconds": ended - started, "updating_seconds": ended - updating}
         self._position = replace(
             self._position,
@@ -150,13 +125,10 @@ class PolicyTrainer:
             seconds=self._position.seconds + ended - started,
             threshold=collected.threshold if math.isfinite(collected.threshold) else self._position.threshold,
         )
+        self._collected = collected
         self._say(bar, metrics)
         self._show(collected, bar)
-        self._evaluate(metrics, bar)
-        if self._watching.checkpoints is not None and self._position.step % self._watching.checkpoints.every == 0:
-            self._save()
-        bar.advance(1)
-        self._refuse_equal(collected)
+        return metrics
 
     def _learn(self, collected: Collected, step: int) -> Metrics:
         if collected.batch is None:
@@ -165,23 +137,16 @@ class PolicyTrainer:
         share = collected.taught if self._settings.shrink_steps else 1.0
         return self._update.learn(collected.batch, collected.sampled, step, share)
 
-    def _evaluate(self, metrics: Metrics, bar: Meter) -> None:
-        """Measures where it is due, and writes the step's line."""
-        step = self._position.step
-        if step % self._watching.evaluate_every == 0 or step == self._settings.steps:
-            accuracy = self._watching.evaluate(self._layer)
-            if accuracy is not None:
-                metrics = metrics | {"held_out_accuracy": accuracy}
-                self._note_accuracy(accuracy, bar)
-        if self._watching.log is not None:
-            self._watching.log.write(step, metrics)
-
-    def _note_accuracy(self, accuracy: float, bar: Meter) -> None:
-        position = replace(self._position, accuracy=accuracy)
-        if position.best_accuracy is None or accuracy > position.best_accuracy:
-            position = replace(position, best_accuracy=accuracy, best_step=position.step)
+    def _note(self, value: float, bar: Meter) -> None:
+        position = replace(self._position, accuracy=value)
+        if position.best_accuracy is None or value > position.best_accuracy:
+            position = replace(position, best_accuracy=value, best_step=position.step)
         self._position = position
-        bar.say(f"step {position.step}: {accuracy:.1%} of the held-out problems right")
+        bar.say(f"step {position.step}: {value:.1%} of the held-out problems right")
+
+    def _end(self, metrics: Metrics, bar: Meter) -> None:
+        bar.advance(1)
+        self._refuse_equal(self._collected)
 
     def _say(self, bar: Meter, metrics: Metrics) -> None:
         kl = f", KL {metrics['kl']:.3f}" if "kl" in metrics else ", nothing to learn from"
@@ -209,27 +174,27 @@ class PolicyTrainer:
         raise UserError(
             f"in {self._position.equal} steps in a row no problem had samples of different rewards, so there is "
             f"nothing to learn from: {right:.0%} of the last samples are right, {cut:.0%} reached the token "
-            f"limit{bad_golds}; start from an adapter trained on worked answers (--adapter), take easier or harder "
-            "problems, or raise --group or --max-new-tokens"
+            f"limit{bad_golds}; start from an adapter trained on worked answers (`adapter`), take easier or harder "
+            "problems, or raise `group` or `max_new_tokens`"
         )
-
-    def _save(self) -> None:
-        if self._watching.checkpoints is not None:
-            tensors = {LAYER + name: tensor for name, tensor in self._layer.state_dict().items()}
-            self._watching.checkpoints.save(tensors | self._optimisation.tensors(), self._position)
 
 
 class Update:
     """What a step does with its selected tokens: minibatches, epochs, the bound on KL."""
 
-    def __init__(self, layer: MoEBiasLayer, head: Head, settings: RLConfig, optimisation: Optimisation) -> None:
+    def __init__(
+        self,
+        layer: MoEBiasLayer,
+        head: Head,
+        settings: RLConfig,
+        optimisation: Optimisation,
+        objective: Objective | None = None,
+    ) -> None:
         self._layer = layer
         self._head = head
         self._settings = settings
         self._optimisation = optimisation
-        self._terms = PolicyTerms(
-            settings.temperature, settings.eps_low, settings.eps_high, settings.kl_weight, settings.entropy_weight
-        )
+        self._objective = objective_of(settings, objective)
         self._columns = head.columns(layer.support_or_all().to(head.device))
 
     def learn(self, batch: Features, sampled: Sampled, step: int, share: float = 1.0) -> Metrics:
@@ -243,9 +208,9 @@ class Update:
         sampler = copy.deepcopy(self._layer).requires_grad_(False)
         bounds = self._bounds(sampler, batch, logits_TM)
         losses, gap = [], 0.0
-        for index in self._minibatches(len(batch), step):
+        for index in self._minibatches(batch, step):
             before = self._weights()
-            losses.append(self._step(batch.at(index), sampled.at(index), logits_TM[index], step, share))
+            losses.append(self._step(batch, sampled, index, logits_TM, step, share))
             if len(losses) == 1:
                 gap = float((losses[0].log_prob - sampled.log_prob[index]).abs().max())
             self._hold(bounds, before)
@@ -266,22 +231,33 @@ class Update:
     def _weights(self) -> dict[str, Tensor]:
         return {name: tensor.clone() for name, tensor in self._layer.state_dict().items()}
 
-    def _minibatches(self, tokens: int, step: int) -> list[Tensor]:
-        generator = torch.Generator().manual_seed(self._settings.seed * 1_000_003 + step)
-        orders = [torch.randperm(tokens, generator=generator) for _ in range(self._settings.epochs)]
-        return [index for order in orders for index in order.split(self._settings.batch_tokens)]
+    def _minibatches(self, batch: Features, step: int) -> Iterator[Tensor]:
+        """Numbers of the tokens of each; the seed is one that runs of before were made with."""
+        units = Units.of(batch.example.cpu(), self._objective.unit)
+        in_a_batch = units.in_a_batch(self._settings.batch_tokens)
+        drawn = batches(units.count, in_a_batch, self._settings.epochs, self._settings.seed * 1_000_003 + step)
+        return map(units.tokens_of, drawn)
 
-    def _step(self, batch: Features, sampled: Sampled, logits_TM: Tensor, step: int, share: float) -> PolicyLoss:
+    def _step(
+        self, batch: Features, sampled: Sampled, index: Tensor, logits_TM: Tensor, step: int, share: float
+    ) -> Loss:
+        """An update by the tokens `index` (T,) of the step's."""
         self._optimisation.zero_grad()
-        loss = policy_gradients(
-            self._layer, batch, sampled, lambda rows: logits_TM[rows], self._head.transform, self._terms
+        loss = gradients(
+            self._layer,
+            batch.at(index),
+            lambda rows: logits_TM[index[rows]],
+            self._head.transform,
+            self._objective,
+            sampled.at(index),
+            self._settings.temperature,
         )
         norm = self._optimisation.norms().total
         if not (torch.isfinite(loss.total) and norm < float("inf")):
             expert_rate, router_rate = self._settings.rates_of(self._layer.config.experts)
             raise UserError(
                 f"the loss of step {step + 1} became {float(loss.total)} with a gradient of norm {norm}; lower "
-                f"--expert-rate ({expert_rate:g}) or --router-rate ({router_rate:g})"
+                f"`expert_rate` ({expert_rate:g}) or `router_rate` ({router_rate:g})"
             )
         self._optimisation.step(step, share)
         return loss
@@ -308,28 +284,40 @@ class Update:
                 tensor.copy_((tensor + before[name]) / 2)
         self._layer.load_state_dict(before)
 
-    def _metrics(self, losses: list[PolicyLoss], gap: float, kl: float) -> Metrics:
+    def _metrics(self, losses: list[Loss], gap: float, kl: float) -> Metrics:
         first = losses[0]
         entropy, used = router_use(first.routing, ALONE)
-        return {
-            "loss": float(first.total),
+        own = {
             "load_balance": float(first.load_balance),
-            "clipped": sum(float(loss.clipped) for loss in losses) / len(losses),
             "kl": kl,
             "sampler_gap": gap,
             "router_entropy": entropy,
             "used_experts": used,
             "updates": float(len(losses)),
         }
+        means = {name: sum(float(loss.metrics[name]) for loss in losses) / len(losses) for name in first.metrics}
+        return {"loss": float(first.total), **beside(own, means), **own}
 
 
-def _metrics(collected: Collected, settings: RLConfig) -> Metrics:
-    """What the samples of a step were like."""
+def objective_of(settings: RLConfig, objective: Objective | None) -> Objective:
+    """The objective given, or that of the settings. Raises UserError on one that cannot be used."""
+    terms = {name: getattr(settings, name) for name in ("eps_low", "eps_high", "kl_weight", "entropy_weight")}
+    if objective is None:
+        return DAPO(**terms)
+    for name, value in terms.items():
+        if value != type(settings).model_fields[name].default:
+            raise UserError(f"`{name}` = {value:g} is of the usual objective; give it to your own")
+    check_objective(objective, with_samples=True)
+    return objective
+
+
+def _metrics(collected: Collected, update: Metrics) -> Metrics:
+    """What the samples of a step were like, and what the update was."""
     samples, outcomes = len(collected.judged), collected.outcomes
     shares = {name.replace(" ", "_"): outcomes[name] / samples for name in OUTCOMES}
     selected = 0 if collected.batch is None else len(collected.batch)
     taught = {"threshold": collected.threshold} if selected else {}
-    return {
+    own = {
         "reward": sum(collected.rewards) / samples,
         **shares,
         "cut": sum(not one.finished for one in collected.judged) / samples,
@@ -342,3 +330,4 @@ def _metrics(collected: Collected, settings: RLConfig) -> Metrics:
         "sampling_seconds": collected.sampling_seconds,
         "judging_seconds": collected.judging_seconds,
     }
+    return own | update

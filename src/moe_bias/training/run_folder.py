@@ -22,7 +22,7 @@ from moe_bias.mistakes import UserError, as_kind, read_json
 from moe_bias.records import write_json
 
 FILE = "run.json"
-_REMEDY = "name another --output"
+_REMEDY = "name another `output`"
 _FREE = frozenset(
     {"output", "checkpoint_every", "keep_checkpoints", "features", "keep_features", "grid", "base", "seeds", "arms"}
     | {"endpoint", "engine_memory"}
@@ -39,10 +39,9 @@ def refuse_other_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     for name, value in now.items():
         old = before["settings"].get(name)
         if name not in _FREE and old != value:
-            option = "--" + name.replace("_", "-")
             raise UserError(
-                f"{str(folder)!r} holds an unfinished run with {option} {old}, not {value}; "
-                f"give its settings to go on with it, or another --output"
+                f"{str(folder)!r} holds an unfinished run with `{name}` {old}, not {value}; "
+                f"give its settings to go on with it, or another `output`"
             )
 
 
@@ -57,7 +56,7 @@ def begin(folder: Path, settings: Mapping[str, Any], data: Mapping[str, Any]) ->
         if before is not None and before["data"].get(name) != value:
             raise UserError(
                 f"{str(folder)!r} holds an unfinished run with other {name}; "
-                "give what it was started with to go on with it, or another --output"
+                "give what it was started with to go on with it, or another `output`"
             )
     write_json(folder / FILE, {"settings": settings, "data": data})
 

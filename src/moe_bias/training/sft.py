@@ -8,6 +8,7 @@ is in `trainer`.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,11 +37,14 @@ from moe_bias.layer import MoEBiasLayer, refuse_layer_beyond_memory
 from moe_bias.mistakes import UserError, read_json
 from moe_bias.tasks.conversations import Example
 from moe_bias.training.base_logits import BaseLogits
+from moe_bias.training.batches import whole_units
 from moe_bias.training.checkpoint import Checkpoints, Position
+from moe_bias.training.loop import NOTHING_ELSE, Callback, Watching
 from moe_bias.training.metrics import MetricsLog
+from moe_bias.training.objectives import Objective
 from moe_bias.training.processes import ALONE, Processes
 from moe_bias.training.run_folder import begin, digests
-from moe_bias.training.trainer import Evaluations, FitReport, Trainer, Watch, refuse_endless
+from moe_bias.training.trainer import FitReport, Trainer, refuse_endless
 
 NORMALISATION_TOKENS = 16384
 """The router's normalisation is measured on this many training tokens."""
@@ -196,18 +200,22 @@ def fit(
     head: Head,
     settings: SFTConfig,
     description: str,
-    evaluations: Evaluations | None = None,
+    watching: Watching = NOTHING_ELSE,
+    held_out: FeatureSource | None = None,
     logits: BaseLogits | None = None,
+    objective: Objective | None = None,
 ) -> FitReport:
     """Trains a fresh layer in place on the features, without a folder; `logits` are theirs, where there are such.
 
-    Raises UserError where the loss is not finite or above its bound; the layer then holds the last
+    The layer is measured on `held_out`. `objective` is what is minimised (None: `Supervised` with the settings'
+    `kl_weight`). Raises UserError where the loss is not finite or above its bound; the layer then holds the last
     step's weights.
     """
-    features = first_tokens(features, settings.train_tokens)
+    features = first_tokens(features, settings.train_tokens, objective)
     start(layer, features, settings)
+    trainer = Trainer(layer, features, head, settings, watching, logits=logits, objective=objective, held_out=held_out)
     with trained_on_support(layer):
-        return Trainer(layer, features, head, settings, Watch(evaluations), logits=logits).run(description)
+        return trainer.run(description)
 
 
 def train(
@@ -220,6 +228,8 @@ def train(
     made_with: Mapping[str, Any],
     processes: Processes = ALONE,
     is_fresh: bool = True,
+    objective: Objective | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> FitReport:
     """Trains a layer in place, with checkpoints and metrics in a folder; a fresh one is calibrated first.
 
@@ -227,20 +237,28 @@ def train(
     same bytes as if it had never stopped. Raises UserError where the folder's run is another one, or on the causes of
     `fit`; KeyboardInterrupt on Ctrl-C, once the step is in a checkpoint.
     """
-    source = first_tokens(source, settings.train_tokens)
+    source = first_tokens(source, settings.train_tokens, objective)
     if processes.is_first:
         data = {**digests(source, held_out), "processes": processes.count}
+        if objective is not None:
+            data["objective"] = re.sub(" at 0x[0-9a-f]+", "", repr(objective))
         begin(checkpoints.run, made_with, data)
     processes.wait()
     saved = checkpoints.load(Position)
     log = MetricsLog(checkpoints.run, saved[1].step if saved else 0) if processes.is_first else None
-    evaluations = Evaluations(held_out, settings.evaluate_every, settings.patience)
-    if is_fresh:
-        start(layer, source, settings)
-    trainer = Trainer(layer, source, head, settings, Watch(evaluations, checkpoints, log), processes)
-    if saved is not None:
-        trainer.resume(*saved)
+    watching = Watching(
+        evaluate_every=settings.evaluate_every,
+        checkpoints=checkpoints,
+        log=log,
+        patience=settings.patience,
+        callbacks=callbacks,
+    )
     try:
+        if is_fresh:
+            start(layer, source, settings)
+        trainer = Trainer(layer, source, head, settings, watching, processes, objective=objective, held_out=held_out)
+        if saved is not None:
+            trainer.resume(*saved)
         with trained_on_support(layer):
             return trainer.run("training" if saved is None else f"training on from step {saved[1].step}")
     finally:
@@ -248,9 +266,16 @@ def train(
             log.close()
 
 
-def first_tokens(source: FeatureSource, count: int | None) -> FeatureSource:
-    """The first tokens of a source, so many of them; the whole source where it has no more."""
-    return source if count is None or count >= len(source) else Subset(source, torch.arange(count))
+def first_tokens(source: FeatureSource, count: int | None, objective: Objective | None = None) -> FeatureSource:
+    """The first tokens of a source, so many of them; the whole source where it has no more.
+
+    For an objective of answers or pairs those of the first whole ones, in a source where they stand one after another.
+    """
+    if count is None or count >= len(source):
+        return source
+    if objective is not None and objective.unit != "token":
+        count = whole_units(source.example, count, objective.unit)
+    return Subset(source, torch.arange(count))
 
 
 @contextmanager

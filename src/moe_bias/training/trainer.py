@@ -1,14 +1,12 @@
-"""The loop of supervised training: batches, steps, evaluations, checkpoints, and going on where one stopped.
+"""Supervised training on hidden states: batches, steps, held-out evaluations, early stopping.
 
-Batches are of tokens, not of sequences: a hidden state holds all the context that the layer sees.
-All that a step does follows from the layer, the optimiser's moments, the seed and the step's number.
+The loop is that of `loop`, the loss any objective that needs no samples.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,15 +16,18 @@ from moe_bias.backbone import Head
 from moe_bias.config import SFTConfig
 from moe_bias.features.extract import Features
 from moe_bias.features.source import FeatureSource, on_device
-from moe_bias.interrupts import deferred_interrupt
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.limits import refuse_endless_steps
 from moe_bias.mistakes import UserError
-from moe_bias.progress import Meter, meter
+from moe_bias.progress import Meter
+from moe_bias.training.adapted import mean_nll
 from moe_bias.training.base_logits import BaseLogits
-from moe_bias.training.checkpoint import LAYER, Checkpoints, Position
-from moe_bias.training.metrics import Metrics, MetricsLog, step_metrics
-from moe_bias.training.objective import SupervisedLoss, mean_nll, supervised_gradients
+from moe_bias.training.batches import Units, batches
+from moe_bias.training.checkpoint import Position
+from moe_bias.training.gradients import Loss, gradients, mean_loss
+from moe_bias.training.loop import NOTHING_ELSE, Loop, Watching, with_prefix, without_prefix
+from moe_bias.training.metrics import Metrics, step_metrics
+from moe_bias.training.objectives import Objective, Supervised, check_objective
 from moe_bias.training.optimisation import GradientNorms, Optimisation, dropped_experts
 from moe_bias.training.processes import ALONE, Processes
 
@@ -34,37 +35,18 @@ _BEST = "best."
 
 
 @dataclass(frozen=True)
-class Evaluations:
-    """Held-out tokens that are looked at every `every` steps (0: once an epoch).
-
-    After `patience` evaluations without a better NLL the run stops, and the best layer is what it
-    ends with; 0: it never does.
-    """
-
-    source: FeatureSource
-    every: int = 0
-    patience: int = 0
-
-
-@dataclass(frozen=True)
 class FitReport:
-    """Steps taken; with evaluations, the step that the layer is of and its held-out NLL in nats per token."""
+    """Steps taken; with evaluations, the step that the layer is of and its held-out NLL in nats per token.
+
+    Of an objective of answers or pairs it is the held-out loss.
+    """
 
     steps: int
     layer_step: int
     held_out_nll: float | None
 
 
-@dataclass(frozen=True)
-class Watch:
-    """What goes on beside the steps: evaluations, a log of metrics, checkpoints; each may be left out."""
-
-    evaluations: Evaluations | None = None
-    checkpoints: Checkpoints | None = None
-    log: MetricsLog | None = None
-
-
-class Trainer:
+class Trainer(Loop[Position]):
     """One run over one source. The layer is trained in place, on the head's device."""
 
     def __init__(
@@ -73,34 +55,39 @@ class Trainer:
         source: FeatureSource,
         head: Head,
         settings: SFTConfig,
-        watch: Watch,
+        watching: Watching = NOTHING_ELSE,
         processes: Processes = ALONE,
         logits: BaseLogits | None = None,
+        objective: Objective | None = None,
+        held_out: FeatureSource | None = None,
     ) -> None:
-        """`logits` of the source, where there are such already, are used in place of new ones."""
-        self._layer = layer.to(head.device)
+        """`logits` of the source, where there are such already, are used in place of new ones.
+
+        On `held_out` tokens the layer is measured, where `watching` has no measure of its own, of which less is
+        better. Raises UserError on an objective that cannot be used with the source.
+        """
         self._source = source
-        self._transform = head.transform
+        self._head = head
         self._settings = settings
-        self._watch = watch
-        self._processes = processes
-        self._steps_per_epoch = -(-len(source) // settings.batch_tokens)
+        self._objective = objective_of(settings, objective)
+        self._units = units_of(source, self._objective)
         refuse_endless(settings, len(source))
-        self._steps = settings.epochs * self._steps_per_epoch
-        self._optimisation = Optimisation(layer, settings, self._steps)
+        self._in_a_batch = self._units.in_a_batch(settings.batch_tokens)
+        per_epoch = -(-self._units.count // self._in_a_batch)
         self._logits = logits or BaseLogits(source, head, settings.logits_budget)
-        if watch.evaluations is not None:
-            left = settings.logits_budget - self._logits.nbytes
-            self._held_out_logits = BaseLogits(watch.evaluations.source, head, left)
-        self._position = Position()
+        if held_out is not None and watching.evaluate is None:
+            left = BaseLogits(held_out, head, settings.logits_budget - self._logits.nbytes)
+            watching = replace(watching, evaluate=HeldOut(held_out, head, left, self._objective, settings, processes))
+        self.measure = "held_out_nll" if self._objective.unit == "token" else "held_out_loss"
+        steps, layer = settings.epochs * per_epoch, layer.to(head.device)
+        optimisation = Optimisation(layer, settings, steps)
+        super().__init__(layer, optimisation, watching, Position(), steps, per_epoch, processes)
         self._best: dict[str, Tensor] = {}
 
     def resume(self, tensors: dict[str, Tensor], position: Position) -> None:
         """Takes up what a checkpoint holds."""
-        self._layer.load_state_dict(_without_prefix(tensors, LAYER))
-        self._optimisation.load_tensors(tensors)
-        self._best = _without_prefix(tensors, _BEST)
-        self._position = position
+        super().resume(tensors, position)
+        self._best = without_prefix(tensors, _BEST)
 
     def run(self, description: str) -> FitReport:
         """Trains to the end.
@@ -110,45 +97,31 @@ class Trainer:
         checkpoint where there are any.
         """
         tokens, done = self._settings.epochs * len(self._source), self._position.step
-        with meter(description, tokens, "tokens", self._processes.is_first) as bar, deferred_interrupt() as pressed:
-            bar.advance(tokens * done / self._steps)
-            if done == 0 and self._watch.evaluations is not None:
-                self._write({"held_out_nll": self._evaluate()})
-            for index in batches(len(self._source), self._settings, done):
-                if self._out_of_patience():
-                    break
-                if self._processes.any(pressed()):
-                    self._save()
-                    raise KeyboardInterrupt
-                self._advance(index, bar)
+        self._batches = batches(self._units.count, self._in_a_batch, self._settings.epochs, self._settings.seed, done)
+        self._loop(description, tokens, "tokens", tokens * done / self._steps)
         return self._finish()
 
-    def _advance(self, index: Tensor, bar: Meter) -> None:
-        """A step and what follows it, in the order that a resumed run relies on: evaluation, log, checkpoint."""
-        started = time.perf_counter()
-        metrics = self._step(index)
-        metrics["tokens"] = len(index)
-        metrics["tokens_per_second"] = len(index) / (time.perf_counter() - started)
+    def _step(self, bar: Meter) -> Metrics:
+        started, unit_N = time.perf_counter(), next(self._batches)
+        metrics = self._learn(unit_N)
+        metrics["tokens"] = len(self._units.tokens_of(unit_N))
+        metrics["tokens_per_second"] = metrics["tokens"] / (time.perf_counter() - started)
         self._position = replace(self._position, step=self._position.step + 1)
-        if self._evaluation_is_due():
-            metrics["held_out_nll"] = self._evaluate()
-        self._write(metrics)
-        checkpoints = self._watch.checkpoints
-        if checkpoints is not None and self._position.step % checkpoints.every == 0:
-            self._save()
-        bar.advance(len(index))
-        held_out = self._position.last_nll
-        bar.note(f"loss {metrics['nll']:.3f}" + ("" if held_out is None else f", held-out {held_out:.3f}"))
+        return metrics
 
-    def _step(self, index: Tensor) -> Metrics:
+    def _learn(self, unit_N: Tensor) -> Metrics:
         step, layer = self._position.step, self._layer
-        part = self._processes.part(index)
+        part = self._units.tokens_of(self._processes.part(unit_N))
         batch = on_device(self._source.at(part), layer.device)
         self._optimisation.zero_grad()
         with dropped_experts(layer, self._settings.expert_dropout, self._settings.seed, step):
-            logits_of = self._logits.of(part, batch)
-            loss = supervised_gradients(
-                layer, batch, logits_of, self._transform, self._processes.total, self._settings.kl_weight
+            loss = gradients(
+                layer,
+                batch,
+                self._logits.of(part, batch),
+                self._head.transform,
+                self._objective,
+                total=self._processes.total,
             )
         self._processes.total_gradients(layer)
         norms = self._optimisation.norms()
@@ -156,42 +129,36 @@ class Trainer:
         self._optimisation.step(step)
         return step_metrics(layer, loss, norms, self._optimisation.rates(step), self._processes)
 
-    def _check(self, batch: Features, loss: SupervisedLoss, norms: GradientNorms) -> None:
+    def _check(self, batch: Features, loss: Loss, norms: GradientNorms) -> None:
         """Raises UserError before a step that would spoil the layer."""
         cause = _cause(batch, loss, norms, self._settings, self._settings.rates_of(self._layer.config.experts))
         if cause is None:
             return
         message = f"training stopped at step {self._position.step + 1} of {self._steps}: {cause}"
-        checkpoints = self._watch.checkpoints
+        checkpoints = self._watching.checkpoints
         if checkpoints is not None:
             path = checkpoints.latest()
             message += "; there is no checkpoint yet" if path is None else f"; the last good checkpoint is {path}"
         raise UserError(message)
 
-    def _evaluation_is_due(self) -> bool:
-        if self._watch.evaluations is None:
-            return False
-        every = self._watch.evaluations.every or self._steps_per_epoch
-        return self._position.step % every == 0 or self._position.step == self._steps
-
-    def _evaluate(self) -> float:
-        """The held-out NLL now; remembers the layer where it is the best yet and the best is wanted."""
-        assert self._watch.evaluations is not None
-        nll = mean_nll(
-            self._layer, self._watch.evaluations.source, self._held_out_logits, self._transform, self._processes
-        )
-        position = replace(self._position, last_nll=nll)
-        if position.best_nll is not None and nll >= position.best_nll:
+    def _note(self, value: float, bar: Meter) -> None:
+        """Remembers the layer where it is the best yet and the best is wanted."""
+        position = replace(self._position, last_nll=value)
+        if position.best_nll is not None and value >= position.best_nll:
             self._position = replace(position, worse=position.worse + 1)
-            return nll
-        self._position = replace(position, best_nll=nll, best_step=position.step, worse=0)
-        if self._watch.evaluations.patience:
+            return
+        self._position = replace(position, best_nll=value, best_step=position.step, worse=0)
+        if self._watching.patience:
             self._best = {name: tensor.clone() for name, tensor in self._layer.state_dict().items()}
-        return nll
 
-    def _out_of_patience(self) -> bool:
-        evaluations = self._watch.evaluations
-        return evaluations is not None and 0 < evaluations.patience <= self._position.worse
+    def _end(self, metrics: Metrics, bar: Meter) -> None:
+        bar.advance(metrics["tokens"])
+        held_out = self._position.last_nll
+        loss = metrics.get("nll", metrics["loss"])
+        bar.note(f"loss {loss:.3f}" + ("" if held_out is None else f", held-out {held_out:.3f}"))
+
+    def _goes_on(self) -> bool:
+        return super()._goes_on() and not 0 < self._watching.patience <= self._position.worse
 
     def _finish(self) -> FitReport:
         """Puts the best layer in place where one was looked for."""
@@ -201,49 +168,75 @@ class Trainer:
         self._layer.load_state_dict(self._best)
         return FitReport(position.step, position.best_step, position.best_nll)
 
-    def _write(self, metrics: Metrics) -> None:
-        if self._watch.log is not None:
-            self._watch.log.write(self._position.step, metrics)
+    def _tensors(self) -> dict[str, Tensor]:
+        return super()._tensors() | with_prefix(self._best, _BEST)
 
-    def _save(self) -> None:
-        checkpoints = self._watch.checkpoints
-        if checkpoints is None:
-            return
-        if self._processes.is_first:
-            tensors = _with_prefix(self._layer.state_dict(), LAYER) | _with_prefix(self._best, _BEST)
-            checkpoints.save(tensors | self._optimisation.tensors(), self._position)
-        self._processes.wait()
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Measures a layer on held-out tokens, whose base logits are kept where they fit: its NLL in nats per token.
+
+    For an objective of answers or pairs it is the objective's mean loss.
+    """
+
+    source: FeatureSource
+    head: Head
+    logits: BaseLogits
+    objective: Objective
+    settings: SFTConfig
+    processes: Processes = ALONE
+
+    def __call__(self, layer: MoEBiasLayer) -> float:
+        """All processes take part."""
+        if self.objective.unit == "token":
+            return mean_nll(layer, self.source, self.logits, self.head.transform, self.processes)
+        units = units_of(self.source, self.objective)
+        total, in_a_batch = (
+            torch.zeros((), dtype=torch.float64, device=layer.device),
+            units.in_a_batch(self.settings.batch_tokens),
+        )
+        for unit_N in torch.arange(units.count).split(in_a_batch)[self.processes.rank :: self.processes.count]:
+            index = units.tokens_of(unit_N)
+            batch = on_device(self.source.at(index), layer.device)
+            loss = mean_loss(layer, batch, self.logits.of(index, batch), self.head.transform, self.objective)
+            total += len(unit_N) * loss
+        return float(self.processes.total(total)) / units.count
+
+
+def objective_of(settings: SFTConfig, objective: Objective | None) -> Objective:
+    """The objective given, or that of the settings. Raises UserError on one that supervised training cannot use."""
+    if objective is None:
+        return Supervised(settings.kl_weight)
+    if settings.kl_weight:
+        raise UserError(f"`kl_weight` = {settings.kl_weight:g} is of the usual objective; give it to your own")
+    check_objective(objective, with_samples=False)
+    return objective
+
+
+def units_of(source: FeatureSource, objective: Objective) -> Units:
+    """What an objective's loss is a mean over. Raises UserError on an answer without the other one of its pair."""
+    return Units(len(source)) if objective.unit == "token" else Units.of(source.example, objective.unit)
 
 
 def refuse_endless(settings: SFTConfig, tokens: int) -> None:
     """Raises UserError where training on so many tokens takes more steps than anyone waits for."""
     steps = settings.epochs * -(-tokens // settings.batch_tokens)
     what = f"{settings.epochs:,} epochs over {tokens:,} tokens, {settings.batch_tokens:,} in a step,"
-    refuse_endless_steps(steps, what, "lower --epochs, or raise --batch-tokens")
-
-
-def batches(tokens: int, settings: SFTConfig, first_step: int = 0) -> Iterator[Tensor]:
-    """Token numbers of each batch from step `first_step` on: every epoch all tokens in a new random order."""
-    generator = torch.Generator().manual_seed(settings.seed)
-    steps_per_epoch = -(-tokens // settings.batch_tokens)
-    for epoch in range(settings.epochs):
-        # Orders of epochs that are over are drawn too: they are what the generator's state consists of.
-        order = torch.randperm(tokens, generator=generator)
-        yield from order.split(settings.batch_tokens)[max(first_step - epoch * steps_per_epoch, 0) :]
+    refuse_endless_steps(steps, what, "lower `epochs`, or raise `batch_tokens`")
 
 
 def _cause(
-    batch: Features, loss: SupervisedLoss, norms: GradientNorms, settings: SFTConfig, rates: tuple[float, float]
+    batch: Features, loss: Loss, norms: GradientNorms, settings: SFTConfig, rates: tuple[float, float]
 ) -> str | None:
     """Why no step can be taken with this loss and these gradients, and what to do; None where it can."""
     value = float(loss.total)
-    slower = f"lower --expert-rate ({rates[0]:g}) or --router-rate ({rates[1]:g})"
+    slower = f"lower `expert_rate` ({rates[0]:g}) or `router_rate` ({rates[1]:g})"
     if not math.isfinite(value) and not _is_finite(batch):
         return "its hidden states, logits or entropies are not finite; extract them again, in a wider type"
     if not math.isfinite(value):
         return f"the loss became {value}; {slower}"
     if value > settings.loss_bound:
-        return f"the loss {value:.4g} is above --loss-bound {settings.loss_bound:g}; {slower}"
+        return f"the loss {value:.4g} is above `loss_bound` {settings.loss_bound:g}; {slower}"
     if not math.isfinite(norms.total):
         return f"the norm of the gradients became {norms.total}; {slower}"
     return None
@@ -251,11 +244,3 @@ def _cause(
 
 def _is_finite(batch: Features) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in (batch.hidden, batch.logit, batch.entropy))
-
-
-def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {prefix + name: tensor for name, tensor in tensors.items()}
-
-
-def _without_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
