@@ -1,4 +1,4 @@
-"""Writes docs/commands.md from the command's own help, and tables and figures in README and docs from the records.
+"""Writes docs/commands.md from the command's own help, docs/reference.md from the public names, tables from records.
 
     python docs/generate.py [--check]
 
@@ -28,6 +28,8 @@ from tables import filled
 
 import draw_curves
 import draw_growth
+import moe_bias
+from moe_bias import _HOMES
 from moe_bias.cli import COMMANDS, GROUPS, PROGRAM, build_parser, is_passed_on
 
 ROOT = Path(__file__).parent.parent
@@ -42,6 +44,12 @@ Exit codes: 0; 2 for a mistake of the user's, told in one sentence; 130 after an
 
 This page is the commands' own `--help`; `python docs/generate.py` writes it.
 """
+REFERENCE = ROOT / "docs" / "reference.md"
+REFERENCE_HEADER = """# Python
+
+The public names, by the module that each is defined in; all of them are had from `moe_bias` itself. Shapes are given by
+letters: N or T tokens, D hidden size, M tokens of the support, V vocabulary, E experts.
+"""
 _FENCED = re.compile(r"^```[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -49,6 +57,35 @@ def page() -> str:
     """The whole of docs/commands.md."""
     words = ["", *GROUPS, *(command.words for command in COMMANDS)]
     return HEADER + "".join(f"\n## `{title(entry)}`\n\n```text\n{help_of(entry)}```\n" for entry in words)
+
+
+def reference() -> str:
+    """The whole of docs/reference.md: mkdocstrings puts the docstrings in when the site is built."""
+    return REFERENCE_HEADER + "".join(
+        f"\n## `moe_bias.{home}`\n" + "".join(f"\n::: moe_bias.{name}\n{fields_of(name)}" for name in names)
+        for home, names in sorted(_HOMES.items())
+    )
+
+
+def fields_of(name: str) -> str:
+    """A table of a config's fields with their defaults, in place of its members; "" where the name is no config."""
+    fields = getattr(getattr(moe_bias, name), "model_fields", {})
+    rows = (
+        f"| `{field}` | `{info.get_default(call_default_factory=True)!r}` | {_in_a_cell(info.description or '')} |\n"
+        for field, info in fields.items()
+    )
+    table = "    options: {members: false}\n\n| field | default | |\n| --- | --- | --- |\n"
+    return table + "".join(rows) if fields else ""
+
+
+def _in_a_cell(text: str) -> str:
+    """Text as it is in a table's cell: no markup, no column."""
+    return re.sub(r"([|*_<\[`])", r"\\\1", text)
+
+
+def written_pages() -> list[Path]:
+    """README and the pages of docs that are written by hand, in which only marked blocks are generated."""
+    return [ROOT / "README.md", *sorted({*(ROOT / "docs").rglob("*.md")} - {PAGE, REFERENCE})]
 
 
 def title(words: str) -> str:
@@ -75,7 +112,7 @@ def shown_commands(text: str) -> Iterator[list[str]]:
 
 def stale_commands() -> Iterator[str]:
     """One sentence for each shown command that does not parse."""
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+    for path in written_pages():
         for arguments in shown_commands(path.read_text(encoding="utf-8")):
             if not _parses(arguments):
                 yield f"{path.relative_to(ROOT)} shows a command that does not parse: {PROGRAM} {shlex.join(arguments)}"
@@ -106,11 +143,11 @@ def undefended_dependencies() -> Iterator[str]:
 def pages() -> Iterator[tuple[Path, str]]:
     """Every generated page and figure, and README and docs with their tables made anew, as path and text."""
     yield PAGE, page()
+    yield REFERENCE, reference()
     yield draw_growth.FIGURE, draw_growth.svg(draw_growth.newest())
     yield from draw_curves.figures()
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
-        if path != PAGE:
-            yield path, filled(path.read_text(encoding="utf-8"))
+    for path in written_pages():
+        yield path, filled(path.read_text(encoding="utf-8"))
 
 
 def main() -> int:

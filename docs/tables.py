@@ -251,6 +251,45 @@ def growth() -> str:
     )
 
 
+def costs() -> str:
+    """What the README shows of speed: each part of the work beside what it stands in for."""
+    update, through = _latest("update")["ratio_to_lora"], _latest("train_step")["ratio_to_lora"]
+    rl, tenants = _latest("rl_update")["ratio_to_trl"], _latest("serving")["results"]
+    batch = _latest("decode")["results"][-1]
+    plain = batch["ratio_to_bare"]
+    rows = [
+        ["the first pass over a text: forward pass, and an update", _times(through["a"]), "a step of LoRA"],
+        ["every later pass over it, all tokens", _times(update["kept"]), "a step of LoRA"],
+        ["the same, the 20% of highest entropy", _times(update["kept-top20"]), "a step of LoRA"],
+        ["updating on sampled tokens, these 20%", _times(rl["top20"]), "TRL's GRPO of LoRA"],
+        [
+            f"generating, {batch['batch']} rows",
+            _times(plain["moe-bias M=4096"]),
+            f"the plain model (LoRA: {_times(plain['lora r=8'])})",
+        ],
+        ["64 adapters in one vLLM", _times(tenants["ours 64"]["ratio_to_lora"]), "64 of LoRA"],
+    ]
+    return _table(["tokens a second", "times as many", "as"], rows) + _where(_latest("update"))
+
+
+def gains() -> str:
+    """What the README shows of quality: problems solved after worked answers and rewards, beside LoRA's."""
+    rows = []
+    for task in ("products", "gcd", "general-points"):
+        ours, before = (_read(RECORDS / "compare" / name / "table.json") for name in (f"{task}-linear", task))
+        arms = {row["name"]: row for row in before["rows"]} | {row["name"]: row for row in ours["rows"]}
+        solved = [_percent(arms[name]["accuracy"]["held out"], ".1f") for name in _GAINS]
+        rows.append([f"`{task}`", *solved])
+    headings = [f"{title}, {_trained(arms[name])}" if name != "base" else title for name, title in _GAINS.items()]
+    return (
+        _table(["held-out problems solved, %", *headings], rows) + f"\n95% intervals over problems; {_machine(ours)}.\n"
+    )
+
+
+def _trained(row: dict[str, Any]) -> str:
+    return f"{row['parameters']:,} parameters"
+
+
 def decode() -> str:
     """Speed and memory of generation over the bare model's."""
     record = _latest("decode")
@@ -394,6 +433,14 @@ def _percent(estimate: dict[str, float], form: str) -> str:
     return _interval({key: 100 * value for key, value in estimate.items()}, form)
 
 
+_GAINS = {
+    "base": "frozen model",
+    "moe-bias": "MoE-Bias",
+    "lora": "LoRA",
+    "lora-sft": "LoRA on worked answers alone",
+}
+
+
 _STEP_ARMS = {
     "a": "whole vocabulary, through the model",
     "b": "whole vocabulary, on extracted hidden states",
@@ -521,6 +568,8 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"compare-{task}-costs": partial(policy_costs, task) for task in _COMPARED},
     **{f"analysis-{path.stem}": partial(analysis, path.stem) for path in RECORDS.glob("analysis/*.json")},
     **{f"experts-{path.stem}": partial(analysis_experts, path.stem) for path in RECORDS.glob("analysis/*.json")},
+    "costs": costs,
+    "gains": gains,
     "compare-products-variants": partial(policy_variants, "products"),
     "decode": decode,
     "demo-output": demo_output,

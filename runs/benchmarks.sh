@@ -3,7 +3,7 @@
 # where so small a model stands, not a ranking.
 #   runs/benchmarks.sh FOLDER URL MODELS      such as benchmarks http://localhost:8000/v1 BASE,BASE:ADAPTER
 # FOLDER holds aime24, aime25, amc23, math500 and gsm8k_test as JSON Lines. Records go to records/eval;
-# `uv run python docs/generate.py` then makes the table of docs/evaluation.md from them.
+# `uv run python docs/generate.py` then makes the table of docs/results/evaluation.md from them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -2,7 +2,7 @@
 # Where the defaults of supervised training come from: one setting after the other on two texts, the
 # worked solutions of GSM8K (a quarter of them, about 212,000 tokens to train on) and functions of
 # Python's standard library (about 200,000). Records go to records/defaults; `uv run python docs/generate.py`
-# then makes the tables of docs/defaults.md from them. Cells that have a record are not run again.
+# then makes the tables of docs/results/defaults.md from them. Cells that have a record are not run again.
 #
 #   runs/defaults.sh GSM8K_TRAIN.jsonl
 #
