@@ -36,7 +36,7 @@ def main() -> None:
 
     # The backbone runs once over each row. What it says of a token is a hidden state, and a few numbers for the
     # tokens of the vocabulary that will have no bias. The rest of supervised training reads these alone.
-    data = mb.features(base, rows, held_out=0.1, support=many("auto:4096", "auto:512"))
+    data = mb.extract(base, rows, held_out=0.1, support=many("auto:4096", "auto:512"))
     print(data)
 
     # So these passes over the text take seconds, however large the backbone is.

@@ -14,7 +14,11 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES: list[str] = []
+PAGES = sorted(
+    str(page.relative_to(ROOT))
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))
+    if "```python" in page.read_text(encoding="utf-8")
+)
 _BLOCK = re.compile(
     r"(?P<left_out>^<!-- not run: .+ -->\n+)?"
     r"^(?P<fence>```+)(?P<language>\w*)(?P<words>[^\n]*)\n(?P<code>.*?)^(?P=fence) *$",

@@ -39,9 +39,14 @@ if TYPE_CHECKING:
     from moe_bias.mistakes import UserError
     from moe_bias.tasks.task import Problem, Task
     from moe_bias.tasks.verdict import Verdict
+    from moe_bias.training.loop import Callback
+    from moe_bias.training.objectives import DAPO, DPO, Objective, Supervised
 
 __all__ = [
+    "DAPO",
+    "DPO",
     "Analysis",
+    "Callback",
     "Data",
     "EvalConfig",
     "Evaluation",
@@ -53,12 +58,14 @@ __all__ = [
     "MoEBiasHead",
     "MoEBiasLayer",
     "MoEBiasModel",
+    "Objective",
     "Problem",
     "RLConfig",
     "RLReport",
     "RewardConfig",
     "SFTConfig",
     "SFTReport",
+    "Supervised",
     "Task",
     "UserError",
     "Verdict",
@@ -106,6 +113,8 @@ _HOMES = {
     ),
     "layer": ("MoEBiasLayer",),
     "mistakes": ("UserError",),
+    "training.loop": ("Callback",),
+    "training.objectives": ("DAPO", "DPO", "Objective", "Supervised"),
     "tasks.task": ("Problem", "Task"),
     "tasks.verdict": ("Verdict",),
 }

@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,12 @@ from moe_bias.records import provenance, temporary_folder, write_json
 from moe_bias.rollout.sampler import Sampler
 from moe_bias.tasks.rewards import Rewards
 from moe_bias.tasks.task import Task, of_bad_golds
+from moe_bias.training.advantage import Advantage, group_advantages
 from moe_bias.training.checkpoint import Checkpoints
-from moe_bias.training.loop import Watching
+from moe_bias.training.collect import Selection
+from moe_bias.training.loop import Callback, Watching
 from moe_bias.training.metrics import MetricsLog, SampleLog, read_metrics
+from moe_bias.training.objectives import Objective
 from moe_bias.training.rl import PolicyPosition, PolicyTrainer
 from moe_bias.training.run_folder import begin, refuse_other_settings
 from moe_bias.training.sft import refuse_impossible
@@ -62,6 +65,10 @@ def train_rl(
     config: RLConfig | None = None,
     *,
     reward: Any = None,
+    objective: Objective | None = None,
+    advantage: Advantage = group_advantages,
+    selection: Selection | None = None,
+    callbacks: Sequence[Callback] = (),
     rewards: RewardConfig | None = None,
     train_problems: int = 600,
     test_problems: int = 200,
@@ -73,7 +80,10 @@ def train_rl(
     It is a copy of `layer`, such as one that supervised training made; without one a fresh layer of the config's
     choices, its support chosen on the frozen model's own samples. An answer's reward is its verdict (1 where it is
     right, else 0); or what `reward(prompt, completion, gold)` says, from 0 to 1; or what `rewards` weighs. A step
-    samples, verifies and updates; `watch` says how often the run is looked at. In `output` it leaves metrics, samples
+    samples, verifies and updates: `advantage` says what each sample is worth among those of its problem, `selection`
+    which tokens are learnt from (None: those of highest entropy, the config's `rho`), `objective` what is minimised
+    on them (None: `DAPO` with the config's terms). `watch` says how often the run is looked at; `callbacks` are told
+    of every step, and may end the run. In `output` it leaves metrics, samples
     and checkpoints, from which the same call goes on after an interrupt; and at its end the adapter with its record.
 
     Raises UserError on settings that cannot be, on a task with too few problems, on a reward that fails on a first
@@ -99,7 +109,8 @@ def train_rl(
             refuse_other_settings(folder, made_with)
         begin_run(folder, data, made_with)
         beginning = fresh_policy_layer(data, config) if layer is None else Beginning(copy.deepcopy(layer), None)
-        run = Run(data, weighed, config, watch, folder, beginning)
+        seams = Seams(objective, advantage, selection, callbacks)
+        run = Run(data, weighed, config, watch, folder, beginning, seams=seams)
         report, position = run.trained(None)
         if output is not None:
             run.save(report, position, made_with)
@@ -116,6 +127,16 @@ def begin_run(folder: Path, data: TaskData, made_with: Mapping[str, Any]) -> Non
 
 
 @dataclass(frozen=True)
+class Seams:
+    """What Python may put in place of the method's own parts."""
+
+    objective: Objective | None = None
+    advantage: Advantage = group_advantages
+    selection: Selection | None = None
+    callbacks: Sequence[Callback] = ()
+
+
+@dataclass(frozen=True)
 class Run:
     """One run of reinforcement learning in a folder, and the layer that it begins with, which it trains in place."""
 
@@ -127,6 +148,7 @@ class Run:
     beginning: Beginning
     margin: float | None = None
     console: Console | None = None
+    seams: Seams = field(default_factory=Seams)
 
     @property
     def checkpoints(self) -> Checkpoints:
@@ -147,11 +169,24 @@ class Run:
         saved = self.checkpoints.load(PolicyPosition)
         after = saved[1].step if saved else 0
         log, samples = MetricsLog(self.folder, after), SampleLog(self.folder, self.watch.show_every, after)
-        watching = Watching(self._accuracy, self.watch.evaluate_every, self.checkpoints, log, samples)
+        watching = Watching(
+            self._accuracy,
+            self.watch.evaluate_every,
+            self.checkpoints,
+            log,
+            samples,
+            callbacks=self.seams.callbacks,
+        )
         try:
             with closing(log), closing(samples):
-                collector = collector_of(self.data, self.rewards, self.config, sampler, self.margin)
-                trainer = PolicyTrainer(self.beginning.layer, self.data.head, collector, self.config, watching)
+                collector = replace(
+                    collector_of(self.data, self.rewards, self.config, sampler, self.margin),
+                    advantage=self.seams.advantage,
+                    selection=self.seams.selection,
+                )
+                trainer = PolicyTrainer(
+                    self.beginning.layer, self.data.head, collector, self.config, watching, self.seams.objective
+                )
                 if saved is not None:
                     trainer.resume(*saved)
                 return trainer.run()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ from moe_bias.layer import MoEBiasLayer
 from moe_bias.mistakes import Interrupted, UserError
 from moe_bias.records import provenance, temporary_folder, write_json
 from moe_bias.training.checkpoint import Checkpoints
+from moe_bias.training.loop import Callback
 from moe_bias.training.metrics import read_metrics
+from moe_bias.training.objectives import Objective
 from moe_bias.training.processes import ALONE, Processes
 from moe_bias.training.run_folder import refuse_other_settings
 from moe_bias.training.sft import Prepared, fresh_layer, refuse_impossible, train
@@ -35,6 +37,8 @@ def train_sft(
     config: SFTConfig | None = None,
     *,
     layer: MoEBiasLayer | None = None,
+    objective: Objective | None = None,
+    callbacks: Sequence[Callback] = (),
     output: str | Path | None = None,
     checkpoint_every: int = 200,
     keep_checkpoints: int = 2,
@@ -42,8 +46,10 @@ def train_sft(
     """Trains a layer on the answers of the data; returns it with what it does to those that are held out.
 
     The layer is a fresh one of the config's choices, on the data's support where the config names none; or a copy of
-    `layer`, trained on. In `output` the run leaves metrics and checkpoints, from which the same call goes on after
-    an interrupt, to the same bytes; and at its end the adapter with its record. Without it nothing stays.
+    `layer`, trained on. `objective` is what is minimised (None: `Supervised` with the config's `kl_weight`); each of
+    the `callbacks` is told of every step, and may end the run. In `output` the run leaves metrics and checkpoints,
+    from which the same call goes on after an interrupt, to the same bytes; and at its end the adapter with its
+    record. Without it nothing stays.
 
     Raises UserError on data of another model, on a config that cannot be, where `output` holds an adapter or a run of
     other settings, and where the loss is not finite; Interrupted on Ctrl-C, saying where the same call goes on.
@@ -63,10 +69,20 @@ def train_sft(
         checkpoints = Checkpoints(folder, checkpoint_every, keep_checkpoints)
         prepared = prepared_for(data, config, layer)
         own = fresh_layer(config, prepared.support, base.head) if layer is None else copy.deepcopy(layer)
-        report = train_on(data, prepared, own, config, checkpoints, made_with, is_fresh=layer is None)
+        extra = Extra(layer is None, objective, callbacks)
+        report = train_on(data, prepared, own, config, checkpoints, made_with, extra=extra)
         if output is not None:
             save_run(folder, own, report, data, prepared, made_with)
     return own, report
+
+
+@dataclass(frozen=True)
+class Extra:
+    """What Python may give to a training and the command cannot: a layer that is not fresh, an objective, callbacks."""
+
+    is_fresh: bool = True
+    objective: Objective | None = None
+    callbacks: Sequence[Callback] = ()
 
 
 def prepared_for(data: Data, config: SFTConfig, layer: MoEBiasLayer | None = None) -> Prepared:
@@ -84,9 +100,10 @@ def train_on(
     checkpoints: Checkpoints,
     made_with: Mapping[str, Any],
     processes: Processes = ALONE,
-    is_fresh: bool = True,
+    extra: Extra | None = None,
 ) -> SFTReport:
     """Trains the layer in place in the folder of the checkpoints, and measures it."""
+    extra = extra or Extra()
     try:
         fitted = train(
             layer,
@@ -97,7 +114,9 @@ def train_on(
             checkpoints,
             made_with,
             processes,
-            is_fresh,
+            extra.is_fresh,
+            extra.objective,
+            extra.callbacks,
         )
     except Interrupted:
         raise
