@@ -25,7 +25,7 @@ from moe_bias.config import LayerConfig
 from moe_bias.features.extract import Features
 from moe_bias.features.source import Subset
 from moe_bias.layer import MoEBiasLayer, load_balance_loss
-from moe_bias.support import FORK_SHARE, fork_threshold, log_prob_from_adapted
+from moe_bias.support import RHO, fork_threshold, log_prob_from_adapted
 from moe_bias.training.base_logits import BaseLogits
 from moe_bias.training.gradients import gradients
 from moe_bias.training.objectives import Supervised
@@ -96,7 +96,7 @@ def kept(corpus: Corpus, tokens: int, support: int, choices: Choices = FREE) -> 
 def kept_forks(corpus: Corpus, tokens: int, support: int, choices: Choices = FREE) -> Arm:
     """`kept` on the tokens of highest base entropy alone; an epoch of them is one of the corpus."""
     features = corpus.features(support, tokens)
-    is_fork_T = features.entropy >= fork_threshold(features.entropy, FORK_SHARE)
+    is_fork_T = features.entropy >= fork_threshold(features.entropy, RHO)
     chosen = Subset(features, is_fork_T.nonzero().squeeze(-1))
     forks = chosen.at(torch.arange(len(chosen), device=is_fork_T.device))
     return replace(_ours(corpus.head, forks, choices, EVERYTHING), tokens=tokens)

@@ -23,7 +23,7 @@ from test_sweep import counted
 from test_sweep import folder as prepared_folder
 
 folder = prepared_folder
-COMMON = "--model model --device cpu --forks 3 --contexts 2 --continuation 4"
+COMMON = "--model model --device cpu --flips 3 --contexts 2 --continuation 4"
 DATA = f"{COMMON} --data rows.jsonl"
 TASK = f"{COMMON} --problems problems.jsonl --gold-column gold --train-problems 4 --test-problems 9 --max-new-tokens 5"
 
@@ -48,7 +48,7 @@ def printed(capsys):
 def test_a_text_is_read_and_said(adapter, capsys):
     assert main(words()) == 0
     said, record = printed(capsys), record_of()
-    assert record["format"] == "moe-bias analysis 1"
+    assert record["format"] == "moe-bias analysis 2"
     assert record["text"]["tokens"] == 150  # 30 rows of a header, three words and an end
     (entry,) = record["adapters"]
     strata = entry["strata"]
@@ -96,9 +96,9 @@ def test_the_record_holds_what_the_model_does(adapter):
     assert means["flipped"]["value"] == pytest.approx(float(flipped_T.float().mean()))
     change_T = (adapted - base).gather(-1, tokens.token[:, None]).squeeze(-1)
     assert means["log_prob_change"]["value"] == pytest.approx(float(change_T.mean()), rel=1e-3)
-    for fork in record_of()["adapters"][0]["forks"]:
-        ways = [fork[f"{side}_continuation"].split()[:1] for side in ("base", "adapted")]
-        assert ways == [fork[f"{side}_choice"]["text"].split() for side in ("base", "adapted")]
+    for flip in record_of()["adapters"][0]["flips"]:
+        ways = [flip[f"{side}_continuation"].split()[:1] for side in ("base", "adapted")]
+        assert ways == [flip[f"{side}_choice"]["text"].split() for side in ("base", "adapted")]
 
 
 def test_a_store_gives_the_same_and_has_no_continuations_without_its_texts(adapter, capsys):
@@ -111,11 +111,11 @@ def test_a_store_gives_the_same_and_has_no_continuations_without_its_texts(adapt
         expected = theirs["strata"]["all"]["means"][quantity]["value"]
         assert estimate["value"] == pytest.approx(expected, rel=1e-3, abs=1e-5)
     assert ours["mutual_information"]["class"] == pytest.approx(theirs["mutual_information"]["class"])
-    assert [fork["base_continuation"] for fork in ours["forks"]] == [None] * len(ours["forks"])
+    assert [flip["base_continuation"] for flip in ours["flips"]] == [None] * len(ours["flips"])
     assert main(words(source=f"{DATA} --store store", output="with-texts")) == 0
     ours = record_of("with-texts")["adapters"][0]
     for side in ("base_continuation", "adapted_continuation"):
-        assert [fork[side] for fork in ours["forks"]] == [fork[side] for fork in theirs["forks"]]
+        assert [flip[side] for flip in ours["flips"]] == [flip[side] for flip in theirs["flips"]]
 
 
 def test_the_examples_that_training_kept_out_are_read_alone(adapter):
@@ -176,13 +176,13 @@ def test_answers_to_a_task(problems):
     assert record["text"]["tokens"] == sum(len(answer["token_ids"]) for answer in base)
     assert set(answers["accuracy"]) == {"base", "adapted", "adapted, high only", "adapted, low only"}
     assert sum(answers["turns"].values()) == 9
-    assert len(answers["forks"]) + answers["unchanged"] == 9
-    assert answers["forks"]
-    for fork in answers["forks"]:
-        assert fork["base_choice"] == fork["token"]
-        assert fork["base_choice"] != fork["adapted_choice"]
-        assert fork["base_continuation"].split()[0] == fork["base_choice"]["text"]
-        assert fork["adapted_continuation"].split()[0] == fork["adapted_choice"]["text"]
+    assert len(answers["flips"]) + answers["unchanged"] == 9
+    assert answers["flips"]
+    for flip in answers["flips"]:
+        assert flip["base_choice"] == flip["token"]
+        assert flip["base_choice"] != flip["adapted_choice"]
+        assert flip["base_continuation"].split()[0] == flip["base_choice"]["text"]
+        assert flip["adapted_continuation"].split()[0] == flip["adapted_choice"]["text"]
 
 
 def test_adapters_that_are_done_are_not_read_again(adapter, folder, monkeypatch, capsys):

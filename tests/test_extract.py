@@ -65,7 +65,7 @@ def test_support_holds_what_it_must_then_frequent_targets_then_fork_mass():
     model = tiny_model()
     head = find_head(model)[1]
     tokens = run_backbone(model, EXAMPLES, 2, "test")
-    forks = measure_fork_mass(head, tokens.hidden, share=0.5)
+    forks = measure_fork_mass(head, tokens.hidden, rho=0.5)
     assert support_for(forks, tokens.token, 2, always=[1]) == [1, 2]  # token 2 is the only target seen twice
     support = support_for(forks, tokens.token, 9, always=[1])
     assert {1, 2, 3, 8, 9, 11} <= set(support)
@@ -81,7 +81,7 @@ def test_fork_mass_by_the_definition():
     hidden_TD = run_backbone(model, EXAMPLES, 2, "test").hidden
     prob_TV = head.logits(hidden_TD).double().softmax(-1)
     entropy_T = -(prob_TV * prob_TV.log()).sum(-1)
-    forks = measure_fork_mass(head, hidden_TD, share=0.5)
+    forks = measure_fork_mass(head, hidden_TD, rho=0.5)
     assert forks.threshold == pytest.approx(fork_threshold(entropy_T, 0.5), abs=1e-5)
     expected_V = prob_TV[entropy_T.topk(3).indices].sum(0)
     torch.testing.assert_close(forks.mass, expected_V, rtol=1e-5, atol=1e-7)

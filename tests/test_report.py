@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 
 from moe_bias.cli import main
 from moe_bias.evaluation.statistics import Estimate
+from moe_bias.mistakes import UserError
+from moe_bias.records import RecordKind
 from moe_bias.report.build import build
 from moe_bias.report.content import Table, Topic, with_interval, without_empty_columns
 from moe_bias.report.latex import escaped, latex
 from moe_bias.report.markdown import markdown
-from moe_bias.report.record import Kind, read_records
+from moe_bias.report.record import read_records
 from test_cli import complaint
 from test_inspector import ADAPTED, BASE, SCRIPT, inspection_of
 
@@ -59,7 +61,7 @@ def analysis() -> dict:
     stratum |= {"bias_max": 3.5, "expert_share": [0.75, 0.25], "expert_entropy": 0.56}
     moment = {"before": f"so {SCRIPT}\n", "token": {"id": 1, "text": SCRIPT}, "base_entropy": 2.5, "kl": 0.75}
     moment |= {"base_choice": {"id": 1, "text": " a"}, "adapted_choice": {"id": 2, "text": " b"}}
-    fork = {**moment, "base_continuation": " a wrong way", "adapted_continuation": None}
+    flip = {**moment, "base_continuation": " a wrong way", "adapted_continuation": None}
     expert = {"high": 0.75, "low": 0.25, "from_high": 0.5, "contexts": [moment]}
     expert |= {"raised": [{"id": 1, "text": SCRIPT, "bias": 3.25}], "lowered": [{"id": 2, "text": " to", "bias": -8.5}]}
     moved = {"raised": [{"id": 9, "text": SCRIPT, "bias": 4.5, "acts": False}], "lowered": expert["lowered"]}
@@ -71,11 +73,11 @@ def analysis() -> dict:
         "checkpoints": [{"step": step, "overlap": ESTIMATE, "kl": ESTIMATE} for step in (10, 20)],
         "mutual_information": {"stratum": {"nats": 0.02, "at_most": 0.5}},
         "expert_share_by_class": {"digit": [0.5, 0.5]},
-        **{"experts": [{**expert, "expert": 0}, linear], "forks": [fork], "answers": None},
+        **{"experts": [{**expert, "expert": 0}, linear], "flips": [flip], "answers": None},
     }
     text = {"kind": "store", "name": "gsm8k", "tokens": 160, "rho": 0.2, "threshold": 1.75}
     edges = [0.0, 0.1, 1.0, 10.0]
-    return {"format": "moe-bias analysis 1", "text": text, "entropy_edges": edges, "adapters": [adapter], **SETTINGS}
+    return {"format": "moe-bias analysis 2", "text": text, "entropy_edges": edges, "adapters": [adapter], **SETTINGS}
 
 
 def write(path: Path, content: dict) -> Path:
@@ -139,11 +141,30 @@ class Reader(HTMLParser):
         self.texts.append(data)
 
 
-def test_kinds_are_told_by_what_is_in_a_record(runs):
+def test_a_record_says_its_kind(tmp_path):
+    said = write(tmp_path / "record.json", {"kind": "train rl", **supervised(), "right": {"trained": [1.0]}})
+    assert [record.kind for record in read_records([said])] == [RecordKind.POLICY]
+    for kind in ("train dpo", 5, ["train rl"], None):
+        write(said, {"kind": kind, **supervised()})
+        with pytest.raises(UserError, match="is no record that a report can be made of; those are"):
+            read_records([said])
+
+
+def test_what_was_called_a_fork_before_is_read_as_a_flip(tmp_path):
+    now = analysis()
+    now["adapters"][0]["answers"] = {"flips": [{"kl": 1.0}], "flips_high": 0.5, "unchanged": 3}
+    text = json.dumps(now).replace('"flips', '"forks').replace("analysis 2", "analysis 1")
+    (found,) = read_records([write(tmp_path / "analysis.json", json.loads(text))])
+    assert found.content == {**now, "format": "moe-bias analysis 1"}
+    (old,) = read_records([RECORDS / "analysis" / "products.json"])
+    assert old.content["adapters"][0]["answers"]["flips"]
+
+
+def test_kinds_of_records_that_do_not_say_it_are_told_by_what_is_in_them(runs):
     kinds = [record.kind for record in read_records(runs)]
     assert kinds == [
-        *(Kind.SUPERVISED, Kind.POLICY, Kind.ARMS, Kind.CELLS),
-        *(Kind.DEMO, Kind.EVALUATION, Kind.ANALYSIS, Kind.ANALYSIS, Kind.INSPECTION),
+        *(RecordKind.SUPERVISED, RecordKind.POLICY, RecordKind.ARMS, RecordKind.CELLS),
+        *(RecordKind.DEMO, RecordKind.EVALUATION, RecordKind.ANALYSIS, RecordKind.ANALYSIS, RecordKind.INSPECTION),
     ]
 
 

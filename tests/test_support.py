@@ -308,7 +308,7 @@ def test_scalars_of_no_tokens():
 
 
 @pytest.mark.parametrize(
-    ("entropy", "share", "threshold"),
+    ("entropy", "rho", "threshold"),
     [
         ([5, 1, 4, 2, 3], 0.2, 5),
         ([5, 1, 4, 2, 3], 0.4, 4),
@@ -319,8 +319,8 @@ def test_scalars_of_no_tokens():
         (list(range(100)), 0.07, 93),  # 0.07 * 100 is 7.000000000000001 in floating point
     ],
 )
-def test_fork_threshold(entropy, share, threshold):
-    assert fork_threshold(torch.tensor(entropy, dtype=torch.float32), share) == threshold
+def test_fork_threshold(entropy, rho, threshold):
+    assert fork_threshold(torch.tensor(entropy, dtype=torch.float32), rho) == threshold
 
 
 @quick
@@ -334,7 +334,7 @@ def test_fork_threshold_is_the_quantile(tokens, twentieths):
 def test_fork_threshold_of_nothing_is_refused():
     with pytest.raises(ValueError, match="no tokens to take the entropy threshold over"):
         fork_threshold(torch.empty(0))
-    with pytest.raises(ValueError, match="share = 0 of the tokens"):
+    with pytest.raises(ValueError, match="`rho` is 0, a share of the tokens"):
         fork_threshold(torch.ones(3), 0)
 
 

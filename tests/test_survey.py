@@ -40,8 +40,8 @@ def layer_on(support):
     return layer
 
 
-def surveyed(text, support=tuple(SUPPORT), forks=4, contexts=2) -> Survey:
-    return survey(layer_on(support), head(), text, mark(text, KINDS), forks, contexts, "test")
+def surveyed(text, support=tuple(SUPPORT), flips=4, contexts=2) -> Survey:
+    return survey(layer_on(support), head(), text, mark(text, KINDS), flips, contexts, "test")
 
 
 def assert_same_survey(found: Survey, expected: Survey) -> None:
@@ -49,7 +49,7 @@ def assert_same_survey(found: Survey, expected: Survey) -> None:
         ours, theirs = getattr(found.tally, field.name), getattr(expected.tally, field.name)
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.adapted_entropy, expected.adapted_entropy, rtol=1e-5, atol=1e-5)
-    for ours, theirs in zip((found.forks, *found.contexts), (expected.forks, *expected.contexts), strict=True):
+    for ours, theirs in zip((found.flips, *found.contexts), (expected.flips, *expected.contexts), strict=True):
         assert [moment.number for moment in ours.moments] == [moment.number for moment in theirs.moments]
         assert [moment.context for moment in ours.moments] == [moment.context for moment in theirs.moments]
 
@@ -109,12 +109,12 @@ def test_strata_and_overlap_are_those_of_their_definition(store):
 
 
 def test_moments_are_tokens_in_their_context(store):
-    found, whole = surveyed(Text(store), forks=1000), store.at(slice(None))
+    found, whole = surveyed(Text(store), flips=1000), store.at(slice(None))
     readings = read_tokens(layer_on(tuple(SUPPORT)), head(), whole.hidden, whole.token)
-    assert {moment.number for moment in found.forks.moments} == set(readings.flipped.nonzero().flatten().tolist())
-    scores = [moment.score for moment in found.forks.moments]
+    assert {moment.number for moment in found.flips.moments} == set(readings.flipped.nonzero().flatten().tolist())
+    scores = [moment.score for moment in found.flips.moments]
     assert scores == sorted(scores, reverse=True)
-    for moment in found.forks.moments:
+    for moment in found.flips.moments:
         place = moment.number
         assert (moment.token, moment.example) == (int(store.token[place]), int(store.example[place]))
         start = place - moment.position

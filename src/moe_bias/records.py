@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from enum import StrEnum
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +30,19 @@ _CLOCKS_SECONDS = 60.0
 """The clock of a file server may be so far from this machine's."""
 _FIRST_NAMESPACE = "pid:[4026531836]"
 """What Linux calls the numbers of processes outside containers."""
+
+
+class RecordKind(StrEnum):
+    """What left a record, which says so under `kind`; those of before it was said are told by their keys."""
+
+    SUPERVISED = "train sft"
+    POLICY = "train rl"
+    CELLS = "sweep or arms"
+    ARMS = "compare"
+    EVALUATION = "eval"
+    ANALYSIS = "analyze"
+    DEMO = "demo"
+    INSPECTION = "inspect-text"
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -41,8 +41,8 @@ from moe_bias.columns import Columns, joined
 from moe_bias.layer import LOWEST_LOG_PROB, at_least_float32, entropy_from_logits
 from moe_bias.mistakes import UserError
 
-FORK_SHARE = 0.2
-"""rho: forks are the positions in the top 20% of base entropy (arXiv 2506.01939)."""
+RHO = 0.2
+"""Forks are the positions in the top 20% of base entropy (arXiv 2506.01939)."""
 _ROUNDING = 1e-6
 """0.07 * 100 is 7.000000000000001: without this allowance its rank would be 8."""
 
@@ -318,17 +318,17 @@ def full_stats(logits_TV: Tensor, move_TM: Tensor, support_M: Tensor) -> PolicyS
     )
 
 
-def fork_threshold(entropy_T: Tensor, share: float = FORK_SHARE) -> float:
-    """The (1 - share) quantile of base entropy over the given tokens; ties at it are forks.
+def fork_threshold(entropy_T: Tensor, rho: float = RHO) -> float:
+    """The (1 - rho) quantile of base entropy over the given tokens; ties at it are forks.
 
-    It is the entropy of the token whose rank is `share` of all, rounded up. Raises ValueError
-    without tokens, or where `share` is not in (0, 1].
+    It is the entropy of the token whose rank is the share rho of all, rounded up. Raises ValueError
+    without tokens, or where `rho` is not in (0, 1].
     """
     if len(entropy_T) == 0:
         raise UserError("no tokens to take the entropy threshold over")
-    if not 0 < share <= 1:
-        raise UserError(f"share = {share} of the tokens: it must be above 0 and at most 1")
-    rank = math.ceil(share * len(entropy_T) - _ROUNDING)
+    if not 0 < rho <= 1:
+        raise UserError(f"`rho` is {rho}, a share of the tokens: it must be above 0 and at most 1")
+    rank = math.ceil(rho * len(entropy_T) - _ROUNDING)
     return float(entropy_T.topk(max(rank, 1)).values[-1])
 
 

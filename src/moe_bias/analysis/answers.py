@@ -1,7 +1,7 @@
 """Greedy answers to problems under the frozen model and under a layer: where they part, and what came of it.
 
 Up to the first token that differs both answers are one text, so there, and only there, the layer's effect on
-what follows is one flip of the choice: a fork. A fork mends an answer that was wrong and then is right, and
+what follows is one change of the choice: a flip. A flip mends an answer that was wrong and then is right, and
 spoils one that was right and then is wrong. What comes after it is the layer's work as well: the answer is not
 the frozen model's own continuation of the flipped token.
 

@@ -3,7 +3,7 @@
 An estimate is `{"value", "low", "high"}` with a 95% interval, whose ends are null where a single example
 gives none. Entropies, KL and changes of log-probability are in nats. Tokens stand as `{"id", "text"}`.
 
-    format          "moe-bias analysis 1"
+    kind            "analyze"; format: "moe-bias analysis 2" (1 called flips forks)
     settings        those of the command; provenance: versions, machine, revision
     text            kind (store, data, task), name, tokens, examples, dropped (left out of the store by --keep-top),
                     rho, threshold: the base entropy that a token of the high stratum has at least
@@ -28,11 +28,11 @@ gives none. Entropies, KL and changes of log-probability are in nats. Tokens sta
                     `moe_bias.analysis.experts`), contexts: moments by the share of the expert's bias in the token's,
                     w g_e, largest first. Records of before there were linear experts lack acts, norm and readings,
                     and the adapter's kind, rank, free_entries and reach: their experts are free
-      forks         moments of largest KL among those whose choice flipped; base_continuation and
+      flips         moments of largest KL among those whose choice flipped; base_continuation and
                     adapted_continuation are greedy from there, null where the prompts are not known
       answers       null, or for a task: accuracy and change by arm (base; adapted; adapted on tokens of one stratum
                     only), turns (mended, spoiled, both right, both wrong: problems), unchanged (same answer),
-                    forks_high (share of the forks that lie in the high stratum), forks: of each problem whose
+                    flips_high (share of the flips that lie in the high stratum), flips: of each problem whose
                     answer changed a moment with question, gold, base_outcome, adapted_outcome and continuations
 
 A moment is one token in its context: before (text), token (in the text), base_choice, adapted_choice,
@@ -62,7 +62,7 @@ from moe_bias.analysis.token_classes import CLASSES
 from moe_bias.evaluation.statistics import Estimate
 from moe_bias.layer import MoEBiasLayer
 
-FORMAT = "moe-bias analysis 1"
+FORMAT = "moe-bias analysis 2"
 FILE = "analysis.json"
 
 
@@ -75,7 +75,7 @@ def adapter_record(
     top: int,
     decode: Decode,
 ) -> dict[str, Any]:
-    """One adapter's entry but its forks and answers; `checkpoints` are entries of `checkpoint_record`."""
+    """One adapter's entry but its flips and answers; `checkpoints` are entries of `checkpoint_record`."""
     tally = found.tally
     return {
         "name": name,

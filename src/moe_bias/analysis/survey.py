@@ -27,7 +27,7 @@ from moe_bias.features.extract import Features
 from moe_bias.features.store import FeatureStore
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.progress import Meter, meter
-from moe_bias.support import FORK_SHARE, fork_threshold
+from moe_bias.support import RHO, fork_threshold
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Survey:
     """The counts; flipped tokens of largest KL; for each expert the tokens it acts on most; adapted entropies (T,)."""
 
     tally: Tally
-    forks: Strongest
+    flips: Strongest
     contexts: list[Strongest]
     adapted_entropy: Tensor
 
@@ -77,7 +77,7 @@ class Overlap:
     high: Tensor
 
 
-def mark(text: Text, kinds_V: Tensor, rho: float = FORK_SHARE) -> Marks:
+def mark(text: Text, kinds_V: Tensor, rho: float = RHO) -> Marks:
     """Reads the entropies alone. Raises UserError where the text has no tokens."""
     examples, entropies = 0, [torch.empty(0)]
     for part in text.parts():
@@ -88,10 +88,10 @@ def mark(text: Text, kinds_V: Tensor, rho: float = FORK_SHARE) -> Marks:
 
 
 def survey(
-    layer: MoEBiasLayer, head: Head, text: Text, marks: Marks, forks: int, contexts: int, description: str
+    layer: MoEBiasLayer, head: Head, text: Text, marks: Marks, flips: int, contexts: int, description: str
 ) -> Survey:
-    """Reads every token once; keeps `forks` flipped tokens in all and `contexts` tokens by expert."""
-    kept = _Kept(layer.config.num_experts, forks, contexts)
+    """Reads every token once; keeps `flips` flipped tokens in all and `contexts` tokens by expert."""
+    kept = _Kept(layer.config.num_experts, flips, contexts)
     read, first = _Reader(layer, head), 0
     adapted_T = torch.empty(len(marks.entropy))
     with meter(description, len(adapted_T), "tokens") as bar:
@@ -101,7 +101,7 @@ def survey(
                 adapted_T[first + rows.start : first + rows.stop] = readings.adapted_entropy
                 kept.add(readings, part, rows, first, marks)
             first += len(part)
-    return Survey(kept.tally, kept.forks, kept.contexts, adapted_T)
+    return Survey(kept.tally, kept.flips, kept.contexts, adapted_T)
 
 
 def overlap(text: Text, marks: Marks, adapted_T: Tensor) -> Overlap:
@@ -144,9 +144,9 @@ class _Reader:
 class _Kept:
     """What is gathered while the text streams by."""
 
-    def __init__(self, num_experts: int, forks: int, contexts: int) -> None:
+    def __init__(self, num_experts: int, flips: int, contexts: int) -> None:
         self.tally = Tally.empty(num_experts)
-        self.forks = Strongest(forks)
+        self.flips = Strongest(flips)
         self.contexts = [Strongest(contexts)] * num_experts
 
     def add(self, readings: TokenReadings, part: Features, rows: slice, first: int, marks: Marks) -> None:
@@ -155,7 +155,7 @@ class _Kept:
         facts = TokenFacts(part.example[rows], part.position[rows], token_T, marks.kinds[token_T], is_high_T)
         self.tally += Tally.of(readings, facts, len(self.contexts))
         kl_T = readings.kl.masked_fill(~readings.flipped, -torch.inf)
-        self.forks = self._more(self.forks, kl_T, readings, part, rows.start, first)
+        self.flips = self._more(self.flips, kl_T, readings, part, rows.start, first)
         share_TK = readings.gates * readings.weight[:, None]
         for expert, strongest in enumerate(self.contexts):
             share_T = share_TK.masked_fill(readings.experts != expert, -torch.inf).amax(-1)

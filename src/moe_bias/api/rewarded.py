@@ -33,7 +33,7 @@ from moe_bias.frozen import Frozen
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.mistakes import Interrupted
 from moe_bias.progress import say, text_console
-from moe_bias.records import provenance, temporary_folder, write_json
+from moe_bias.records import RecordKind, provenance, temporary_folder, write_json
 from moe_bias.rollout.sampler import Sampler
 from moe_bias.tasks.rewards import Rewards
 from moe_bias.tasks.task import Task, of_bad_golds
@@ -225,6 +225,7 @@ class Run:
     def save(self, report: RLReport, position: PolicyPosition, made_with: Mapping[str, Any]) -> None:
         """Writes the record and then the adapter, so that none is without its record."""
         record = {
+            "kind": RecordKind.POLICY,
             "settings": made_with,
             "provenance": provenance(),
             "accuracy": {name: asdict(value) for name, value in report.accuracy.items()},

@@ -21,7 +21,7 @@ from moe_bias.evaluation.statistics import Estimate, ratio_of_sums
 from moe_bias.frozen import Frozen
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.mistakes import Interrupted, UserError
-from moe_bias.records import provenance, temporary_folder, write_json
+from moe_bias.records import RecordKind, provenance, temporary_folder, write_json
 from moe_bias.training.checkpoint import Checkpoints
 from moe_bias.training.loop import Callback
 from moe_bias.training.metrics import read_metrics
@@ -145,6 +145,7 @@ def save_run(
 ) -> None:
     """Writes the record, `more` in it, and then the adapter, so that none is without its record."""
     record = {
+        "kind": RecordKind.SUPERVISED,
         "settings": made_with,
         "provenance": provenance(),
         **{name: asdict(getattr(report, name)) for name in ("base_nll", "adapted_nll", "change")},

@@ -1,4 +1,4 @@
-"""The tables of `analyze`, as they are printed: each adapter's strata, experts, forks and answers."""
+"""The tables of `analyze`, as they are printed: each adapter's strata, experts, flips and answers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moe_bias.analysis import ExpertView, any_off_support, strongest, view_of_re
 from moe_bias.analysis.quantities import QUANTITIES
 from moe_bias.commands.expert_table import OFF_SUPPORT, moved, readings_table
 
-SHOWN_FORKS = 6
+SHOWN_FLIPS = 6
 SHOWN_TOKENS = 4
 SHOWN_CONTEXT = 40
 
@@ -32,9 +32,9 @@ def print_analysis(console: Console, record: Mapping[str, Any]) -> None:
         _print_experts(console, adapter["experts"])
         if adapter["answers"] is not None:
             console.print(_answers(adapter["answers"]))
-        forks = adapter["forks"] if adapter["answers"] is None else _turned(adapter["answers"]["forks"])
-        if forks:
-            console.print(_forks(forks))
+        flips = adapter["flips"] if adapter["answers"] is None else _turned(adapter["answers"]["flips"])
+        if flips:
+            console.print(_flips(flips))
 
 
 def interval(estimate: Mapping[str, float | None], form: str, factor: float = 1) -> str:
@@ -115,23 +115,23 @@ def _answers(answers: Mapping[str, Any]) -> Table:
     return table
 
 
-def _turned(forks: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def _turned(flips: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Those that made a right answer wrong or a wrong one right."""
-    return [fork for fork in forks if (fork["base_outcome"] == "correct") != (fork["adapted_outcome"] == "correct")]
+    return [flip for flip in flips if (flip["base_outcome"] == "correct") != (flip["adapted_outcome"] == "correct")]
 
 
-def _forks(forks: Sequence[Mapping[str, Any]]) -> Table:
-    table = _table("Forks: where the choice changes", ["after", "KL", "base goes on", "adapted goes on"])
-    for fork in forks[:SHOWN_FORKS]:
-        sides = [Text(_side(fork, side)) for side in ("base", "adapted")]
-        table.add_row(Text(_tail(fork)), f"{fork['kl']:.2f}", *sides)
+def _flips(flips: Sequence[Mapping[str, Any]]) -> Table:
+    table = _table("Flips: where the choice changes", ["after", "KL", "base goes on", "adapted goes on"])
+    for flip in flips[:SHOWN_FLIPS]:
+        sides = [Text(_side(flip, side)) for side in ("base", "adapted")]
+        table.add_row(Text(_tail(flip)), f"{flip['kl']:.2f}", *sides)
     return table
 
 
-def _side(fork: Mapping[str, Any], side: str) -> str:
-    words = fork[f"{side}_continuation"]
-    shown = repr(fork[f"{side}_choice"]["text"]) if words is None else words
-    outcome = fork.get(f"{side}_outcome")
+def _side(flip: Mapping[str, Any], side: str) -> str:
+    words = flip[f"{side}_continuation"]
+    shown = repr(flip[f"{side}_choice"]["text"]) if words is None else words
+    outcome = flip.get(f"{side}_outcome")
     return shown if outcome is None else f"{shown} ({outcome})"
 
 

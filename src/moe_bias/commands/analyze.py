@@ -16,7 +16,7 @@ from moe_bias.analysis.record import FILE, FORMAT, adapter_record, checkpoint_re
 from moe_bias.analysis.survey import Marks, mark, overlap, survey
 from moe_bias.analysis.tally import ENTROPY_EDGES
 from moe_bias.analysis.token_classes import vocabulary_classes
-from moe_bias.commands.analysis_forks import answer_record, text_forks
+from moe_bias.commands.analysis_flips import answer_record, text_flips
 from moe_bias.commands.analysis_table import print_analysis
 from moe_bias.commands.analysis_text import Matter, opened
 from moe_bias.commands.demo_report import report_console
@@ -24,7 +24,7 @@ from moe_bias.commands.looking_settings import AnalyzeSettings
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.mistakes import Interrupted, damaged, read_json, shown
 from moe_bias.progress import say
-from moe_bias.records import provenance, write_json
+from moe_bias.records import RecordKind, provenance, write_json
 from moe_bias.training.checkpoint import saved_layers
 from moe_bias.training.run_folder import refuse_other_settings
 
@@ -62,13 +62,13 @@ def _adapter(
         text: str = matter.tokenizer.decode(list(ids))
         return text
 
-    found = survey(layer, matter.head, matter.text, marks, settings.forks, settings.contexts, name)
+    found = survey(layer, matter.head, matter.text, marks, settings.flips, settings.contexts, name)
     shared = overlap(matter.text, marks, found.adapted_entropy)
     series = list(_checkpoints(matter, marks, layer, folder)) if settings.checkpoints else []
     ground = matter.ground
     return {
         **adapter_record(name, layer, found, shared, series, settings.top, decode),
-        "forks": text_forks(matter, layer, found.forks.moments, settings, decode),
+        "flips": text_flips(matter, layer, found.flips.moments, settings, decode),
         "answers": None if ground is None else answer_record(matter, ground, layer, marks, settings, decode),
     }
 
@@ -84,6 +84,7 @@ def _checkpoints(matter: Matter, marks: Marks, layer: MoEBiasLayer, folder: Path
 
 def _record(matter: Matter, marks: Marks, settings: AnalyzeSettings) -> dict[str, Any]:
     return {
+        "kind": RecordKind.ANALYSIS,
         "format": FORMAT,
         "settings": settings.model_dump(mode="json"),
         "provenance": provenance(),

@@ -19,7 +19,7 @@ from moe_bias.config import SFTConfig
 from moe_bias.evaluation.cells import Cell, CellRecords, base_cell, compare_cells, run_cell
 from moe_bias.features.source import Subset
 from moe_bias.mistakes import Interrupted
-from moe_bias.records import provenance, write_json
+from moe_bias.records import RecordKind, provenance, write_json
 from moe_bias.training.base_logits import BaseLogits
 from moe_bias.training.lora import HeadLoRA
 from moe_bias.training.run_folder import begin, digests
@@ -123,7 +123,7 @@ def run_missing(records: CellRecords, wanted: Mapping[tuple[str, int], Runner]) 
 def report(console: Console, settings: SweepSettings | ArmsSettings, cells: Sequence[Cell], base: str) -> None:
     """Prints the table and writes it into the output folder."""
     rows = compare_cells(cells, base)
-    content = {"base": base, "rows": [asdict(row) for row in rows]}
+    content = {"kind": RecordKind.CELLS, "base": base, "rows": [asdict(row) for row in rows]}
     made_with = {"settings": settings.model_dump(mode="json"), "provenance": provenance()}
     write_json(settings.output / TABLE_FILE, content | made_with)
     print_cells(console, rows, base, round(sum(cells[0].tokens["all"])))

@@ -15,7 +15,7 @@ from moe_bias.commands.training_settings import CompareSettings
 from moe_bias.evaluation.grid import with_changes
 from moe_bias.evaluation.policy_arms import ARMS, BASE, PolicyArm, PolicyRecords, compare_policies
 from moe_bias.mistakes import Interrupted, UserError
-from moe_bias.records import provenance, write_json
+from moe_bias.records import RecordKind, provenance, write_json
 from moe_bias.training.run_folder import begin, refuse_other_settings
 
 TABLE_FILE = "table.json"
@@ -61,6 +61,7 @@ def _report(console: Console, settings: CompareSettings, arms: Sequence[PolicyAr
     write_json(
         settings.output / TABLE_FILE,
         {
+            "kind": RecordKind.ARMS,
             "settings": settings.model_dump(mode="json"),
             "provenance": provenance(),
             "rows": [asdict(row) for row in rows],

@@ -28,7 +28,7 @@ from moe_bias.evaluation.likelihood import per_example, token_nll
 from moe_bias.evaluation.policy_arms import LAYER_ARMS, STATIC
 from moe_bias.features.extract import Features
 from moe_bias.layer import MoEBiasLayer
-from moe_bias.records import provenance, write_json
+from moe_bias.records import RecordKind, provenance, write_json
 from moe_bias.rollout.answers import greedy_answers
 from moe_bias.training.loop import Watching
 from moe_bias.training.rl import PolicyTrainer
@@ -70,7 +70,12 @@ def run(settings: DemoSettings) -> None:
     )
     write_json(
         settings.output / "record.json",
-        {"settings": settings.model_dump(mode="json"), "provenance": provenance(), **asdict(report)},
+        {
+            "kind": RecordKind.DEMO,
+            "settings": settings.model_dump(mode="json"),
+            "provenance": provenance(),
+            **asdict(report),
+        },
     )
     print_report(console, report, trained, ground.tokenizer, settings)
 

@@ -22,7 +22,7 @@ from moe_bias.evaluation.samples import SampleFile, write_prompts
 from moe_bias.evaluation.scores import GROUPS, Score, scores
 from moe_bias.mistakes import Interrupted, UserError
 from moe_bias.progress import meter, say
-from moe_bias.records import provenance, write_json
+from moe_bias.records import RecordKind, provenance, write_json
 from moe_bias.rollout.endpoint import Endpoint, EndpointChoices, EndpointError
 from moe_bias.tasks.benchmarks import ProblemSet, Protocol, problem_set, protocol_of
 from moe_bias.tasks.task import of_bad_golds
@@ -130,6 +130,7 @@ def _record(
 ) -> None:
     """`seconds` are those of this call: what was answered before is not in them."""
     record: dict[str, Any] = {
+        "kind": RecordKind.EVALUATION,
         "problems": {"name": problems.name, "count": len(problems.problems), "digest": problems.digest()},
         "protocol": asdict(protocol),
         "arms": [{**asdict(arm), **asdict(score)} for arm, score in zip(arms, found, strict=True)],

@@ -23,7 +23,7 @@ from moe_bias.frozen import load_model
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.mistakes import UserError
 from moe_bias.progress import text_console
-from moe_bias.records import provenance, write_json
+from moe_bias.records import RecordKind, provenance, write_json
 from moe_bias.report.inspector import InspectedAnswer, InspectedToken, Inspection, shared_length, write_page
 from moe_bias.rollout.answers import greedy_answers
 from moe_bias.rollout.policy import base_policy, layer_policy
@@ -53,7 +53,7 @@ def run(settings: InspectTextSettings) -> None:
     subject = Subject(model, tokenizer, head, saved_layer(settings.adapter, head).layer)
     inspection = inspect(subject, settings)
     made_with = {"settings": settings.model_dump(mode="json"), "provenance": provenance()}
-    write_json(record, {"inspection": asdict(inspection), **made_with})
+    write_json(record, {"kind": RecordKind.INSPECTION, "inspection": asdict(inspection), **made_with})
     write_page(settings.output, inspection)
     print_inspection(report_console(), inspection)
     text_console().print(f"The page is {settings.output}, its record {record}.", soft_wrap=True, highlight=False)

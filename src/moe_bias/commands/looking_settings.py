@@ -51,7 +51,7 @@ class AnalyzeSettings(ModelConfig, TextSettings, TaskConfig):
     checkpoints: bool = Field(True, description="take the overlap at the checkpoints of an adapter's run too")
     top: int = Field(8, ge=1, description="tokens shown per expert and direction")
     contexts: int = Field(5, ge=0, description="places shown per expert, those where it acts most")
-    forks: int = Field(20, ge=0, description="places shown where the choice of token changes, those of largest KL")
+    flips: int = Field(20, ge=0, description="places shown where the choice of token changes, those of largest KL")
     continuation: int = Field(
         24, ge=1, le=LONGEST_ANSWER, description="tokens that both models go on with from such a place"
     )

@@ -206,12 +206,12 @@ def _in_time(seconds: float) -> str:
 
 def _new_manifest(model: nn.Module, head: Head, plan: Plan) -> Manifest:
     """Calibrates, where anything is to be chosen."""
-    support, share = plan.choices.support, plan.choices.keep_top
+    support, rho = plan.choices.support, plan.choices.keep_top
     threshold = None
     if plan.choices.calibrates:
         hidden_TD = _sample_hidden(model, plan)
-        if share is not None:
-            threshold = float(f"{fork_threshold(base_entropies(head, hidden_TD), share):.4g}")
+        if rho is not None:
+            threshold = float(f"{fork_threshold(base_entropies(head, hidden_TD), rho):.4g}")
         if isinstance(support, int):
             support = support_for(measure_fork_mass(head, hidden_TD), plan.targets, support, plan.choices.always)
     return Manifest(

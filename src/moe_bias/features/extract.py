@@ -24,7 +24,7 @@ from moe_bias.layer import at_least_float32, entropy_from_logits
 from moe_bias.limits import refuse_beyond_memory
 from moe_bias.progress import meter
 from moe_bias.support import (
-    FORK_SHARE,
+    RHO,
     BaseScalars,
     RestScalars,
     VocabularySplit,
@@ -191,9 +191,9 @@ class ForkMass:
 
 
 @torch.no_grad()
-def measure_fork_mass(head: Head, hidden_TD: Tensor, share: float = FORK_SHARE) -> ForkMass:
-    """Fork mass over the given hidden states; forks are the top `share` of them by base entropy."""
-    threshold = fork_threshold(base_entropies(head, hidden_TD), share)
+def measure_fork_mass(head: Head, hidden_TD: Tensor, rho: float = RHO) -> ForkMass:
+    """Fork mass over the given hidden states; forks are the top share rho of them by base entropy."""
+    threshold = fork_threshold(base_entropies(head, hidden_TD), rho)
     mass_V = torch.zeros(head.vocab_size, dtype=torch.float64, device=head.device)
     for chunk in hidden_TD.split(chunk_rows(head)):
         mass_V += fork_mass(head.logits(chunk.to(head.device, head.dtype)), threshold)

@@ -1,4 +1,4 @@
-"""What a report says of an analysis: what changes at high- and at low-entropy tokens, routing, experts, forks.
+"""What a report says of an analysis: what changes at high- and at low-entropy tokens, routing, experts, flips.
 
 `moe_bias.analysis.record` says what the record holds.
 """
@@ -29,11 +29,11 @@ from moe_bias.report.content import (
 )
 from moe_bias.report.record import Record
 
-FORKS, CONTEXT = 12, 70
+FLIPS, CONTEXT = 12, 70
 TOKENS, READ_TOKENS, CONTEXTS = 6, 4, 3
-"""Shown of a record: forks, letters before a token, and on a card tokens of each side, those of what it reads, and
+"""Shown of a record: flips, letters before a token, and on a card tokens of each side, those of what it reads, and
 contexts."""
-_FORK = ("context, with the text's token", "base goes on", "adapted goes on")
+_FLIP = ("context, with the text's token", "base goes on", "adapted goes on")
 
 
 def analysis(record: Record) -> Iterator[Block]:
@@ -49,9 +49,9 @@ def analysis(record: Record) -> Iterator[Block]:
         yield Block(Topic.ENTROPY, one.run, list(_entropy(one)))
         yield Block(Topic.ROUTING, one.run, list(_routing(one)))
         yield Block(Topic.EXPERTS, one.run, [_cards(one)])
-        forks = [*_forks(one), *_turning_forks(one)]
-        if forks:
-            yield Block(Topic.FORKS, one.run, forks)
+        flips = [*_flips(one), *_turning_flips(one)]
+        if flips:
+            yield Block(Topic.FLIPS, one.run, flips)
 
 
 class _Adapter:
@@ -165,30 +165,30 @@ def _shortened_reading(reading: Reading) -> Reading:
     return replace(reading, raised=raised, lowered=lowered, toward=toward, away=away)
 
 
-def _forks(one: _Adapter) -> Iterator[Part]:
-    shown = one.found["forks"][:FORKS]
-    rows = [[*_fork(fork), f"{fork['base_entropy']:.2f}", f"{fork['kl']:.2f}"] for fork in shown]
+def _flips(one: _Adapter) -> Iterator[Part]:
+    shown = one.found["flips"][:FLIPS]
+    rows = [[*_flip(flip), f"{flip['base_entropy']:.2f}", f"{flip['kl']:.2f}"] for flip in shown]
     if rows:
-        caption = f"The {len(shown)} forks of largest KL: where the base and the adapted model go on differently"
-        yield Table(one.file("forks"), caption, [*_FORK, "entropy, nats", "KL, nats"], rows, words=3)
+        caption = f"The {len(shown)} flips of largest KL: where the base and the adapted model go on differently"
+        yield Table(one.file("flips"), caption, [*_FLIP, "entropy, nats", "KL, nats"], rows, words=3)
 
 
-def _turning_forks(one: _Adapter) -> Iterator[Part]:
+def _turning_flips(one: _Adapter) -> Iterator[Part]:
     """Where the answers part whose outcome changed."""
-    forks = one.found["answers"]["forks"] if one.found["answers"] else []
+    flips = one.found["answers"]["flips"] if one.found["answers"] else []
     rows = [
-        [fork["question"], fork["gold"], *_fork(fork), f"{fork['base_outcome']} → {fork['adapted_outcome']}"]
-        for fork in forks[:FORKS]
+        [flip["question"], flip["gold"], *_flip(flip), f"{flip['base_outcome']} → {flip['adapted_outcome']}"]
+        for flip in flips[:FLIPS]
     ]
     if rows:
-        caption = f"The first {len(rows)} of {len(forks)} problems whose answer changed, at the fork"
-        headings = ["problem", "gold answer", *_FORK, "outcome"]
-        yield Table(one.file("turning-forks"), caption, headings, rows, words=len(headings), folded=True)
+        caption = f"The first {len(rows)} of {len(flips)} problems whose answer changed, at the flip"
+        headings = ["problem", "gold answer", *_FLIP, "outcome"]
+        yield Table(one.file("turning-flips"), caption, headings, rows, words=len(headings), folded=True)
 
 
-def _fork(fork: Mapping[str, Any]) -> list[str]:
-    before, token = _in_context(fork)
-    return [f"{before}⟦{token}⟧", _continued(fork, "base"), _continued(fork, "adapted")]
+def _flip(flip: Mapping[str, Any]) -> list[str]:
+    before, token = _in_context(flip)
+    return [f"{before}⟦{token}⟧", _continued(flip, "base"), _continued(flip, "adapted")]
 
 
 def _in_context(moment: Mapping[str, Any]) -> tuple[str, str]:
@@ -198,9 +198,9 @@ def _in_context(moment: Mapping[str, Any]) -> tuple[str, str]:
     return f"{cut}{before[-CONTEXT:]}".replace("\n", "↵"), moment["token"]["text"].replace("\n", "↵")
 
 
-def _continued(fork: Mapping[str, Any], side: str) -> str:
+def _continued(flip: Mapping[str, Any], side: str) -> str:
     """The choice, and where it was gone on from there what followed."""
-    text: str = fork.get(f"{side}_continuation") or fork[f"{side}_choice"]["text"]
+    text: str = flip.get(f"{side}_continuation") or flip[f"{side}_choice"]["text"]
     return text
 
 

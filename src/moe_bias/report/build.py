@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from moe_bias.records import RecordKind
 from moe_bias.report import analysis, comparison, evaluation, training
 from moe_bias.report.content import Block, Note, Report, Table, Topic, slug
 from moe_bias.report.cost import cost_block
 from moe_bias.report.inspector import read_inspection
-from moe_bias.report.record import Kind, Record
+from moe_bias.report.record import Record
 
 NOT_RECORDED = "not recorded"
 
@@ -31,15 +32,15 @@ def _inspection(record: Record) -> Iterator[Block]:
     yield Block(Topic.TOKENS, record.name, [read_inspection(record.path)])
 
 
-_BLOCKS: Mapping[Kind, Callable[[Record], Iterator[Block]]] = {
-    Kind.SUPERVISED: training.supervised,
-    Kind.POLICY: training.policy,
-    Kind.CELLS: comparison.cells,
-    Kind.ARMS: comparison.arms,
-    Kind.EVALUATION: evaluation.evaluation,
-    Kind.ANALYSIS: analysis.analysis,
-    Kind.DEMO: comparison.demo,
-    Kind.INSPECTION: _inspection,
+_BLOCKS: Mapping[RecordKind, Callable[[Record], Iterator[Block]]] = {
+    RecordKind.SUPERVISED: training.supervised,
+    RecordKind.POLICY: training.policy,
+    RecordKind.CELLS: comparison.cells,
+    RecordKind.ARMS: comparison.arms,
+    RecordKind.EVALUATION: evaluation.evaluation,
+    RecordKind.ANALYSIS: analysis.analysis,
+    RecordKind.DEMO: comparison.demo,
+    RecordKind.INSPECTION: _inspection,
 }
 
 

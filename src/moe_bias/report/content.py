@@ -24,7 +24,7 @@ class Topic(Enum):
     ENTROPY = "Entropy"
     ROUTING = "Routing"
     EXPERTS = "Experts"
-    FORKS = "Forks"
+    FLIPS = "Flips"
     TOKENS = "Tokens"
     COST = "Cost"
     SETTINGS = "Settings and provenance"

@@ -10,11 +10,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from moe_bias.config import LayerConfig
+from moe_bias.records import RecordKind
 from moe_bias.report.content import Block, Table, Topic, without_empty_columns
-from moe_bias.report.record import Kind, Record
+from moe_bias.report.record import Record
 
 _WEIGHTS = "adapter_model.safetensors"
-_ROWS = {Kind.CELLS: "rows", Kind.ARMS: "rows", Kind.EVALUATION: "arms", Kind.DEMO: "arms"}
+_ROWS = {RecordKind.CELLS: "rows", RecordKind.ARMS: "rows", RecordKind.EVALUATION: "arms", RecordKind.DEMO: "arms"}
 """Where a record of many arms has them. What a kind does not measure of an arm is not in its rows."""
 
 
@@ -46,9 +47,9 @@ def cost_block(records: Sequence[Record]) -> Block | None:
 
 def _costs(record: Record) -> Iterator[Cost]:
     name, content = record.name, record.content
-    if record.kind is Kind.SUPERVISED:
+    if record.kind is RecordKind.SUPERVISED:
         yield Cost(name, "adapter", _parameters(record), _size(record), *_trained(record))
-    elif record.kind is Kind.POLICY:
+    elif record.kind is RecordKind.POLICY:
         spent = content["position"]
         yield Cost(name, "adapter", _parameters(record), _size(record), spent["sampled_tokens"], spent["seconds"])
     for row in content.get(_ROWS.get(record.kind, ""), ()):

@@ -1,45 +1,21 @@
-"""Finding what a run left behind: which records a folder or file holds, told by what is in them."""
+"""Finding what a run left behind: which records a folder or file holds, and of what kind."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from moe_bias.mistakes import UserError, as_kind, damaged, read_json, reason_of
+from moe_bias.records import RecordKind
 from moe_bias.report.content import slug
+from moe_bias.report.earlier import guessed_kind, with_flips
 from moe_bias.training.metrics import FILE as METRICS_FILE
 from moe_bias.training.metrics import SAMPLES_FILE
 
 RECORD_FILES = ("record.json", "table.json", "analysis.json")
-
-
-class Kind(Enum):
-    """What left the record."""
-
-    SUPERVISED = "train sft"
-    POLICY = "train rl"
-    CELLS = "sweep or arms"
-    ARMS = "compare"
-    EVALUATION = "eval"
-    ANALYSIS = "analyze"
-    DEMO = "demo"
-    INSPECTION = "inspect-text"
-
-
-_KEYS = {
-    Kind.SUPERVISED: {"base_nll", "adapted_nll", "change"},
-    Kind.POLICY: {"accuracy", "right", "position"},
-    Kind.EVALUATION: {"problems", "protocol", "arms"},
-    Kind.ANALYSIS: {"format", "text", "adapters"},
-    Kind.DEMO: {"arms", "samples", "expert_share"},
-    Kind.INSPECTION: {"inspection"},
-}
-"""The keys of a record that no other kind has together; tables are told apart by their rows."""
-_ROW_KEYS = {Kind.CELLS: "nll", Kind.ARMS: "accuracy"}
 
 
 @dataclass(frozen=True)
@@ -67,7 +43,7 @@ class Record:
 
     path: Path
     name: str
-    kind: Kind
+    kind: RecordKind
     content: dict[str, Any]
     metrics: Sequence[dict[str, Any]] = ()
     samples: Sequence[dict[str, Any]] = ()
@@ -95,7 +71,7 @@ class Record:
         return found
 
 
-def of_wrong_values(path: Path, kind: Kind, error: Exception) -> UserError:
+def of_wrong_values(path: Path, kind: RecordKind, error: Exception) -> UserError:
     """The error to raise over a record whose values are not what its kind of run writes, by what came of them."""
     return damaged(
         f"record {str(path)!r}", f"it does not hold what {kind.value} writes ({type(error).__name__}: {error})"
@@ -127,37 +103,33 @@ def _of_path(path: Path) -> list[Record]:
 
 
 def _read(path: Path, name: str) -> Record:
-    content = _json(path)
+    content = with_flips(_json(path))
     kind = _kind(path, content)
     _refuse_empty(path, kind, content)
     folder = path.parent
-    parts = [_json(file) for file in sorted(folder.glob("arms/*.json"))] if kind is Kind.ARMS else []
-    metrics = _lines(folder / METRICS_FILE) if kind in (Kind.SUPERVISED, Kind.POLICY) else []
-    samples = _lines(folder / SAMPLES_FILE) if kind is Kind.POLICY else []
+    parts = [_json(file) for file in sorted(folder.glob("arms/*.json"))] if kind is RecordKind.ARMS else []
+    metrics = _lines(folder / METRICS_FILE) if kind in (RecordKind.SUPERVISED, RecordKind.POLICY) else []
+    samples = _lines(folder / SAMPLES_FILE) if kind is RecordKind.POLICY else []
     return Record(path, name, kind, content, metrics, samples, parts)
 
 
-def _kind(path: Path, content: dict[str, Any]) -> Kind:
-    for kind, keys in _KEYS.items():
-        if keys <= content.keys():
-            return kind
-    rows = content.get("rows")
-    for kind, key in _ROW_KEYS.items():
-        if isinstance(rows, list) and all(isinstance(row, dict) and key in row for row in rows):
-            return kind
-    known = ", ".join(kind.value for kind in Kind)
+def _kind(path: Path, content: dict[str, Any]) -> RecordKind:
+    said = content["kind"] if "kind" in content else guessed_kind(content)
+    if said in list(RecordKind):
+        return RecordKind(said)
+    known = ", ".join(kind.value for kind in RecordKind)
     raise UserError(f"{str(path)!r} is no record that a report can be made of; those are the records of {known}")
 
 
-def _refuse_empty(path: Path, kind: Kind, content: dict[str, Any]) -> None:
+def _refuse_empty(path: Path, kind: RecordKind, content: dict[str, Any]) -> None:
     measured = {
-        Kind.POLICY: lambda: content["right"].get("trained"),
-        Kind.CELLS: lambda: content["rows"],
-        Kind.ARMS: lambda: content["rows"],
-        Kind.EVALUATION: lambda: content["problems"]["count"] and content["arms"],
-        Kind.ANALYSIS: lambda: content["text"]["tokens"] and content["adapters"],
-        Kind.DEMO: lambda: content["samples"],
-        Kind.INSPECTION: lambda: content["inspection"]["answers"],
+        RecordKind.POLICY: lambda: content["right"].get("trained"),
+        RecordKind.CELLS: lambda: content["rows"],
+        RecordKind.ARMS: lambda: content["rows"],
+        RecordKind.EVALUATION: lambda: content["problems"]["count"] and content["arms"],
+        RecordKind.ANALYSIS: lambda: content["text"]["tokens"] and content["adapters"],
+        RecordKind.DEMO: lambda: content["samples"],
+        RecordKind.INSPECTION: lambda: content["inspection"]["answers"],
     }
     try:
         is_empty = kind in measured and not measured[kind]()

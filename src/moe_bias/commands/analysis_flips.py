@@ -33,7 +33,7 @@ from moe_bias.rollout.policy import base_policy
 from moe_bias.tasks.conversations import answer_ends
 
 
-def text_forks(
+def text_flips(
     matter: Matter, layer: MoEBiasLayer, moments: Sequence[Moment], settings: AnalyzeSettings, decode: Decode
 ) -> list[dict[str, Any]]:
     """The moments with both greedy continuations, the choices themselves first, where the prompts are known."""
@@ -52,7 +52,7 @@ def text_forks(
             stop_ids=answer_ends(matter.model, matter.tokenizer),
             max_new_tokens=settings.continuation,
             batch_size=settings.batch_size,
-            description="both ways from the forks",
+            description="both ways from the flips",
         )
         ways = [[decode(answer.token_ids) for answer in column] for column in found]
     return [
@@ -70,19 +70,19 @@ def answer_record(
     columns = greedy_answered(ground, policies, settings, "answers, and by stratum alone")
     arms = dict(zip((BASE, ADAPTED, HIGH_ONLY, LOW_ONLY), [list(matter.answers), *columns], strict=True))
     right = accuracy(arms)
-    forks = _forks(matter, ground, layer, arms[ADAPTED], settings, decode)
-    is_high = [fork["base_entropy"] >= marks.threshold for fork in forks]
+    flips = _flips(matter, ground, layer, arms[ADAPTED], settings, decode)
+    is_high = [flip["base_entropy"] >= marks.threshold for flip in flips]
     return {
         "accuracy": {arm: estimate_record(share) for arm, share in right.share.items()},
         "change": {arm: estimate_record(change) for arm, change in right.change.items()},
         "turns": turns(arms[BASE], arms[ADAPTED]),
-        "unchanged": len(arms[BASE]) - len(forks),
-        "forks_high": sum(is_high) / len(is_high) if is_high else None,
-        "forks": forks,
+        "unchanged": len(arms[BASE]) - len(flips),
+        "flips_high": sum(is_high) / len(is_high) if is_high else None,
+        "flips": flips,
     }
 
 
-def _forks(
+def _flips(
     matter: Matter,
     ground: TaskData,
     layer: MoEBiasLayer,
