@@ -24,6 +24,9 @@ import torch
 
 from moe_bias.backbone import find_head
 from moe_bias.config import LayerConfig, ModelConfig, RLConfig
+from moe_bias.experiments.grpo_lora import sampler_trainer_gap, train_grpo_lora
+from moe_bias.experiments.grpo_trainer import GRPOChoices
+from moe_bias.experiments.lora import lora_on
 from moe_bias.features.extract import measure_fork_mass
 from moe_bias.frozen import load_model
 from moe_bias.layer import MoEBiasLayer
@@ -33,9 +36,6 @@ from moe_bias.support import choose_support
 from moe_bias.tasks.conversations import answer_ends, ask, encode_prompt
 from moe_bias.tasks.procedural import ProceduralTask
 from moe_bias.training.advantage import select_high_entropy
-from moe_bias.training.grpo_lora import sampler_trainer_gap, train_grpo_lora
-from moe_bias.training.grpo_trainer import GRPOChoices
-from moe_bias.training.lora import lora_on
 from moe_bias.training.objectives import Sampled
 from moe_bias.training.optimisation import Optimisation
 from moe_bias.training.rl import Update

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from corpus import Corpus
 from moe_bias.backbone import Head
 from moe_bias.config import LayerConfig
+from moe_bias.features.base_logits import BaseLogits
 from moe_bias.features.extract import Features
 from moe_bias.features.source import Subset
 from moe_bias.layer import MoEBiasLayer, load_balance_loss
 from moe_bias.support import RHO, fork_threshold, log_prob_from_adapted
-from moe_bias.training.base_logits import BaseLogits
 from moe_bias.training.gradients import gradients
 from moe_bias.training.objectives import Supervised
 from side_by_side import wait

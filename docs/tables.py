@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any
 
 from moe_bias.analysis.quantities import QUANTITIES
-from moe_bias.evaluation.policy_arms import AGAINST, measured_after, percent_by_seed
+from moe_bias.experiments.policy_arms import AGAINST, measured_after, percent_by_seed
 
 RECORDS = Path(__file__).parent.parent / "records"
 _MARKED = re.compile(r"(<!-- from records: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)

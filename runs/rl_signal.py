@@ -24,12 +24,12 @@ import torch
 from moe_bias.api.policy import TaskData, collector_of, prepare_task, rewards_of
 from moe_bias.commands.training_settings import CompareSettings
 from moe_bias.commands.warm_start import prepare_warm_start, warm_layer
-from moe_bias.evaluation.policy_arms import LAYER_ARMS
+from moe_bias.experiments.policy_arms import LAYER_ARMS
+from moe_bias.features.adapted import TableMove, chunks, policy_stats
 from moe_bias.features.extract import Features
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.records import provenance, write_json
 from moe_bias.support import log_prob_from_adapted
-from moe_bias.training.adapted import TableMove, chunks, policy_stats
 from moe_bias.training.advantage import select_high_entropy
 from moe_bias.training.objectives import Sampled
 from moe_bias.training.optimisation import Optimisation

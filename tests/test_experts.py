@@ -20,10 +20,10 @@ from moe_bias.adapter import read_adapter, save_layer
 from moe_bias.backbone import OutputRows, adapted_logits, find_head
 from moe_bias.config import LayerConfig, SFTConfig
 from moe_bias.evaluation.likelihood import token_nll
+from moe_bias.features.adapted import adapted_policy, policy_stats
 from moe_bias.layer import MoEBiasLayer, entropy_from_logits, load_balance_loss, plain_bias
 from moe_bias.mistakes import UserError
 from moe_bias.support import full_log_prob
-from moe_bias.training.adapted import adapted_policy, policy_stats
 from moe_bias.training.gradients import gradients, plain_loss
 from moe_bias.training.objectives import DAPO, Sampled, Supervised, Then
 from moe_bias.training.sft import fit

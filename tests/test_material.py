@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from moe_bias.cli import main
 from moe_bias.commands.run_lock import LOCK, NOTE
-from moe_bias.evaluation.arms import lora_budget
+from moe_bias.experiments.arms import lora_budget
 from moe_bias.features import build
 from moe_bias.features.store import FeatureStore
 from moe_bias.training.checkpoint import Checkpoints

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from moe_bias.evaluation.policy_arms import PolicyArm, PolicyRecords, compare_policies
+from moe_bias.experiments.policy_arms import PolicyArm, PolicyRecords, compare_policies
 from moe_bias.mistakes import UserError
 
 

@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 
 from conftest import HIDDEN, VOCABULARY, randomise, tiny_model
 from moe_bias.backbone import HeadTransform, find_head
+from moe_bias.chunks import AtOnce
 from moe_bias.config import LayerConfig
+from moe_bias.features import adapted as adapted_module
+from moe_bias.features.adapted import Adapted, adapted_policy, mean_kl_to_base, policy_stats
 from moe_bias.features.extract import Features, support_columns
 from moe_bias.layer import MoEBiasLayer, Routing, entropy_from_logits, itself, load_balance_loss
 from moe_bias.mistakes import UserError
 from moe_bias.support import full_log_prob, full_stats, rest_scalars
-from moe_bias.training import adapted as adapted_module
-from moe_bias.training.adapted import Adapted, adapted_policy, mean_kl_to_base, policy_stats
 from moe_bias.training.advantage import group_advantages, select_high_entropy
 from moe_bias.training.gradients import gradients, plain_loss
 from moe_bias.training.objectives import DAPO, Distribution, Sampled, Then, clipped_policy_loss
@@ -110,7 +111,7 @@ def test_at_least_the_share_is_selected_and_no_token_above_one_that_is_not(entro
 
 
 def test_unusable_selections_are_refused():
-    with pytest.raises(UserError, match=r"share = 1\.5"):
+    with pytest.raises(UserError, match=r"`rho` is 1\.5"):
         select_high_entropy(torch.ones(3), 1.5)
     with pytest.raises(UserError, match="the entropies hold NaN"):
         select_high_entropy(torch.tensor([1.0, math.nan, 2]), 0.7)
@@ -388,7 +389,7 @@ def test_gradients_by_chunks_of_the_selected_tokens_are_those_of_the_plain_loss(
     whole.total.backward()
     expected = gradients_of(p.layer)
     p.layer.zero_grad()
-    monkeypatch.setitem(adapted_module.CHUNK_ELEMENTS, "cpu", elements)
+    monkeypatch.setattr(adapted_module, "UPDATE", AtOnce(elements, elements))
     index = selected.nonzero().squeeze(-1)
     loss = gradients(
         p.layer,
@@ -467,7 +468,7 @@ def test_entropy_and_kl_to_the_base_are_those_of_the_full_softmax(monkeypatch, n
     with torch.no_grad():
         bias_TM = p.layer.strength * p.layer(p.features.hidden, p.features.entropy).bias
     expected = full_stats(p.logits, p.head.transform.reachable(final_TM, bias_TM) / 0.7, support_M)
-    monkeypatch.setitem(adapted_module.CHUNK_ELEMENTS, "cpu", 58 * 7)
+    monkeypatch.setattr(adapted_module, "UPDATE", AtOnce(58 * 7, 58 * 7))
     arguments = (p.layer, p.features, lambda rows: p.logits[rows][:, support_M], p.head.transform, 0.7)
     torch.testing.assert_close(policy_stats(*arguments).entropy, expected.entropy)
     torch.testing.assert_close(policy_stats(*arguments).kl, expected.kl)

@@ -10,13 +10,13 @@ import torch
 from conftest import VOCABULARY, randomise, tiny_model
 from moe_bias.backbone import find_head
 from moe_bias.config import LayerConfig, RLConfig
+from moe_bias.features.adapted import mean_kl_between
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.mistakes import UserError
 from moe_bias.rollout.sampler import SamplingChoices
 from moe_bias.rollout.sampling import TransformersSampler
 from moe_bias.tasks.task import Problem
 from moe_bias.tasks.verdict import judged
-from moe_bias.training.adapted import mean_kl_between
 from moe_bias.training.checkpoint import Checkpoints
 from moe_bias.training.collect import Collector, Curriculum, Judged
 from moe_bias.training.loop import Watching

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from moe_bias.evaluation.comparison import Measured, compare
 from moe_bias.evaluation.statistics import mean, ratio_of_sums, wilson
+from moe_bias.experiments.comparison import Measured, compare
 
 
 def test_wilson_by_hand():

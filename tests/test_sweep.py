@@ -12,16 +12,16 @@ from moe_bias.cli import main
 from moe_bias.commands import cells as cells_command
 from moe_bias.commands.training_settings import SweepSettings
 from moe_bias.config import OWN_SUPPORT
-from moe_bias.evaluation import cells as cells_module
-from moe_bias.evaluation.cells import Cell, CellRecords, compare_cells
-from moe_bias.evaluation.grid import cell_name, find_cell, parse_grid, with_changes
 from moe_bias.evaluation.likelihood import token_nll
 from moe_bias.evaluation.strata import by_stratum, counts_by_stratum
+from moe_bias.experiments import cells as cells_module
+from moe_bias.experiments.cells import Cell, CellRecords, compare_cells
+from moe_bias.experiments.grid import cell_name, find_cell, parse_grid, with_changes
+from moe_bias.experiments.lora import Budget, LoRAChoices, completion_log_prob, lora_on, lora_token_nll, train_lora
 from moe_bias.features import making
 from moe_bias.features.extract import run_backbone, with_scalars
 from moe_bias.mistakes import UserError
 from moe_bias.tasks.conversations import Example
-from moe_bias.training.lora import Budget, LoRAChoices, completion_log_prob, lora_on, lora_token_nll, train_lora
 from test_cli import save_model
 from test_training import features_of, head_of
 

@@ -13,12 +13,12 @@ from conftest import HIDDEN, randomise
 from moe_bias.commands.training_settings import TrainSFTSettings
 from moe_bias.config import SFTConfig
 from moe_bias.evaluation.likelihood import token_nll
+from moe_bias.features.base_logits import BaseLogits
 from moe_bias.layer import Routing
 from moe_bias.mistakes import UserError
 from moe_bias.training import metrics
-from moe_bias.training.adapted import mean_nll
-from moe_bias.training.base_logits import BaseLogits
 from moe_bias.training.batches import batches
+from moe_bias.training.held_out import mean_nll
 from moe_bias.training.loop import Watching
 from moe_bias.training.metrics import MetricsLog, router_use
 from moe_bias.training.objectives import Objective, Supervised, Terms

@@ -7,17 +7,18 @@ import torch
 
 from conftest import HIDDEN, VOCABULARY, randomise, tiny_model
 from moe_bias.backbone import find_head
+from moe_bias.chunks import AtOnce
 from moe_bias.config import LayerConfig, SFTConfig
 from moe_bias.evaluation.likelihood import per_example, token_nll
+from moe_bias.experiments.lora import HeadLoRA
+from moe_bias.features import adapted as adapted_module
+from moe_bias.features.adapted import Adapted, adapted_policy, chunks
+from moe_bias.features.base_logits import BaseLogits
 from moe_bias.features.extract import Features, HiddenTokens, with_scalars
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.mistakes import UserError
 from moe_bias.support import full_log_prob, full_stats
-from moe_bias.training import adapted as adapted_module
-from moe_bias.training.adapted import Adapted, adapted_policy, chunks
-from moe_bias.training.base_logits import BaseLogits
 from moe_bias.training.gradients import gradients, plain_loss
-from moe_bias.training.lora import HeadLoRA
 from moe_bias.training.objectives import Distribution, Supervised, Then
 from moe_bias.training.sft import fit, parse_support
 
@@ -73,7 +74,7 @@ def test_gradients_by_chunks_are_those_of_autograd_over_the_whole_batch(monkeypa
     whole.total.backward()
     expected = {name: parameter.grad.clone() for name, parameter in layer.named_parameters()}
     layer.zero_grad()
-    monkeypatch.setitem(adapted_module.CHUNK_ELEMENTS, "cpu", elements)
+    monkeypatch.setattr(adapted_module, "UPDATE", AtOnce(elements, elements))
     by_chunks = gradients(
         layer, features, lambda rows: logits_of(features.hidden[rows]), head.transform, Supervised(kl_weight)
     )
@@ -113,7 +114,7 @@ def test_gradients_are_those_of_autograd_through_the_full_softmax(kl_weight, hid
 
 def test_chunks_are_even_and_hold_every_token(monkeypatch):
     # 10 rows fit: 21 tokens need three chunks, of 7 each, not 10, 10 and 1.
-    monkeypatch.setitem(adapted_module.CHUNK_ELEMENTS, "cpu", 10 * 58)
+    monkeypatch.setattr(adapted_module, "UPDATE", AtOnce(10 * 58, 10 * 58))
     experts_EM = torch.zeros(4, 58)
     assert chunks(21, experts_EM) == [slice(0, 7), slice(7, 14), slice(14, 21)]
     assert chunks(10, experts_EM) == [slice(0, 10)]

@@ -12,12 +12,12 @@ from functools import partial
 from moe_bias.commands.cells import Outcome, Runner, Workshop, report, run_missing
 from moe_bias.commands.demo_report import report_console
 from moe_bias.commands.training_settings import ArmsSettings
-from moe_bias.evaluation.arms import LAYER_ARMS, LORA_ARMS, LORA_HEAD, MAIN, MAIN_ON_LORA_TOKENS, run_lora
-from moe_bias.evaluation.cells import BASE_MODEL, CellRecords
-from moe_bias.evaluation.grid import with_changes
+from moe_bias.experiments.arms import LAYER_ARMS, LORA_ARMS, LORA_HEAD, MAIN, MAIN_ON_LORA_TOKENS, run_lora
+from moe_bias.experiments.cells import BASE_MODEL, CellRecords
+from moe_bias.experiments.grid import with_changes
+from moe_bias.experiments.lora import LoRAChoices
 from moe_bias.mistakes import UserError
 from moe_bias.progress import say
-from moe_bias.training.lora import LoRAChoices
 from moe_bias.training.run_folder import refuse_other_settings
 
 

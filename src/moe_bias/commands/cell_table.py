@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from moe_bias.evaluation.cells import Row
 from moe_bias.evaluation.statistics import Estimate
 from moe_bias.evaluation.strata import STRATA
+from moe_bias.experiments.cells import Row
 
 
 def print_cells(console: Console, rows: Sequence[Row], base: str, tokens: int) -> None:

@@ -16,12 +16,12 @@ from moe_bias.commands.cell_table import print_cells
 from moe_bias.commands.material import opened
 from moe_bias.commands.training_settings import ArmsSettings, SweepSettings
 from moe_bias.config import SFTConfig
-from moe_bias.evaluation.cells import Cell, CellRecords, base_cell, compare_cells, run_cell
+from moe_bias.experiments.cells import Cell, CellRecords, base_cell, compare_cells, run_cell
+from moe_bias.experiments.lora import HeadLoRA
+from moe_bias.features.base_logits import BaseLogits
 from moe_bias.features.source import Subset
 from moe_bias.mistakes import Interrupted
 from moe_bias.records import RecordKind, provenance, write_json
-from moe_bias.training.base_logits import BaseLogits
-from moe_bias.training.lora import HeadLoRA
 from moe_bias.training.run_folder import begin, digests
 from moe_bias.training.sft import Prepared
 

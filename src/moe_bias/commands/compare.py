@@ -12,8 +12,8 @@ from moe_bias.commands.compare_arms import prepare_stage
 from moe_bias.commands.demo_report import report_console
 from moe_bias.commands.policy_table import print_policies
 from moe_bias.commands.training_settings import CompareSettings
-from moe_bias.evaluation.grid import with_changes
-from moe_bias.evaluation.policy_arms import ARMS, BASE, PolicyArm, PolicyRecords, compare_policies
+from moe_bias.experiments.grid import with_changes
+from moe_bias.experiments.policy_arms import ARMS, BASE, PolicyArm, PolicyRecords, compare_policies
 from moe_bias.mistakes import Interrupted, UserError
 from moe_bias.records import RecordKind, provenance, write_json
 from moe_bias.training.run_folder import begin, refuse_other_settings

@@ -27,8 +27,11 @@ from moe_bias.api.policy import (
 )
 from moe_bias.commands.training_settings import CompareSettings
 from moe_bias.commands.warm_start import prepare_warm_start, warm_layer, warm_settings, worked_examples
-from moe_bias.evaluation.grid import with_changes
-from moe_bias.evaluation.policy_arms import (
+from moe_bias.experiments.grid import with_changes
+from moe_bias.experiments.grpo_lora import train_grpo_lora
+from moe_bias.experiments.grpo_trainer import GRPOChoices, check_trl
+from moe_bias.experiments.lora import Budget, LoRAChoices, lora_on, train_lora
+from moe_bias.experiments.policy_arms import (
     BASE,
     BEFORE,
     HELD_OUT,
@@ -50,10 +53,7 @@ from moe_bias.rollout.policy import Policy
 from moe_bias.tasks.conversations import ask, encode_prompt
 from moe_bias.tasks.task import Problem, Task
 from moe_bias.training.collect import Curriculum
-from moe_bias.training.grpo_lora import train_grpo_lora
-from moe_bias.training.grpo_trainer import GRPOChoices, check_trl
 from moe_bias.training.loop import Watching
-from moe_bias.training.lora import Budget, LoRAChoices, lora_on, train_lora
 from moe_bias.training.rl import PolicyTrainer
 from moe_bias.training.sft import Prepared, refuse_impossible
 from moe_bias.training.trainer import Trainer

@@ -19,8 +19,8 @@ from moe_bias.analysis import any_off_support, expert_views
 from moe_bias.backbone import Head
 from moe_bias.commands.expert_table import OFF_SUPPORT, moved, readings_table
 from moe_bias.commands.training_settings import DemoSettings
-from moe_bias.evaluation.comparison import Arm
 from moe_bias.evaluation.statistics import Estimate
+from moe_bias.experiments.comparison import Arm
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.progress import text_console
 

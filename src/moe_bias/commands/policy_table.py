@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from moe_bias.evaluation.policy_arms import AGAINST, PolicyRow, measured_after, percent_by_seed
 from moe_bias.evaluation.statistics import Estimate
+from moe_bias.experiments.policy_arms import AGAINST, PolicyRow, measured_after, percent_by_seed
 
 
 def print_policies(console: Console, rows: Sequence[PolicyRow]) -> None:

@@ -11,8 +11,8 @@ from functools import partial
 from moe_bias.commands.cells import Runner, Workshop, report, run_missing
 from moe_bias.commands.demo_report import report_console
 from moe_bias.commands.training_settings import SweepSettings
-from moe_bias.evaluation.cells import BASE_MODEL, CellRecords
-from moe_bias.evaluation.grid import cell_name, find_cell, parse_grid, with_changes
+from moe_bias.experiments.cells import BASE_MODEL, CellRecords
+from moe_bias.experiments.grid import cell_name, find_cell, parse_grid, with_changes
 from moe_bias.training.run_folder import refuse_other_settings
 
 

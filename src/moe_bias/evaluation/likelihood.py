@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from moe_bias.backbone import Head, adapted_logits
-from moe_bias.chunks import CHUNK_TOKENS, UPDATE, even_slices
+from moe_bias.chunks import CHUNK_TOKENS
 from moe_bias.evaluation.statistics import Floats
+from moe_bias.features.adapted import adapted_policy, chunks
 from moe_bias.features.extract import Features
 from moe_bias.features.source import FeatureSource
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.support import reduced_log_prob
-from moe_bias.training.adapted import adapted_policy
 
 
 @torch.no_grad()
@@ -39,8 +39,7 @@ def token_nll(layer: MoEBiasLayer | None, features: FeatureSource, head: Head) -
 def _log_prob_everywhere(layer: MoEBiasLayer, batch: Features, head: Head) -> Tensor:
     """`log pi'(y)` (T,) of a layer that acts on more tokens than the features' support."""
     parts = []
-    table_CV = layer.table()
-    for rows in even_slices(len(batch), UPDATE.rows(table_CV.shape[-1], table_CV.device)):
+    for rows in chunks(len(batch), layer.table()):
         part = batch.at(rows)
         logits_TV = head.logits(part.hidden.to(head.dtype))
         adapted_TV = adapted_logits(layer, head.transform, part.hidden, part.entropy, logits_TV)

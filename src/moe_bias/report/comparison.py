@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from moe_bias.evaluation.policy_arms import HELD_OUT, measured_after, percent_by_seed
+from moe_bias.experiments.policy_arms import HELD_OUT, measured_after, percent_by_seed
 from moe_bias.report import figures
 from moe_bias.report.content import Block, Note, Plot, Table, Topic, estimate_of, percent, points, slug, with_interval
 from moe_bias.report.record import Record

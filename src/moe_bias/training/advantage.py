@@ -45,20 +45,20 @@ def group_advantages(reward_N: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return torch.where(kept_P1, advantage_PG, 0).flatten(), kept_P1.expand_as(reward_PG).flatten()
 
 
-def select_high_entropy(entropy_T: Tensor, share: float, valid_T: Tensor | None = None) -> tuple[Tensor, float]:
+def select_high_entropy(entropy_T: Tensor, rho: float, valid_T: Tensor | None = None) -> tuple[Tensor, float]:
     """`(selected, tau)`: which tokens (T,) bool have an entropy of at least tau, and tau in nats.
 
-    tau is the (1 - share) quantile over the valid tokens given (default all), and over no others: whoever
+    tau is the (1 - rho) quantile over the valid tokens given (default all), and over no others: whoever
     wants one threshold for several batches or processes gives all their tokens together. Ties at tau
-    are all selected; share 1 selects every valid token. Without a valid token none is selected and tau
-    is infinite. Raises ValueError where `share` is not in (0, 1] or an entropy is not a number.
+    are all selected; rho 1 selects every valid token. Without a valid token none is selected and tau
+    is infinite. Raises ValueError where `rho` is not in (0, 1] or an entropy is not a number.
     """
     valid_T = torch.ones_like(entropy_T, dtype=torch.bool) if valid_T is None else valid_T.bool()
     if not valid_T.any():
         return valid_T, math.inf
     if entropy_T[valid_T].isnan().any():
         raise UserError("the entropies hold NaN, so no threshold can be taken; compute them in a wider type")
-    threshold = fork_threshold(entropy_T[valid_T], share)
+    threshold = fork_threshold(entropy_T[valid_T], rho)
     return valid_T & (entropy_T >= threshold), threshold
 
 

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from moe_bias.backbone import HeadTransform
+from moe_bias.features.adapted import Adapted, LogitsOf, chunks
 from moe_bias.features.extract import Features
 from moe_bias.layer import MoEBiasLayer, Routing, itself, load_balance_loss
 from moe_bias.support import log_prob_and_gradient, log_prob_from_adapted, reduced_stats
-from moe_bias.training.adapted import Adapted, LogitsOf, chunks
 from moe_bias.training.objectives import Distribution, Now, Objective, Sampled, Then, check_terms
 
 

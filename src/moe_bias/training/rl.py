@@ -34,13 +34,13 @@ from torch import Tensor
 
 from moe_bias.backbone import Head
 from moe_bias.config import RLConfig
+from moe_bias.features.adapted import mean_kl_between, mean_kl_to_base
 from moe_bias.features.extract import Features
 from moe_bias.features.source import on_device
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.mistakes import UserError
 from moe_bias.progress import Meter
 from moe_bias.tasks.verdict import Outcome
-from moe_bias.training.adapted import mean_kl_between, mean_kl_to_base
 from moe_bias.training.batches import Units, batches
 from moe_bias.training.checkpoint import Standing
 from moe_bias.training.collect import Collected, Collector

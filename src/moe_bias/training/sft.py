@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from moe_bias.backbone import Head
 from moe_bias.config import OWN_SUPPORT, LayerConfig, SFTConfig, StartOptions, check_support
+from moe_bias.features.base_logits import BaseLogits
 from moe_bias.features.extract import (
     CALIBRATION_TOKENS,
     Features,
@@ -36,7 +37,6 @@ from moe_bias.features.store import FeatureStore
 from moe_bias.layer import MoEBiasLayer, refuse_layer_beyond_memory
 from moe_bias.mistakes import UserError, read_json
 from moe_bias.tasks.conversations import Example
-from moe_bias.training.base_logits import BaseLogits
 from moe_bias.training.batches import whole_units
 from moe_bias.training.checkpoint import Checkpoints, Position
 from moe_bias.training.loop import NOTHING_ELSE, Callback, Watching

@@ -14,17 +14,17 @@ from torch import Tensor
 
 from moe_bias.backbone import Head
 from moe_bias.config import SFTConfig
+from moe_bias.features.base_logits import BaseLogits
 from moe_bias.features.extract import Features
 from moe_bias.features.source import FeatureSource, on_device
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.limits import refuse_endless_steps
 from moe_bias.mistakes import UserError
 from moe_bias.progress import Meter
-from moe_bias.training.adapted import mean_nll
-from moe_bias.training.base_logits import BaseLogits
 from moe_bias.training.batches import Units, batches
 from moe_bias.training.checkpoint import Position
 from moe_bias.training.gradients import Loss, gradients, mean_loss
+from moe_bias.training.held_out import mean_nll
 from moe_bias.training.loop import NOTHING_ELSE, Loop, Watching, with_prefix, without_prefix
 from moe_bias.training.metrics import Metrics, step_metrics
 from moe_bias.training.objectives import Objective, Supervised, check_objective

@@ -10,7 +10,6 @@ Shapes: T tokens, C coefficients, M support.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,19 +17,11 @@ import torch
 from torch import Tensor
 
 from moe_bias.backbone import HeadTransform
+from moe_bias.chunks import UPDATE, even_slices
+from moe_bias.columns import joined
 from moe_bias.features.extract import Features
-from moe_bias.features.source import FeatureSource, on_device
 from moe_bias.layer import MoEBiasLayer, Routing
 from moe_bias.support import PolicyStats, log_prob_from_adapted, reduced_stats
-from moe_bias.training.base_logits import BaseLogits
-from moe_bias.training.processes import ALONE, Processes
-
-CHUNK_ELEMENTS = {"cpu": 3 * 2**21, "cuda": 2**26}
-"""Entries of a tokens x support tensor that are worked on at once, by kind of device.
-
-On a CPU 24 MiB: the C library maps what takes 32 MiB or more anew each time, and its page faults cost a large
-batch a third of its time.
-"""
 
 LogitsOf = Callable[[slice], Tensor]
 """u_S (T, M) of a batch's given rows, as a tensor that may be overwritten."""
@@ -90,26 +81,6 @@ class TableMove:
 
 
 @torch.no_grad()
-def mean_nll(
-    layer: MoEBiasLayer,
-    source: FeatureSource,
-    logits: BaseLogits,
-    transform: HeadTransform,
-    processes: Processes = ALONE,
-) -> float:
-    """Negative log-likelihood in nats per token of all the source's tokens under the layer.
-
-    Each process takes every n-th chunk.
-    """
-    nll = torch.zeros((), dtype=torch.float64, device=layer.device)
-    for rows in chunks(len(source), layer.table())[processes.rank :: processes.count]:
-        batch = on_device(source.at(rows), layer.device)
-        logits_TM = logits.of(torch.arange(rows.start, rows.start + len(batch)), batch)(slice(None))
-        nll -= adapted_policy(layer, batch, logits_TM, transform).log_prob.double().sum()
-    return float(processes.total(nll)) / len(source)
-
-
-@torch.no_grad()
 def policy_stats(
     layer: MoEBiasLayer,
     batch: Features,
@@ -125,8 +96,7 @@ def policy_stats(
         logits_TM = logits_of(rows)
         move_TM = move.move(coefficients_TC[rows], logits_TM)
         parts.append(reduced_stats(logits_TM, move_TM, batch.at(rows).rest))
-    log_partition, entropy, kl = zip(*((p.log_partition, p.entropy, p.kl) for p in parts), strict=True)
-    return PolicyStats(torch.cat(log_partition), torch.cat(entropy), torch.cat(kl))
+    return joined(parts)
 
 
 def mean_kl_to_base(
@@ -162,13 +132,5 @@ def mean_kl_between(
 
 
 def chunks(tokens: int, table_CM: Tensor) -> list[slice]:
-    """Even slices over the tokens whose tokens x support tensors are of the size that suits the device.
-
-    Even, because a short last slice reads all columns for a few tokens. At least one, so that a process
-    without a token in a small batch takes part with zeros.
-    """
-    size = CHUNK_ELEMENTS.get(table_CM.device.type, CHUNK_ELEMENTS["cuda"])
-    most = max(size // table_CM.shape[-1], 1)
-    count = max(math.ceil(tokens / most), 1)
-    rows = max(math.ceil(tokens / count), 1)
-    return [slice(start, start + rows) for start in range(0, max(tokens, 1), rows)]
+    """Even slices over the tokens, at least one, with tokens x support tensors of the size that suits the device."""
+    return even_slices(tokens, UPDATE.rows(table_CM.shape[-1], table_CM.device))

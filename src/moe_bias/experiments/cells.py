@@ -21,10 +21,10 @@ from moe_bias.config import SFTConfig
 from moe_bias.evaluation.likelihood import token_nll
 from moe_bias.evaluation.statistics import Estimate, Floats, ratio_of_sums
 from moe_bias.evaluation.strata import STRATA, by_stratum, counts_by_stratum
+from moe_bias.features.base_logits import BaseLogits
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.mistakes import UserError, as_kind, read_json
 from moe_bias.records import provenance, write_json
-from moe_bias.training.base_logits import BaseLogits
 from moe_bias.training.loop import Watching
 from moe_bias.training.sft import Prepared, first_tokens, fit, fresh_layer
 

@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 
-from moe_bias.evaluation.cells import Cell, as_lists
 from moe_bias.evaluation.strata import by_stratum, counts_by_stratum
+from moe_bias.experiments.cells import Cell, as_lists
+from moe_bias.experiments.lora import Budget, LoRAChoices, lora_on, lora_token_nll, train_lora
 from moe_bias.features.extract import Features
 from moe_bias.tasks.conversations import Example
-from moe_bias.training.lora import Budget, LoRAChoices, lora_on, lora_token_nll, train_lora
 
 MAIN = "moe-bias"
 LAYER_ARMS: dict[str, dict[str, Any]] = {

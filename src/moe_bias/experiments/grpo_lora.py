@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+from moe_bias.experiments.grpo_trainer import GRPOChoices, Prompt, grpo_trainer
 from moe_bias.progress import Meter, meter
 from moe_bias.records import peak_bytes
-from moe_bias.training.grpo_trainer import GRPOChoices, Prompt, grpo_trainer
 
 RewardFunction = Callable[[list[Prompt], list[str]], Sequence[float]]
 """From prompts and completion texts of a step's samples, special tokens left out, to one reward for each."""

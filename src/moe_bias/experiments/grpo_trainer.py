@@ -41,7 +41,8 @@ Prompt = str | list[dict[str, str]]
 class GRPOChoices:
     """How long and how large: `steps` of `prompts` x `group` samples of at most `max_new_tokens` tokens.
 
-    `entropy_share` is rho, 1.0 for all tokens; `micro_batch` samples are in one forward and backward pass.
+    `rho` is the share of the tokens, those of highest entropy, that are learnt from, 1.0 for all; `micro_batch`
+    samples are in one forward and backward pass.
     """
 
     steps: int
@@ -49,7 +50,7 @@ class GRPOChoices:
     group: int
     max_new_tokens: int
     temperature: float = 1.0
-    entropy_share: float = 1.0
+    rho: float = 1.0
     rate: float = 1e-4
     micro_batch: int = 8
     seed: int = 0
@@ -61,8 +62,8 @@ class GRPOChoices:
             raise UserError(
                 f"{self.prompts} prompts x {self.group} samples do not divide into micro-batches of {self.micro_batch}"
             )
-        if not 0 < self.entropy_share <= 1:
-            raise UserError(f"share = {self.entropy_share} of the tokens: it must be above 0 and at most 1")
+        if not 0 < self.rho <= 1:
+            raise UserError(f"`rho` is {self.rho}, a share of the tokens: it must be above 0 and at most 1")
 
     @property
     def samples(self) -> int:
@@ -108,7 +109,7 @@ def _arguments(adapted: Any, choices: GRPOChoices) -> dict[str, Any]:
         "epsilon_high": EPS_HIGH,
         "beta": 0.0,
         "mask_truncated_completions": False,
-        "top_entropy_quantile": choices.entropy_share,
+        "top_entropy_quantile": choices.rho,
         "temperature": choices.temperature,
         "max_completion_length": choices.max_new_tokens,
         "num_generations": choices.group,

@@ -15,11 +15,9 @@ import torch
 from torch import Tensor
 
 from moe_bias.backbone import Head
+from moe_bias.chunks import CHUNK_TOKENS
 from moe_bias.features.extract import Features
 from moe_bias.features.source import FeatureSource
-
-CHUNK_TOKENS = 2048
-"""Kept logits are computed this many tokens at a time."""
 
 
 class BaseLogits:
