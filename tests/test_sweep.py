@@ -247,5 +247,5 @@ def test_lora_stops_when_its_time_is_over():
 def test_lora_whose_loss_is_not_finite_stops():
     with lora_on(tiny_model(), 2, seed=0) as adapted:
         next(p for p in adapted.parameters() if p.requires_grad).data.fill_(float("nan"))
-        with pytest.raises(UserError, match="the loss of LoRA became nan; lower --lora-rate"):
+        with pytest.raises(UserError, match="the loss of LoRA became nan; lower `lora_rate`"):
             train_lora(adapted, EXAMPLES, LoRAChoices(), Budget(10, "tokens"), 0, "test")
