@@ -113,6 +113,8 @@ class Trainer(Loop[Position]):
         step, layer = self._position.step, self._layer
         part = self._units.tokens_of(self._processes.part(unit_N))
         batch = on_device(self._source.at(part), layer.device)
+        if self._objective.unit != "token":
+            _refuse_partial(batch)
         self._optimisation.zero_grad()
         with dropped_experts(layer, self._settings.expert_dropout, self._settings.seed, step):
             loss = gradients(
@@ -223,6 +225,18 @@ def refuse_endless(settings: SFTConfig, tokens: int) -> None:
     steps = settings.epochs * -(-tokens // settings.batch_tokens)
     what = f"{settings.epochs:,} epochs over {tokens:,} tokens, {settings.batch_tokens:,} in a step,"
     refuse_endless_steps(steps, what, "lower `epochs`, or raise `batch_tokens`")
+
+
+def _refuse_partial(batch: Features) -> None:
+    """Raises UserError where not all tokens of an answer are there: its log-probability would be of a part."""
+    example_A, answer_T, there_A = batch.example.unique(return_inverse=True, return_counts=True)
+    all_A = there_A.new_zeros(len(there_A)).scatter_reduce(0, answer_T, batch.position + 1, "amax")
+    for example, there, whole in zip(example_A.tolist(), there_A.tolist(), all_A.tolist(), strict=True):
+        if there != whole:
+            raise UserError(
+                f"{there} of the {whole} tokens of example {example} are there; an objective of answers needs all of "
+                "them: extract without `keep_top`"
+            )
 
 
 def _cause(
