@@ -18,7 +18,7 @@ from moe_bias.tasks.catalogue import KnownTask, known_tasks, make_task, task_opt
 from moe_bias.tasks.options import REQUIRED, Option
 
 WIDTH = 100
-YOUR_OWN = "A task of your own is given as module:name: docs/tasks.md."
+YOUR_OWN = "A task of your own is given as module:name: docs/guides/tasks.md."
 
 
 def run(settings: TasksSettings) -> None:
