@@ -10,14 +10,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from moe_bias.training.adapted import adapted_policy
 
 from conftest import VOCABULARY, tiny_model
 from moe_bias.backbone import find_head
-from moe_bias.config import TrainingSettings, UserError
+from moe_bias.commands.eval_arms import adapted as adapted_module
+from moe_bias.config import SFTConfig
+from moe_bias.mistakes import UserError
 from moe_bias.support import full_log_prob
 from moe_bias.tasks.conversations import Example
-from moe_bias.training import adapted as adapted_module
-from moe_bias.training.adapted import adapted_policy
 from moe_bias.training.batches import Units, batches, mixed_seed, whole_units
 from moe_bias.training.gradients import gradients, mean_loss, plain_loss
 from moe_bias.training.loop import Watching
@@ -248,7 +249,7 @@ def test_answers_that_are_not_whole_are_refused():
     """As those of a store that keeps the tokens of highest entropy alone."""
     features = features_of(head_of()).at(torch.arange(0, 61, 2))
     with pytest.raises(UserError, match="4 of the 7 tokens of example 0 are there; an objective of answers needs all"):
-        fit(layer_of(), features, head_of(), TrainingSettings(), "test", objective=MeanOfAnswers())
+        fit(layer_of(), features, head_of(), SFTConfig(), "test", objective=MeanOfAnswers())
 
 
 def test_an_answer_without_the_other_one_is_named():
@@ -370,7 +371,7 @@ class Words(OneNumber):
 )
 def test_objectives_that_cannot_be_used_are_refused_before_training(objective, sentence):
     with pytest.raises(UserError, match=sentence):
-        fit(layer_of(), features_of(head_of()), head_of(), TrainingSettings(), "test", objective=objective)
+        fit(layer_of(), features_of(head_of()), head_of(), SFTConfig(), "test", objective=objective)
 
 
 @pytest.mark.parametrize(("beta", "sentence"), [(0.0, "`beta` = 0.0"), (float("nan"), "`beta` = nan")])
@@ -384,7 +385,7 @@ def test_unusable_terms_of_dpo_and_supervised_are_refused(beta, sentence):
 def test_terms_of_the_usual_objective_beside_another_are_refused():
     features = features_of(head_of())
     with pytest.raises(UserError, match=r"`kl_weight` = 0.5 is of the usual objective; give it to your own"):
-        fit(layer_of(), features, head_of(), TrainingSettings(kl_weight=0.5), "test", objective=Focal())
+        fit(layer_of(), features, head_of(), SFTConfig(kl_weight=0.5), "test", objective=Focal())
     with pytest.raises(UserError, match=r"`eps_high` = 0.5 is of the usual objective"):
         Setting(settings_of(eps_high=0.5), objective=DAPO())
 
@@ -396,7 +397,7 @@ def test_metrics_with_the_names_of_training_s_own_are_refused():
 
     check_objective(Named(), with_samples=False)
     with pytest.raises(UserError, match="metric 'load_balance' has the name of one that training writes"):
-        fit(layer_of(), features_of(head_of()), head_of(), TrainingSettings(), "test", objective=Named())
+        fit(layer_of(), features_of(head_of()), head_of(), SFTConfig(), "test", objective=Named())
 
 
 # --- in reinforcement learning, and the other seams --------------------------------------------------
@@ -496,7 +497,7 @@ def test_a_callback_changes_nothing_and_one_that_stops_is_heard_among_others():
     for callbacks in ((), (Stops(None), Stops(None))):
         layer = layer_of()
         features = features_of(head_of())
-        settings = TrainingSettings(epochs=1, batch_tokens=16)
+        settings = SFTConfig(epochs=1, batch_tokens=16)
         fit(layer, features, head_of(), settings, "test", Watching(callbacks=callbacks))
         layers.append(layer.experts.detach())
     assert torch.equal(*layers)
@@ -515,7 +516,7 @@ def test_what_the_page_shows_runs():
         if "mb." not in block:
             exec(block, shown)
     layer, features, head = layer_of(), features_of(head_of()), head_of()
-    settings = TrainingSettings(epochs=40, batch_tokens=16, expert_rate=0.1, warmup=0.0)
+    settings = SFTConfig(epochs=40, batch_tokens=16, expert_rate=0.1, warmup=0.0)
     for name, steps in {"Focal": 160, "PerAnswer": 200}.items():  # 4 batches of 16 tokens, 5 of 2 answers
         assert fit(layer, features, head, settings, name, objective=shown[name]()).steps == steps
     report = fit(layer, features, head, settings, "stops", Watching(callbacks=[shown["Patient"]()]))

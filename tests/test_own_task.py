@@ -192,6 +192,10 @@ def failing(*given: object) -> None:
         ({"verify": lambda problems, completions: []}, "verify gave 0 verdicts for 1 completions"),
         ({"verify": lambda problems, completions: [1.0]}, "verify gave 1.0, which is no Verdict"),
         (
+            {"verify": lambda problems, completions: [Verdict("right", "a", 1.0)]},
+            "verify gave the outcome 'right', which is none of 'correct', 'wrong', 'unparseable', 'timed",
+        ),
+        (
             {"verify": lambda problems, completions: [Verdict("correct", "a", 2.0)]},
             "verify gave a reward of 2.0, which is not a number from 0 to 1",
         ),

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from moe_bias.config import UserError
+from moe_bias.mistakes import UserError
 from moe_bias.tasks.preferences import encode_preferences, preferences, read_preferences
 from test_adapter import word_tokenizer
 

@@ -15,7 +15,7 @@ from moe_bias.mistakes import UserError, shown
 from moe_bias.plugins import told
 from moe_bias.tasks.options import fitted
 from moe_bias.tasks.task import Problem, Task, too_few
-from moe_bias.tasks.verdict import Verdict
+from moe_bias.tasks.verdict import OUTCOMES, Verdict
 
 _MEMBERS = {"name": "name", "problems": "problems(count, seed)", "verify": "verify(problems, completions)"}
 _DRAWN_AGAIN = 4
@@ -56,6 +56,9 @@ class OwnTask:
         for verdict in found:
             if not isinstance(verdict, Verdict):
                 raise self._fault(f"verify gave {shown(verdict)}, which is no Verdict")
+            if verdict.outcome not in OUTCOMES:
+                known = ", ".join(map(repr, OUTCOMES))
+                raise self._fault(f"verify gave the outcome {shown(verdict.outcome)}, which is none of {known}")
             reward: Any = verdict.reward
             if not isinstance(reward, Real) or not 0 <= float(reward) <= 1:
                 raise self._fault(f"verify gave a reward of {shown(reward)}, which is not a number from 0 to 1")

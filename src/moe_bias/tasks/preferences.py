@@ -13,8 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from moe_bias.config import UserError
-from moe_bias.mistakes import shown
+from moe_bias.mistakes import UserError, shown
 from moe_bias.tasks.columns import SYSTEM, message_of
 from moe_bias.tasks.conversations import Conversation, Corpus, Message, ask, encode_all
 from moe_bias.tasks.rows import is_missing, read_rows, text_of

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Outcome = Literal["correct", "wrong", "unparseable", "timed out", "bad gold"]
 """`unparseable`: nothing that can be read as an answer. `timed out`: the answer stopped its grader by taking too long,
 or by ending it. `bad gold`: the task's own answer cannot be read, so nothing is known of the completion."""
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import get_args
 
 import torch
 from torch import Tensor
@@ -40,7 +39,8 @@ from moe_bias.features.source import on_device
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.mistakes import UserError
 from moe_bias.progress import Meter
-from moe_bias.tasks.verdict import Outcome
+from moe_bias.tasks.verdict import OUTCOMES
+from moe_bias.training.adapted import mean_kl_between, mean_kl_to_base
 from moe_bias.training.batches import Units, batches
 from moe_bias.training.checkpoint import Standing
 from moe_bias.training.collect import Collected, Collector
@@ -54,7 +54,6 @@ from moe_bias.training.processes import ALONE
 
 HALVINGS = 8
 """How often an update that exceeds a bound on KL is halved before it is undone."""
-OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 
 
 @dataclass(frozen=True)
