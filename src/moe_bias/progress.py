@@ -84,7 +84,7 @@ def meter(description: str, total: float, unit: str, visible: bool = True) -> It
     It stays on one line: where the terminal is narrow, the bar itself gives way first.
     """
     columns = (
-        TextColumn("{task.description:<28}", markup=False),
+        TextColumn("{task.description:<16}", markup=False),
         BarColumn(bar_width=24),
         TextColumn("{task.percentage:>3.0f}%"),
         RateColumn(table_column=Column(no_wrap=True)),

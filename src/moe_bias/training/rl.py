@@ -40,7 +40,6 @@ from moe_bias.layer import MoEBiasLayer
 from moe_bias.mistakes import UserError
 from moe_bias.progress import Meter
 from moe_bias.tasks.verdict import OUTCOMES
-from moe_bias.training.adapted import mean_kl_between, mean_kl_to_base
 from moe_bias.training.batches import Units, batches
 from moe_bias.training.checkpoint import Standing
 from moe_bias.training.collect import Collected, Collector
