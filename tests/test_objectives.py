@@ -10,12 +10,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from moe_bias.training.adapted import adapted_policy
 
+import moe_bias
 from conftest import VOCABULARY, tiny_model
 from moe_bias.backbone import find_head
-from moe_bias.commands.eval_arms import adapted as adapted_module
+from moe_bias.chunks import AtOnce
 from moe_bias.config import SFTConfig
+from moe_bias.features import adapted as adapted_module
+from moe_bias.features.adapted import adapted_policy
 from moe_bias.mistakes import UserError
 from moe_bias.support import full_log_prob
 from moe_bias.tasks.conversations import Example
@@ -23,11 +25,12 @@ from moe_bias.training.batches import Units, batches, mixed_seed, whole_units
 from moe_bias.training.gradients import gradients, mean_loss, plain_loss
 from moe_bias.training.loop import Watching
 from moe_bias.training.objectives import DAPO, DPO, Now, Objective, Sampled, Supervised, Terms, Then, check_objective
-from moe_bias.training.sft import fit, fresh_layer, prepare, train
+from moe_bias.training.sft import fit, fresh_layer, prepare
 from test_policy_objective import gradients_of, problem
 from test_rl import Setting, settings_of
 from test_trainer import lines_of, run_settings
 from test_training import features_of, head_of, layer_of
+from training_processes import train_in
 
 LENGTHS = [7, 3, 1, 12, 20, 18]
 """Tokens of three pairs of answers, 61 together."""
@@ -63,7 +66,7 @@ def test_dpo_and_its_gradient_are_those_of_the_full_softmax(monkeypatch, name, e
     (expected + 0.2 * balance).backward()
     wanted = gradients_of(p.layer)
     p.layer.zero_grad()
-    monkeypatch.setitem(adapted_module.CHUNK_ELEMENTS, "cpu", elements)
+    monkeypatch.setattr(adapted_module, "UPDATE", AtOnce(elements, elements))
     logits_of = lambda rows: logits_TM[rows].clone()  # noqa: E731
     loss = gradients(p.layer, p.features, logits_of, p.head.transform, DPO(0.3))
     torch.testing.assert_close(loss.total, (expected + 0.2 * balance).detach(), rtol=1e-9, atol=1e-9)
@@ -111,7 +114,7 @@ def test_gradients_of_objectives_are_those_of_differences(objective):
 
 
 def test_the_gradient_of_dpo_is_that_of_differences_of_the_layer(monkeypatch):
-    monkeypatch.setitem(adapted_module.CHUNK_ELEMENTS, "cpu", 58 * 7)
+    monkeypatch.setattr(adapted_module, "UPDATE", AtOnce(58 * 7, 58 * 7))
     p = pairs_problem()
     logits_TM = p.logits[:, p.features.support]
     logits_of = lambda rows: logits_TM[rows].clone()  # noqa: E731
@@ -216,7 +219,7 @@ def test_preferences_are_learnt_from_features(tmp_path):
     settings = run_settings(tmp_path, experts="free", expert_rate=0.1, **choices)
     prepared = prepare(model, head, examples[:32], examples[32:], settings, always=[2], batch_size=4)
     layer = fresh_layer(settings, prepared.support, head)
-    report = train(layer, prepared.train, prepared.held_out, head, settings, objective=DPO(0.5))
+    report = train_in(layer, prepared.train, prepared.held_out, head, settings, objective=DPO(0.5))
     lines = lines_of(tmp_path)
     assert lines[0]["held_out_loss"] == pytest.approx(0.6931, abs=1e-4)
     assert report.held_out_nll < 0.6
@@ -227,7 +230,7 @@ def test_preferences_are_learnt_from_features(tmp_path):
     assert tokens == 12 * len(prepared.train)
     again = fresh_layer(settings, prepared.support, head)
     with pytest.raises(UserError, match=r"holds an unfinished run with other objective"):
-        train(again, prepared.train, prepared.held_out, head, settings, objective=DPO(0.4))
+        train_in(again, prepared.train, prepared.held_out, head, settings, objective=DPO(0.4))
 
 
 def test_a_batch_is_of_whole_pairs_and_an_epoch_of_all_tokens():
@@ -301,7 +304,7 @@ class MeanOfAnswers(Objective):
 def test_one_s_own_objective_trains_and_logs(objective, tmp_path):
     head, layer = head_of(), layer_of()
     features = features_of(head)
-    train(layer, features, features, head, run_settings(tmp_path, epochs=8), objective=objective)
+    train_in(layer, features, features, head, run_settings(tmp_path, epochs=8), objective=objective)
     lines = lines_of(tmp_path)
     assert lines[-1]["loss"] < lines[1]["loss"]
     assert ("missed" in lines[1]) == isinstance(objective, Focal)
@@ -317,7 +320,7 @@ def test_one_s_own_objective_has_the_gradient_of_autograd(monkeypatch, elements,
     whole.total.backward()
     wanted = gradients_of(p.layer)
     p.layer.zero_grad()
-    monkeypatch.setitem(adapted_module.CHUNK_ELEMENTS, "cpu", elements)
+    monkeypatch.setattr(adapted_module, "UPDATE", AtOnce(elements, elements))
     loss = gradients(p.layer, p.features, lambda rows: logits_TM[rows].clone(), p.head.transform, objective)
     torch.testing.assert_close(loss.total, whole.total.detach())
     for key, gradient in gradients_of(p.layer).items():
@@ -485,7 +488,7 @@ def test_a_callback_sees_every_step_and_may_end_the_run(tmp_path):
     head, layer, callback = head_of(), layer_of(), Stops(5)
     features = features_of(head)
     settings = run_settings(tmp_path, evaluate_every=4)
-    report = train(layer, features, features, head, settings, callbacks=[callback])
+    report = train_in(layer, features, features, head, settings, callbacks=[callback])
     assert callback.steps == [0, 1, 2, 3, 4, 5]
     assert report.steps == 5
     assert callback.metrics == [{k: v for k, v in line.items() if k != "step"} for line in lines_of(tmp_path)]
@@ -509,11 +512,11 @@ def test_a_callback_changes_nothing_and_one_that_stops_is_heard_among_others():
 
 
 def test_what_the_page_shows_runs():
-    page = (Path(__file__).parent.parent / "docs" / "objectives.md").read_text()
+    page = (Path(__file__).parent.parent / "docs" / "guides" / "objectives.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    shown: dict = {}
+    shown: dict = {"mb": moe_bias}
     for block in blocks:
-        if "mb." not in block:
+        if "class " in block:
             exec(block, shown)
     layer, features, head = layer_of(), features_of(head_of()), head_of()
     settings = SFTConfig(epochs=40, batch_tokens=16, expert_rate=0.1, warmup=0.0)

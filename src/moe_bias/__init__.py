@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from moe_bias.tasks.task import Problem, Task
     from moe_bias.tasks.verdict import Verdict
     from moe_bias.training.loop import Callback
-    from moe_bias.training.objectives import DAPO, DPO, Objective, Supervised
+    from moe_bias.training.objectives import DAPO, DPO, Objective, Supervised, Terms
 
 __all__ = [
     "DAPO",
@@ -67,6 +67,7 @@ __all__ = [
     "SFTReport",
     "Supervised",
     "Task",
+    "Terms",
     "UserError",
     "Verdict",
     "Watch",
@@ -114,7 +115,7 @@ _HOMES = {
     "layer": ("MoEBiasLayer",),
     "mistakes": ("UserError",),
     "training.loop": ("Callback",),
-    "training.objectives": ("DAPO", "DPO", "Objective", "Supervised"),
+    "training.objectives": ("DAPO", "DPO", "Objective", "Supervised", "Terms"),
     "tasks.task": ("Problem", "Task"),
     "tasks.verdict": ("Verdict",),
 }

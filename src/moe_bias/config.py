@@ -385,7 +385,7 @@ class SFTConfig(StartOptions, OptimizerOptions):
 class TaskConfig(Config):
     """Problems whose answers a program can check."""
 
-    task: str = Field("products", description="'general_points', or a task of reasoning-gym")
+    task: str = Field("products", description="a task's name, as moe-bias tasks lists them, or module:name")
     task_options: dict[str, TaskOption] = Field({}, description="options of the task; --task-options max_terms=3")
     easy: bool = Field(True, description="options that suit models of 135M parameters, where the task has such")
     problems: str = Field("", description="JSON Lines file or Hub data set of problems and answers, in place of --task")
@@ -419,7 +419,10 @@ class RewardConfig(Config):
     verdict_weight: float = Field(1.0, ge=0, description="weight of a right answer")
     form: str = Field("", description="regular expression that a completion is to match")
     form_weight: float = Field(0.0, ge=0, description="weight of the form")
-    reward: str = Field("", description="your own reward, module:function(prompt, completion, gold), from 0 to 1")
+    reward: str = Field(
+        "",
+        description="your own reward(prompt, completion, gold), from 0 to 1: module:function, or an installed name",
+    )
     reward_weight: float = Field(0.0, ge=0, description="weight of your own reward")
     overlong_cache: int = Field(0, ge=0, description="tokens before the limit in which the reward falls by 1; 0: none")
 
@@ -500,7 +503,7 @@ class EvalConfig(Config):
     split: str = Field("test", description="split of a Hub data set given as --data")
     question_column: str = Field("", description="column of the questions in --data; none: its usual names")
     gold_column: str = Field("", description="column of the gold answers, such as reward_model.ground_truth")
-    task: str = Field("", description="'general_points', or a task of reasoning-gym")
+    task: str = Field("", description="a task's name, as moe-bias tasks lists them, or module:name")
     task_options: dict[str, TaskOption] = Field({}, description="options of the task; --task-options max_terms=3")
     easy: bool = Field(True, description="options that suit models of 135M parameters, where the task has such")
     train_problems: int = Field(

@@ -34,6 +34,7 @@ from moe_bias.progress import say, text_console
 from moe_bias.records import temporary_folder
 from moe_bias.tasks.columns import conversations_of, read_conversations
 from moe_bias.tasks.conversations import Conversation, Corpus, Example, answer_ends, encode_all
+from moe_bias.tasks.preferences import both_sides, preferences, read_preferences, whole_pairs
 from moe_bias.training.processes import ALONE, Processes
 from moe_bias.training.sft import Prepared, parse_support, prepare_stored
 
@@ -48,23 +49,38 @@ Rows = str | Path | Sequence[Any]
 class Texts:
     """Conversations to extract from, what they are called, and the unit that each belongs to.
 
-    A unit is held out whole; `noun` says what units are. Of data each row is one, whatever answers in it count.
+    A unit is held out whole; `noun` says what units are. Of data each row is one, whatever answers in it count. Of
+    `pairs` conversations stand two by two: the chosen answer to a prompt and the rejected one.
     """
 
     conversations: Sequence[Conversation]
     source: str
     units: Sequence[int]
     noun: str = "usable examples"
+    pairs: bool = False
 
     @classmethod
-    def of(cls, rows: Rows, split: str = "train", train_on: TrainOn = "last-turn") -> Texts:
+    def of(cls, rows: Rows, split: str = "train", train_on: TrainOn = "last-turn", pairs: bool = False) -> Texts:
         """Raises UserError, naming row and column, on rows that cannot be read."""
+        if pairs:
+            return cls._of_pairs(rows, split)
         if isinstance(rows, str | Path):
             conversations, source = read_conversations(str(rows), split, train_on), str(rows)
         else:
             source = "the rows"
             conversations = conversations_of(rows, source, train_on)
         return cls(conversations, source, [conversation.row for conversation in conversations])
+
+    @classmethod
+    def _of_pairs(cls, rows: Rows, split: str) -> Texts:
+        """Both answers of each preference; a pair is a unit."""
+        if isinstance(rows, str | Path):
+            found, source = read_preferences(str(rows), split), str(rows)
+        else:
+            source = "the rows"
+            found = preferences(rows, source)
+        sides = both_sides(found)
+        return cls(sides, source, [number // 2 for number in range(len(sides))], "usable pairs", pairs=True)
 
     def held_out(self, rows: Sequence[int], share: float, seed: int) -> list[int]:
         """The rows, of those that can be used, whose unit is held out. Raises UserError on too few units."""
@@ -140,6 +156,7 @@ def extract(
     keep: bool | str | Path = True,
     split: str = "train",
     train_on: TrainOn = "last-turn",
+    pairs: bool = False,
     max_length: int = 2048,
     batch_size: int = 16,
 ) -> Data:
@@ -150,7 +167,8 @@ def extract(
     `held_out` is the share of the examples, in (0, 1), to measure on, drawn with `seed`. `support` is 'auto:M', 'all',
     a JSON file of token ids, or the ids. `keep`: True keeps the states in the user's cache, where the next call of the
     same model, rows and limits finds them; a path keeps them there; False removes them with what is returned. Of a
-    conversation `train_on` takes the 'last-turn' of the assistant or 'all-turns'. Examples are cut at `max_length`
+    conversation `train_on` takes the 'last-turn' of the assistant or 'all-turns'. With `pairs` the rows are preferences
+    (`prompt`, `chosen` and `rejected`), for an objective of pairs such as `DPO`. Examples are cut at `max_length`
     tokens, or at the model's context; `batch_size` go through the model at a time.
 
     Raises UserError on rows, stores and values that cannot be used; Interrupted where the extraction was, with what is
@@ -158,7 +176,7 @@ def extract(
     """
     if isinstance(rows, str | Path) and (Path(rows) / MANIFEST).is_file():
         return of_store(base, [str(rows)], held_out, seed)
-    texts = Texts.of(rows, split, train_on)
+    texts = Texts.of(rows, split, train_on, pairs)
     return of_texts(base, texts, Extraction(held_out, seed, support, keep, max_length, batch_size))
 
 
@@ -253,6 +271,8 @@ def of_texts(
     corpus = encoded(
         texts.conversations, base.tokenizer, length_limit(base.model, how.max_length), texts.source, console
     )
+    if texts.pairs:
+        corpus = whole_pairs(corpus)
     held_out = texts.held_out(corpus.rows, how.held_out, how.seed)
     always = answer_ends(base.model, base.tokenizer)
     choices = Choices(support, always, head.dtype, batch_size=how.batch_size, held_out=held_out)

@@ -25,6 +25,7 @@ from moe_bias.layer import MoEBiasLayer
 from moe_bias.mistakes import UserError
 from moe_bias.records import temporary_folder
 from moe_bias.tasks.benchmarks import drawn_from, problem_set, protocol_of
+from moe_bias.tasks.catalogue import make_task
 from moe_bias.tasks.task import Task
 
 Policies = Mapping[str, MoEBiasLayer | str | Path | None]
@@ -43,7 +44,7 @@ def evaluate(
     Raises UserError on problems, adapters and settings that cannot be used.
     """
     config = _named(config or EvalConfig(), task)
-    problems = problem_set(config) if task is None or isinstance(task, str) else drawn_from(task, config)
+    problems = problem_set(config) if task is None or isinstance(task, str) else drawn_from(make_task(task, {}), config)
     protocol = protocol_of(config)
     if not policies:
         raise UserError("`policies` is empty; give a layer by name, such as {'base': None, 'mine': layer}")

@@ -35,6 +35,7 @@ from moe_bias.mistakes import Interrupted
 from moe_bias.progress import say, text_console
 from moe_bias.records import RecordKind, provenance, temporary_folder, write_json
 from moe_bias.rollout.sampler import Sampler
+from moe_bias.tasks.catalogue import make_task
 from moe_bias.tasks.rewards import Rewards
 from moe_bias.tasks.task import Task, of_bad_golds
 from moe_bias.training.advantage import Advantage, group_advantages
@@ -42,7 +43,7 @@ from moe_bias.training.checkpoint import Checkpoints
 from moe_bias.training.collect import Selection
 from moe_bias.training.loop import Callback, Watching
 from moe_bias.training.metrics import MetricsLog, SampleLog, read_metrics
-from moe_bias.training.objectives import Objective
+from moe_bias.training.objectives import Objective, make_objective
 from moe_bias.training.rl import PolicyPosition, PolicyTrainer
 from moe_bias.training.run_folder import begin, refuse_other_settings
 from moe_bias.training.sft import refuse_impossible
@@ -60,12 +61,12 @@ class Watch:
 
 def train_rl(
     base: Frozen,
-    task: Task,
+    task: Task | str,
     layer: MoEBiasLayer | None = None,
     config: RLConfig | None = None,
     *,
     reward: Any = None,
-    objective: Objective | None = None,
+    objective: Objective | str | None = None,
     advantage: Advantage = group_advantages,
     selection: Selection | None = None,
     callbacks: Sequence[Callback] = (),
@@ -90,7 +91,7 @@ def train_rl(
     sample, where `output` holds an adapter or a run of other settings, and where rewards stay equal, so that there is
     nothing to learn from; Interrupted on Ctrl-C, saying where the same call goes on.
     """
-    config, watch = config or RLConfig(), watch or Watch()
+    config, watch, task = config or RLConfig(), watch or Watch(), make_task(task, {}, small=True)
     weighed = rewards_of(rewards or RewardConfig(**({} if reward is None else REWARD_ALONE)), reward)
     data = task_data(base, task, task.problems(train_problems + test_problems, config.seed), train_problems)
     made_with = {
@@ -109,7 +110,7 @@ def train_rl(
             refuse_other_settings(folder, made_with)
         begin_run(folder, data, made_with)
         beginning = fresh_policy_layer(data, config) if layer is None else Beginning(copy.deepcopy(layer), None)
-        seams = Seams(objective, advantage, selection, callbacks)
+        seams = Seams(make_objective(objective), advantage, selection, callbacks)
         run = Run(data, weighed, config, watch, folder, beginning, seams=seams)
         report, position = run.trained(None)
         if output is not None:

@@ -25,7 +25,7 @@ from moe_bias.records import RecordKind, provenance, temporary_folder, write_jso
 from moe_bias.training.checkpoint import Checkpoints
 from moe_bias.training.loop import Callback
 from moe_bias.training.metrics import read_metrics
-from moe_bias.training.objectives import Objective
+from moe_bias.training.objectives import Objective, make_objective
 from moe_bias.training.processes import ALONE, Processes
 from moe_bias.training.run_folder import refuse_other_settings
 from moe_bias.training.sft import Prepared, fresh_layer, refuse_impossible, train
@@ -37,7 +37,7 @@ def train_sft(
     config: SFTConfig | None = None,
     *,
     layer: MoEBiasLayer | None = None,
-    objective: Objective | None = None,
+    objective: Objective | str | None = None,
     callbacks: Sequence[Callback] = (),
     output: str | Path | None = None,
     checkpoint_every: int = 200,
@@ -46,10 +46,10 @@ def train_sft(
     """Trains a layer on the answers of the data; returns it with what it does to those that are held out.
 
     The layer is a fresh one of the config's choices, on the data's support where the config names none; or a copy of
-    `layer`, trained on. `objective` is what is minimised (None: `Supervised` with the config's `kl_weight`); each of
-    the `callbacks` is told of every step, and may end the run. In `output` the run leaves metrics and checkpoints,
-    from which the same call goes on after an interrupt, to the same bytes; and at its end the adapter with its
-    record. Without it nothing stays.
+    `layer`, trained on. `objective` is what is minimised, itself or by name (None: `Supervised` with the config's
+    `kl_weight`); each of the `callbacks` is told of every step, and may end the run. In `output` the run leaves metrics
+    and checkpoints, from which the same call goes on after an interrupt, to the same bytes; and at its end the adapter
+    with its record. Without it nothing stays.
 
     Raises UserError on data of another model, on a config that cannot be, where `output` holds an adapter or a run of
     other settings, and where the loss is not finite; Interrupted on Ctrl-C, saying where the same call goes on.
@@ -69,7 +69,7 @@ def train_sft(
         checkpoints = Checkpoints(folder, checkpoint_every, keep_checkpoints)
         prepared = prepared_for(data, config, layer)
         own = fresh_layer(config, prepared.support, base.head) if layer is None else copy.deepcopy(layer)
-        extra = Extra(layer is None, objective, callbacks)
+        extra = Extra(layer is None, make_objective(objective), callbacks)
         report = train_on(data, prepared, own, config, checkpoints, made_with, extra=extra)
         if output is not None:
             save_run(folder, own, report, data, prepared, made_with)

@@ -18,25 +18,30 @@ from moe_bias.training.sft import refuse_impossible
 
 @contextmanager
 def opened(
-    settings: SupervisedSettings, console: Console, processes: Processes = ALONE, texts: Texts | None = None
+    settings: SupervisedSettings,
+    console: Console,
+    processes: Processes = ALONE,
+    texts: Texts | None = None,
+    pairs: bool = False,
 ) -> Iterator[Data]:
     """The features while the block runs; those that are not to be kept are removed after it.
 
-    `texts` are what to extract from where the settings name neither data nor a store. Raises UserError on data,
+    `texts` are what to extract from where the settings name neither data nor a store; the rows of the settings' data
+    are preferences with `pairs`. Raises UserError on data,
     stores or settings that cannot be used, before the model is loaded where that can be told; Interrupted where an
     extraction was, with what is whole.
     """
     if settings.store:
         data = _stored(settings, settings.store, console, processes)
     else:
-        data = _extracted(settings, texts or texts_named(settings), console, processes)
+        data = _extracted(settings, texts or texts_named(settings, pairs), console, processes)
     with closing(data):
         yield data
 
 
-def texts_named(settings: TextSettings) -> Texts:
-    """The rows of the settings' data. Raises UserError where they cannot be read."""
-    return Texts.of(settings.data, settings.split, settings.train_on)
+def texts_named(settings: TextSettings, pairs: bool = False) -> Texts:
+    """The rows of the settings' data, preferences with `pairs`. Raises UserError where they cannot be read."""
+    return Texts.of(settings.data, settings.split, settings.train_on, pairs)
 
 
 def keep(settings: TextSettings) -> bool | str:

@@ -7,7 +7,7 @@ from rich.console import Console
 from moe_bias.adapter.saved import refuse_overwriting
 from moe_bias.api.policy import Beginning, TaskData, fresh_policy_layer, prepare_task, rewards_of, saved_layer
 from moe_bias.api.reports import RLReport
-from moe_bias.api.rewarded import Run, Watch, begin_run
+from moe_bias.api.rewarded import Run, Seams, Watch, begin_run
 from moe_bias.commands.sampling_engine import opened_sampler, refuse_unusable_engine
 from moe_bias.commands.training_settings import TrainRLSettings
 from moe_bias.evaluation.statistics import Estimate
@@ -15,6 +15,7 @@ from moe_bias.mistakes import Interrupted
 from moe_bias.progress import text_console
 from moe_bias.training.checkpoint import Checkpoints
 from moe_bias.training.metrics import FILE
+from moe_bias.training.objectives import make_objective
 from moe_bias.training.rl import PolicyPosition
 from moe_bias.training.run_folder import refuse_other_settings
 from moe_bias.training.sft import refuse_impossible
@@ -52,7 +53,8 @@ def _run(settings: TrainRLSettings, checkpoints: Checkpoints) -> None:
     )
     _warn_of_what_is_lost(console, settings, checkpoints)
     watch = Watch(settings.evaluate_every, settings.show_every, settings.checkpoint_every, settings.keep_checkpoints)
-    one = Run(data, rewards, settings, watch, settings.output, beginning, settings.record_margin, console)
+    seams = Seams(make_objective(settings.objective))
+    one = Run(data, rewards, settings, watch, settings.output, beginning, settings.record_margin, console, seams)
     with opened_sampler(settings, data, beginning.layer) as sampler:
         _announce(console, beginning, data)
         report, position = one.trained(sampler)

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from moe_bias.adapter.saved import refuse_overwriting
 from moe_bias.api.reports import SFTReport
-from moe_bias.api.supervised import save_run, train_on
+from moe_bias.api.supervised import Extra, save_run, train_on
 from moe_bias.commands.material import opened
 from moe_bias.commands.right_answers import RightAnswers
 from moe_bias.commands.training_settings import TrainSFTSettings
@@ -14,6 +14,7 @@ from moe_bias.evaluation.statistics import Estimate
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.progress import say, text_console
 from moe_bias.training.checkpoint import Checkpoints
+from moe_bias.training.objectives import make_objective
 from moe_bias.training.processes import Processes
 from moe_bias.training.run_folder import refuse_other_settings
 from moe_bias.training.sft import Prepared, fresh_layer
@@ -31,14 +32,18 @@ def run(settings: TrainSFTSettings) -> None:
     checkpoints = Checkpoints(settings.output, settings.checkpoint_every, settings.keep_checkpoints)
     processes = Processes.join(settings.device)
     console = text_console(quiet=not processes.is_first)
+    objective = make_objective(settings.objective)
     answers = None if settings.samples is None else RightAnswers.of(settings.samples, settings.samples_of)
     if answers is not None:
         say(console, f"{answers.summary()}; measure the adapter on other problems")
-    with opened(settings, console, processes, None if answers is None else answers.texts) as data:
+    texts, pairs = None if answers is None else answers.texts, objective is not None and objective.unit == "pair"
+    with opened(settings, console, processes, texts, pairs) as data:
         prepared = data.on(settings.support)
         layer = fresh_layer(settings, prepared.support, data.base.head)
         _announce(console, layer, prepared, data.base.model.num_parameters())
-        report = train_on(data, prepared, layer, settings, checkpoints, made_with, processes)
+        report = train_on(
+            data, prepared, layer, settings, checkpoints, made_with, processes, Extra(objective=objective)
+        )
         if processes.is_first:
             _print(console, report, settings)
             more = {} if answers is None else {"samples": answers.record()}

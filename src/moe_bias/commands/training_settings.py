@@ -121,6 +121,11 @@ class TrainSFTSettings(SupervisedSettings):
     samples: Path | None = Field(
         None, description="output folder of moe-bias eval, whose right answers to train on, in place of --data"
     )
+    objective: str | None = Field(
+        None,
+        description="what to minimise: 'supervised', 'dpo' (on rows of prompt, chosen and rejected), or one of your "
+        "own as module:name; none: supervised",
+    )
     samples_of: str | None = Field(
         None, min_length=1, description="whose samples those are, a row's name; none: the model's own, 'base'"
     )
@@ -218,6 +223,11 @@ class TrainRLSettings(ModelConfig, TaskConfig, RewardConfig, RLConfig):
 
     adapter: str | None = Field(None, description="adapter folder or Hub id to start from; none: a fresh layer")
     output: Path = Field(description="folder of the adapter; an unfinished run in it is gone on with")
+    objective: str | None = Field(
+        None,
+        description="what to minimise: 'dapo', or one of your own as module:name; none: dapo, with the clip range and "
+        "weights that are given",
+    )
     engine: Literal["transformers", "vllm"] = Field("transformers", description="what samples answers to learn from")
     engine_memory: ByteSize = Field(
         ByteSize(2**30), gt=0, description="memory of vLLM's key-value cache in this process"

@@ -8,7 +8,7 @@ beside them, what they begin with in common is the prompt. Each then is one turn
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -48,10 +48,20 @@ def encode_preferences(pairs: Sequence[Preference], tokenizer: PreTrainedTokeniz
     The corpus' `rows` are 2i for the chosen answer of pair i, 2i + 1 for the rejected one. A pair of which an answer
     has no room beside its prompt is left out whole.
     """
-    corpus = encode_all([side for pair in pairs for side in (pair.chosen, pair.rejected)], tokenizer, max_length)
+    return whole_pairs(encode_all(both_sides(pairs), tokenizer, max_length))
+
+
+def both_sides(pairs: Sequence[Preference]) -> list[Conversation]:
+    """The chosen answer of each pair, and after it the rejected one."""
+    return [side for pair in pairs for side in (pair.chosen, pair.rejected)]
+
+
+def whole_pairs(corpus: Corpus) -> Corpus:
+    """A corpus of `both_sides` without the answers whose other one has no room."""
     there = set(corpus.rows)
     kept = [(row, one) for row, one in zip(corpus.rows, corpus.examples, strict=True) if row ^ 1 in there]
-    return Corpus([one for _, one in kept], [row for row, _ in kept], 2 * len(pairs) - len(kept), corpus.unreasoned)
+    left_out = corpus.left_out + len(corpus.rows) - len(kept)
+    return replace(corpus, examples=[one for _, one in kept], rows=[row for row, _ in kept], left_out=left_out)
 
 
 def _preference(row: Any, number: int, source: str) -> Preference:

@@ -37,6 +37,7 @@ from torch import Tensor
 
 from moe_bias.features.extract import Features
 from moe_bias.mistakes import UserError, reason_of
+from moe_bias.plugins import Kind, resolve
 from moe_bias.support import RestScalars
 
 EPS_LOW, EPS_HIGH = 0.2, 0.28
@@ -349,3 +350,15 @@ def _refuse_outside(name: str, value: float, low: float, high: float) -> None:
     if not (low <= value <= high and math.isfinite(value)):
         bound = "a finite number" if low == -math.inf else f"finite and at least {low:g}"
         raise UserError(f"`{name}` = {value}: it must be {bound}")
+
+
+OBJECTIVES = Kind("objective", {"supervised": Supervised, "dapo": DAPO, "dpo": DPO})
+
+
+def make_objective(given: str | Objective | type[Objective] | None) -> Objective | None:
+    """An objective by object, by class, by `module:name`, or by the name of one that is built in or installed.
+
+    None stays: whoever trains has one of its own. Raises UserError where there is no such objective.
+    """
+    found = None if given is None else resolve(OBJECTIVES, given)
+    return found() if isinstance(found, type) else found
