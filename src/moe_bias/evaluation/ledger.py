@@ -42,7 +42,7 @@ class Ledger:
     def check_whole(self) -> None:
         """Raises UserError where answers are missing."""
         if self.missing():
-            raise UserError(f"{self._done()} are in {self.file.path}; answer the others first, without --regrade")
+            raise UserError(f"{self._done()} are in {self.file.path}; answer the others first, without `regrade`")
 
     def keep(self, number: int, answers: Mapping[str, Sequence[TextAnswer]]) -> None:
         """Grades the samples of a problem by arm, and adds them to the file."""

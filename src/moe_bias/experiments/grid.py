@@ -26,10 +26,10 @@ def parse_grid(text: str) -> list[dict[str, str]]:
     for word in text.split():
         name, values = _axis(word)
         if name in axes:
-            raise UserError(f"--grid has {name} twice; list all its values in one place")
+            raise UserError(f"`grid` has {name} twice; list all its values in one place")
         axes[name] = values
     if not axes:
-        raise UserError("--grid is empty; give at least one setting, such as 'num_experts=4,16'")
+        raise UserError("`grid` is empty; give at least one setting, such as 'num_experts=4,16'")
     return [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
 
 
@@ -47,7 +47,7 @@ def find_cell(text: str, cells: list[dict[str, str]]) -> str:
     found = [cell for cell in cells if wanted.items() <= cell.items()]
     if not found or (text and len(found) > 1):
         number = len(found) or "no"
-        raise UserError(f"--base {text!r} names {number} cells of the grid; name one, as {cell_name(cells[0])!r}")
+        raise UserError(f"`base` {text!r} names {number} cells of the grid; name one, as {cell_name(cells[0])!r}")
     return cell_name(found[0])
 
 
@@ -63,11 +63,11 @@ def _axis(word: str) -> tuple[str, list[str]]:
     name, equals, values = word.partition("=")
     name, listed = name.replace("-", "_"), values.split(",")
     if not equals or not all(listed):
-        raise UserError(f"--grid has {word!r}; write it as name=value,value")
+        raise UserError(f"`grid` has {word!r}; write it as name=value,value")
     if name == _PER_SEED:
-        raise UserError("--grid has seed; every cell is run with each of --seeds")
+        raise UserError("`grid` has seed; every cell is run with each of `seeds`")
     if name not in SFTConfig.model_fields:
-        raise UserError(f"--grid has {name!r}, which is none of {', '.join(sorted(SFTConfig.model_fields))}")
+        raise UserError(f"`grid` has {name!r}, which is none of {', '.join(sorted(SFTConfig.model_fields))}")
     if len(set(listed)) < len(listed):
-        raise UserError(f"--grid has {word!r}, in which a value stands twice")
+        raise UserError(f"`grid` has {word!r}, in which a value stands twice")
     return name, listed

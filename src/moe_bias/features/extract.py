@@ -115,7 +115,7 @@ def refuse_batch_beyond_memory(model: nn.Module, examples: Sequence[Example]) ->
     refuse_beyond_memory(
         4 * 4 * len(examples) * longest * int(head.in_features),
         f"{len(examples):,} examples of up to {longest:,} tokens in one forward pass",
-        "lower --batch-size or --max-length",
+        "lower `batch_size` or `max_length`",
     )
 
 

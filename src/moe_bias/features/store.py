@@ -102,7 +102,7 @@ class _MappedShard:
             if not torch.isfinite(tensors[name]).all():
                 raise UserError(
                     f"shard {str(self.path)!r} has NaN or infinite values in its column {name!r}: the model overflowed "
-                    "when they were extracted; extract again in a wider type, with --dtype float32"
+                    "when they were extracted; extract again in a wider type, with `dtype` float32"
                 )
 
 

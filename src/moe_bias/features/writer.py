@@ -99,8 +99,8 @@ class StoreFolder:
         if needed > free:
             raise UserError(
                 f"{str(self.folder)!r} needs {in_bytes(needed)} and its disk has {in_bytes(free)} free; make room, "
-                "name another disk, or let moe-bias extract keep fewer tokens with --keep-top or half the bytes with "
-                "--dtype bfloat16"
+                "name another disk, or let moe-bias extract keep fewer tokens with `keep_top` or half the bytes with "
+                "`dtype` bfloat16"
             )
 
     def begin(self, manifest: Manifest) -> None:

@@ -93,7 +93,7 @@ def _of_path(path: Path) -> list[Record]:
     if path.is_file():
         return [_read(path, path.stem)]
     if not path.is_dir():
-        raise UserError(f"{str(path)!r} is neither a folder nor a file; name the --output of a run, or its record")
+        raise UserError(f"{str(path)!r} is neither a folder nor a file; name the output folder of a run, or its record")
     files = [path / name for name in RECORD_FILES if (path / name).is_file()]
     if files:
         return [_read(file, path.resolve().name) for file in files]

@@ -115,7 +115,7 @@ def _prefill(model: nn.Module, prompts: Sequence[list[int]], copies: int) -> tup
     refuse_beyond_memory(
         copies * sum(held.nbytes for held in tensors),
         f"{len(prompts):,} problems at once with {copies:,} answers each",
-        "lower --batch-size, or the answers of a problem",
+        "lower `batch_size`, or the answers of a problem",
     )
     cache.batch_repeat_interleave(copies)
     number = torch.arange(len(prompts) * copies, device=device)

@@ -112,7 +112,7 @@ class _Row:
             return [self._answered(messages, index, where) for index in answers]
         if not _is_answer(messages[-1]):
             raise UserError(
-                f"{where} ends with a turn of {shown(messages[-1]['role'])}, not of the assistant; --train-on "
+                f"{where} ends with a turn of {shown(messages[-1]['role'])}, not of the assistant; `train_on` "
                 "all-turns takes the assistant's turns before it"
             )
         return [self._answered(messages, len(messages) - 1, where)]
