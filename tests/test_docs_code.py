@@ -14,11 +14,13 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted(
-    str(page.relative_to(ROOT))
-    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))
-    if "```python" in page.read_text(encoding="utf-8")
-)
+SLOW = {"docs/guides/rl.md", "docs/guides/evaluation.md", "docs/guides/analysis.md"}
+"""Pages that sample or measure: minutes on a machine that does other things too."""
+PAGES = [
+    pytest.param(str(path), marks=pytest.mark.slow) if str(path) in SLOW else str(path)
+    for path in sorted(page.relative_to(ROOT) for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")))
+    if "```python" in (ROOT / path).read_text(encoding="utf-8")
+]
 _BLOCK = re.compile(
     r"(?P<left_out>^<!-- not run: .+ -->\n+)?"
     r"^(?P<fence>```+)(?P<language>\w*)(?P<words>[^\n]*)\n(?P<code>.*?)^(?P=fence) *$",

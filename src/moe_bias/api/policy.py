@@ -91,22 +91,22 @@ def task_data(base: Frozen, task: Task, problems: Sequence[Problem], cut: int) -
     )
 
 
-def sampling_choices(settings: RLConfig, ground: TaskData) -> SamplingChoices:
+def sampling_choices(settings: RLConfig, data: TaskData) -> SamplingChoices:
     """How a step samples."""
     return SamplingChoices(
         temperature=settings.temperature,
         max_new_tokens=settings.max_new_tokens,
         group=settings.group,
         batch_size=settings.batch_size,
-        stop_ids=ground.stop_ids,
+        stop_ids=data.stop_ids,
         top_p=settings.top_p,
         first_token_only=settings.first_token_only,
     )
 
 
-def sampler_of(settings: RLConfig, ground: TaskData) -> TransformersSampler:
+def sampler_of(settings: RLConfig, data: TaskData) -> TransformersSampler:
     """The sampler on the frozen model."""
-    return TransformersSampler(ground.model, ground.head, int(settings.sample_budget))
+    return TransformersSampler(data.model, data.head, int(settings.sample_budget))
 
 
 def rewards_of(settings: RewardConfig, own: Any = None) -> Rewards:
@@ -123,12 +123,12 @@ def rewards_of(settings: RewardConfig, own: Any = None) -> Rewards:
     )
 
 
-def judge_of(ground: TaskData, rewards: Rewards, limit: int) -> Judge:
+def judge_of(data: TaskData, rewards: Rewards, limit: int) -> Judge:
     """Decodes samples, has the task verify them, and rewards them."""
 
     def judge(problems: Sequence[Problem], rollouts: Rollouts) -> list[Judged]:
-        texts = [ground.tokenizer.decode(answer.token_ids) for answer in rollouts.answers]
-        verdicts = ground.task.verify(problems, texts)
+        texts = [data.tokenizer.decode(answer.token_ids) for answer in rollouts.answers]
+        verdicts = data.task.verify(problems, texts)
         lengths = [len(answer.all_ids) for answer in rollouts.answers]
         shaped = rewards.shaped(problems, texts, verdicts, lengths, limit)
         rows = zip(problems, texts, lengths, rollouts.answers, verdicts, shaped, strict=True)
@@ -138,15 +138,15 @@ def judge_of(ground: TaskData, rewards: Rewards, limit: int) -> Judge:
 
 
 def collector_of(
-    ground: TaskData,
+    data: TaskData,
     rewards: Rewards,
     settings: RLConfig,
     sampler: Sampler | None = None,
     margin: float | None = None,
 ) -> Collector:
     """What collects the samples of each step, by the frozen model itself where no other sampler is given."""
-    judge, choices = judge_of(ground, rewards, settings.max_new_tokens), sampling_choices(settings, ground)
-    return Collector(sampler or sampler_of(settings, ground), ground.train, judge, settings, choices, margin)
+    judge, choices = judge_of(data, rewards, settings.max_new_tokens), sampling_choices(settings, data)
+    return Collector(sampler or sampler_of(settings, data), data.train, judge, settings, choices, margin)
 
 
 def policy_of(layer: MoEBiasLayer | None, head: Head) -> Policy:
@@ -155,23 +155,23 @@ def policy_of(layer: MoEBiasLayer | None, head: Head) -> Policy:
 
 
 def greedy_verdicts(
-    ground: TaskData, curriculum: Curriculum, policies: Sequence[Policy], settings: RLConfig, description: str
+    data: TaskData, curriculum: Curriculum, policies: Sequence[Policy], settings: RLConfig, description: str
 ) -> list[list[Verdict]]:
     """Verdicts on greedy answers, by policy, then by problem."""
     later = [base_policy] * len(policies) if settings.first_token_only else None
     answers = greedy_answers(
-        ground.model,
-        ground.head,
+        data.model,
+        data.head,
         curriculum.prompts,
         policies,
-        stop_ids=ground.stop_ids,
+        stop_ids=data.stop_ids,
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
         later_policies=later,
         description=description,
     )
-    texts = [[ground.tokenizer.decode(answer.token_ids) for answer in column] for column in answers]
-    return [ground.task.verify(curriculum.problems, column) for column in texts]
+    texts = [[data.tokenizer.decode(answer.token_ids) for answer in column] for column in answers]
+    return [data.task.verify(curriculum.problems, column) for column in texts]
 
 
 @dataclass(frozen=True)
@@ -189,27 +189,27 @@ def saved_layer(name: str, head: Head) -> Beginning:
 
 
 @torch.no_grad()
-def fresh_policy_layer(ground: TaskData, settings: RLConfig) -> Beginning:
+def fresh_policy_layer(data: TaskData, settings: RLConfig) -> Beginning:
     """A layer that changes nothing yet, its support and normalisation from the frozen model's own samples.
 
     The support is chosen on half of the samples' problems, and its coverage measured on the other half.
     """
-    head = ground.head
+    head = data.head
     support = parse_support(settings.support, head.vocab_size)
     config = LayerConfig(num_experts=1, top_k=1, experts="free", entropy_gate=False, support=(0,))
     still = head.layer(config).to(head.device)
-    prompts = ground.train.prompts[:CALIBRATION_PROMPTS]
+    prompts = data.train.prompts[:CALIBRATION_PROMPTS]
     choices = SamplingChoices(
-        settings.temperature, settings.max_new_tokens, CALIBRATION_GROUP, settings.batch_size, ground.stop_ids
+        settings.temperature, settings.max_new_tokens, CALIBRATION_GROUP, settings.batch_size, data.stop_ids
     )
-    rollouts = sampler_of(settings, ground).sample(
+    rollouts = sampler_of(settings, data).sample(
         prompts, still, choices, settings.seed, "samples of the frozen model"
     )
     features = rollouts.features
     first_half_T = features.example < len(rollouts.answers) // 2
     if isinstance(support, int):
         mass_V = measure_fork_mass(head, features.hidden[first_half_T]).mass
-        support = choose_support(mass_V, support, ground.stop_ids)
+        support = choose_support(mass_V, support, data.stop_ids)
     covered = fork_coverage(measure_fork_mass(head, features.hidden[~first_half_T]), support)
     whole = len(support) == head.vocab_size
     layer = fresh_layer(settings, None if whole else tuple(support), head)
