@@ -92,18 +92,57 @@ __all__ = [
 ]
 
 _HOMES = {
-    "adapter": ("MoEBiasConfig", "MoEBiasHead", "MoEBiasModel", "find_adapter_head"),
-    "adapter.card": ("push_to_hub",),
-    "adapter.shift": ("HiddenShift", "InsertedShift"),
-    "api.adapters": ("generate", "load_layer", "save"),
-    "api.data": ("Data", "extract"),
-    "api.measuring": ("analyze", "evaluate"),
-    "api.reports": ("Analysis", "Evaluation", "RLReport", "SFTReport"),
-    "api.rewarded": ("Watch", "train_rl"),
+    "frozen": (
+        "Frozen",
+        "load",
+    ),
+    "api.data": (
+        "Data",
+        "extract",
+    ),
     "api.supervised": ("train_sft",),
     "api.tasks": ("task",),
-    "config": ("EvalConfig", "LayerConfig", "RLConfig", "RewardConfig", "SFTConfig"),
-    "frozen": ("Frozen", "load"),
+    "api.rewarded": (
+        "Watch",
+        "train_rl",
+    ),
+    "api.measuring": (
+        "analyze",
+        "evaluate",
+    ),
+    "api.adapters": (
+        "generate",
+        "load_layer",
+        "save",
+    ),
+    "api.reports": (
+        "Analysis",
+        "Evaluation",
+        "RLReport",
+        "SFTReport",
+    ),
+    "config": (
+        "EvalConfig",
+        "LayerConfig",
+        "RLConfig",
+        "RewardConfig",
+        "SFTConfig",
+    ),
+    "training.objectives": (
+        "DAPO",
+        "DPO",
+        "Objective",
+        "Supervised",
+        "Terms",
+    ),
+    "training.loop": ("Callback",),
+    "tasks.task": (
+        "Problem",
+        "Task",
+    ),
+    "tasks.verdict": ("Verdict",),
+    "mistakes": ("UserError",),
+    "layer": ("MoEBiasLayer",),
     "functional": (
         "apply_moe_bias",
         "get_load_balance_loss",
@@ -112,13 +151,19 @@ _HOMES = {
         "save_moe_bias_layer",
         "shift_hidden_states",
     ),
-    "layer": ("MoEBiasLayer",),
-    "mistakes": ("UserError",),
-    "training.loop": ("Callback",),
-    "training.objectives": ("DAPO", "DPO", "Objective", "Supervised", "Terms"),
-    "tasks.task": ("Problem", "Task"),
-    "tasks.verdict": ("Verdict",),
+    "adapter": (
+        "MoEBiasConfig",
+        "MoEBiasHead",
+        "MoEBiasModel",
+        "find_adapter_head",
+    ),
+    "adapter.shift": (
+        "HiddenShift",
+        "InsertedShift",
+    ),
+    "adapter.card": ("push_to_hub",),
 }
+"""Where each name is defined, in the order in which someone meets them."""
 _HOME_OF = {name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names}
 
 

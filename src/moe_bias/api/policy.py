@@ -202,9 +202,7 @@ def fresh_policy_layer(data: TaskData, settings: RLConfig) -> Beginning:
     choices = SamplingChoices(
         settings.temperature, settings.max_new_tokens, CALIBRATION_GROUP, settings.batch_size, data.stop_ids
     )
-    rollouts = sampler_of(settings, data).sample(
-        prompts, still, choices, settings.seed, "samples of the frozen model"
-    )
+    rollouts = sampler_of(settings, data).sample(prompts, still, choices, settings.seed, "samples of the frozen model")
     features = rollouts.features
     first_half_T = features.example < len(rollouts.answers) // 2
     if isinstance(support, int):
