@@ -31,14 +31,35 @@ import draw_growth
 import moe_bias
 from moe_bias import _HOMES
 from moe_bias.cli import COMMANDS, GROUPS, PROGRAM, build_parser, is_passed_on
+from moe_bias.commands.sources import PARTS, part_of
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "commands.md"
+SHOWN_KEYS = 5
 HEADER = """# Commands
 
-Every option can also be set by a variable (`--top-k` is `MOE_BIAS_TOP_K`) or by a key of the TOML file
-`moe-bias.toml` in the current folder (`top_k = 2`); `MOE_BIAS_CONFIG` names another file. The command line wins
-over variables, variables over the file.
+Every option can also be set by a variable (`--top-k` is `MOE_BIAS_TOP_K`) or in the TOML file `moe-bias.toml` of the
+current folder; `MOE_BIAS_CONFIG` names another file. The command line wins over variables, variables over the file.
+
+The file has sections: one for each part that commands share, and one for each command, named by its last word
+(`[sft]`, `[rl]`, `[compare]`), which may hold any of its options and wins. So a name means what its section says:
+`expert_rate` in `[sft]` is not that of `[rl]`.
+
+| section | holds | read by |
+| --- | --- | --- |
+{sections}
+
+```toml
+[model]
+model = "Qwen/Qwen3-8B"
+
+[layer]
+num_experts = 8
+
+[sft]
+expert_rate = 3e-3
+output = "my-adapter"
+```
 
 Exit codes: 0; 2 for a mistake of the user's, told in one sentence; 130 after an interrupt, with what was saved.
 
@@ -56,7 +77,8 @@ _FENCED = re.compile(r"^```[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 def page() -> str:
     """The whole of docs/commands.md."""
     words = ["", *GROUPS, *(command.words for command in COMMANDS)]
-    return HEADER + "".join(f"\n## `{title(entry)}`\n\n```text\n{help_of(entry)}```\n" for entry in words)
+    parts = (f"\n## `{title(entry)}`\n\n```text\n{help_of(entry)}```\n" for entry in words)
+    return HEADER.replace("{sections}", sections()) + "".join(parts)
 
 
 def reference() -> str:
@@ -86,6 +108,27 @@ def _in_a_cell(text: str) -> str:
 def written_pages() -> list[Path]:
     """README and the pages of docs that are written by hand, in which only marked blocks are generated."""
     return [ROOT / "README.md", *sorted({*(ROOT / "docs").rglob("*.md")} - {PAGE, REFERENCE})]
+
+
+def sections() -> str:
+    """A row for each section that commands share: some of its keys, and the commands."""
+    rows = []
+    for name in dict.fromkeys(PARTS.values()):
+        fields = {
+            field: None
+            for command in COMMANDS
+            for field in command.settings.model_fields
+            if part_of(command.settings, field) == name
+        }
+        readers = [
+            f"`{command.words}`"
+            for command in COMMANDS
+            if any(part_of(command.settings, field) == name for field in command.settings.model_fields)
+        ]
+        shown = ", ".join(f"`{field}`" for field in list(fields)[:SHOWN_KEYS])
+        more = ", ..." if len(fields) > SHOWN_KEYS else ""
+        rows.append(f"| `[{name}]` | {shown}{more} | {', '.join(readers)} |")
+    return "\n".join(rows)
 
 
 def title(words: str) -> str:
