@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
 
-from conftest import ARCHITECTURES, HIDDEN, VOCABULARY, randomise, tiny_model, token_ids
+from helpers.models import ARCHITECTURES, HIDDEN, VOCABULARY, randomise, tiny_model, token_ids
 from moe_bias import MoEBiasConfig, find_adapter_head
 from moe_bias.backbone import (
     HeadTransform,

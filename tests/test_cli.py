@@ -9,72 +9,19 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GenerationConfig
 
-from conftest import HIDDEN, VOCABULARY, randomise, tiny_model
-from moe_bias import MoEBiasConfig, find_adapter_head
+from helpers.complaints import complaint
+from helpers.models import HIDDEN, VOCABULARY, tiny_model
+from helpers.saved import CHAT_TEMPLATE, SUPPORT, save_adapter, save_model
+from moe_bias import MoEBiasConfig
 from moe_bias.backbone import OutputRows
 from moe_bias.cli import COMMANDS, main
 from moe_bias.commands import inspect_adapter, params, saved_embedding
 from moe_bias.config import ModelConfig
 from moe_bias.mistakes import Interrupted
 
-CHAT_TEMPLATE = "{% for message in messages %}w3 {{ message['content'] }} {% endfor %}"
-SUPPORT = [3, 5, 8, 40, 96]
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    """An empty current folder, so that no settings file of the user's counts."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def save_model(folder: Path, chat_template: str | None = CHAT_TEMPLATE) -> str:
-    """A tiny model and a tokenizer whose token t is the word `wt`, as one folder."""
-    words = Tokenizer(models.WordLevel({f"w{token}": token for token in range(VOCABULARY)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2", pad_token="w0")
-    tokenizer.chat_template = chat_template
-    tokenizer.save_pretrained(folder)
-    tiny_model("llama").save_pretrained(folder)
-    return str(folder)
-
-
-def save_adapter(folder: Path, base_model: str, **changes) -> str:
-    """An adapter with random weights on the tiny model."""
-    model = tiny_model("llama")
-    model.name_or_path = base_model
-    adapted = get_peft_model(
-        model, MoEBiasConfig(**{"experts": "free", "num_experts": 3, "support": SUPPORT, **changes})
-    )
-    randomise(find_adapter_head(adapted).active_layer, scale=5.0)
-    adapted.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture
-def model(folder):
-    return save_model(folder / "model")
-
-
-@pytest.fixture
-def adapter(folder, model):
-    return save_adapter(folder / "adapter", model)
-
-
-def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What a command that exits with 2 writes on standard error: one line that begins with the program's name."""
-    try:
-        code = main(arguments)
-    except SystemExit as stop:
-        code = stop.code
-    printed = capsys.readouterr()
-    lines = [line for line in printed.err.splitlines() if line.startswith("moe-bias: ")]
-    assert code == 2, printed
-    assert len(lines) == 1
-    return lines[0].removeprefix("moe-bias: ")
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 def test_help_of_every_command_imports_no_torch():

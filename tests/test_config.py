@@ -5,6 +5,7 @@ import sys
 import pytest
 from pydantic import ValidationError
 
+from helpers.complaints import told
 from moe_bias.cli import settings_of
 from moe_bias.commands.looking_settings import GenerateSettings, ParamsSettings
 from moe_bias.commands.training_settings import ArmsSettings, DemoSettings, SweepSettings, TrainSFTSettings
@@ -20,13 +21,6 @@ def folder(tmp_path, monkeypatch):
     for name in [name for name in os.environ if name.upper().startswith("MOE_BIAS_")]:
         monkeypatch.delenv(name)
     return tmp_path
-
-
-def told(config: type[Config], **values) -> str:
-    """The sentence that a user of Python reads about a config of these values."""
-    with pytest.raises(UserError) as caught:
-        config(**values)
-    return str(caught.value)
 
 
 def read(words: str) -> Config:

@@ -9,16 +9,15 @@ from rich.text import Text
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from conftest import VOCABULARY, tiny_model
+from helpers.models import VOCABULARY, tiny_model
+from helpers.saved import SUPPORT, save_adapter
 from moe_bias import cli
 from moe_bias.commands import params
 from moe_bias.commands.demo_report import report_console
 from moe_bias.progress import meter, say, text_console
 from moe_bias.tasks.grader import Grader
-from test_cli import SUPPORT, save_adapter
-from test_cli import folder as empty_folder
 
-folder = empty_folder
+pytestmark = pytest.mark.usefixtures("folder")
 ENCODINGS = ["ascii", "cp1252", "cp437", "latin-1", "cp932", "utf-8"]
 TEXTS = "ĠŤ 日本 ✓ \u2212 \U0001f600 é \udce9 ─"
 

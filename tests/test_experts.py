@@ -3,7 +3,7 @@
 import copy
 import json
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,8 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from conftest import HIDDEN, VOCABULARY, randomise, tiny_model, token_ids
+from helpers.models import HIDDEN, VOCABULARY, Rows, randomise, tiny_model, token_ids
+from helpers.training import features_of
 from moe_bias import MoEBiasConfig, find_adapter_head, load_moe_bias_layer
 from moe_bias.adapter import read_adapter, save_layer
 from moe_bias.backbone import OutputRows, adapted_logits, find_head
@@ -27,7 +28,6 @@ from moe_bias.support import full_log_prob
 from moe_bias.training.gradients import gradients, plain_loss
 from moe_bias.training.objectives import DAPO, Sampled, Supervised, Then
 from moe_bias.training.sft import fit
-from test_training import features_of
 
 OLD = Path(__file__).parent / "adapters"
 SUPPORT = tuple(range(2, 60))
@@ -38,19 +38,6 @@ KINDS = [
     {"experts": "linear", "expert_rank": 2, "free_entries": True},
 ]
 quick = settings(max_examples=40, deadline=None)
-
-
-@dataclass
-class Rows:
-    """An output embedding that is a tensor."""
-
-    weight_VD: Tensor
-
-    def __call__(self, token_M):
-        return self.weight_VD if token_M is None else self.weight_VD[token_M]
-
-    def state(self):
-        return ()
 
 
 @st.composite

@@ -6,7 +6,7 @@ import torch
 import transformers
 from peft import get_peft_model
 
-from conftest import HIDDEN, VOCABULARY, tiny_model
+from helpers.models import HIDDEN, VOCABULARY, tiny_model
 from moe_bias import MoEBiasConfig, frozen
 from moe_bias.backbone import find_head
 from moe_bias.config import ModelConfig

@@ -5,7 +5,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from conftest import ARCHITECTURES, randomise, tiny_model, token_ids
+from helpers.models import ARCHITECTURES, randomise, tiny_model, token_ids
 from moe_bias import (
     MoEBiasConfig,
     apply_moe_bias,

@@ -20,12 +20,19 @@ from pydantic.fields import FieldInfo
 
 import moe_bias.cli as cli
 import moe_bias.report.files as report_files
-from fuzzing import ODD_TEXTS, ODD_VALUES, damaged_tensors, ended, look_at, replace_file, run_cases, written_json
-from test_cli import save_adapter, save_model
-from test_report import policy
-from test_report import runs as report_runs
+from helpers.fuzzing import (
+    ODD_TEXTS,
+    ODD_VALUES,
+    damaged_tensors,
+    ended,
+    look_at,
+    replace_file,
+    run_cases,
+    written_json,
+)
+from helpers.reports import policy
+from helpers.saved import save_adapter, save_model
 
-runs = report_runs
 LONG_RUN = 10_000
 ON_A_COMMAND_LINE = [text for text in ODD_TEXTS if "\0" not in text and "\ud800" not in text]
 NUMBERS = ["0", "1", "2", "3", "7", "0.5", "1e-3", "100", "1e9", str(2**31), str(2**40), "1,2"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from conftest import randomise, tiny_model, token_ids
+from helpers.models import randomise, tiny_model, token_ids
 from moe_bias.adapter import MoEBiasConfig, find_adapter_head
 from moe_bias.backbone import find_head
 from moe_bias.config import LayerConfig, SFTConfig

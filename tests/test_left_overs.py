@@ -14,7 +14,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from conftest import tiny_model
+from helpers.models import tiny_model
+from helpers.stores import die, die_at, in_child
 from moe_bias import records
 from moe_bias.adapter import save_layer
 from moe_bias.adapter.saved import refuse_overwriting
@@ -23,7 +24,6 @@ from moe_bias.config import LayerConfig
 from moe_bias.mistakes import UserError
 from moe_bias.records import remove_left_overs, temporary_folder, unfinished, write_json, write_whole
 from moe_bias.training.checkpoint import Checkpoints, Position, saved_layers
-from stores import die, die_at, in_child
 
 NAME = re.compile(r"\.record\.json\.moe-bias-unfinished-\w+-\d+")
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 from peft import PeftModel
 
-from conftest import tiny_model
-from fuzzing import ended, look_at, nested
+from helpers.complaints import complaint, told
+from helpers.fuzzing import ended, look_at, nested
+from helpers.models import tiny_model
+from helpers.saved import save_model, write_rows
 from moe_bias import MoEBiasConfig
 from moe_bias.cli import main
 from moe_bias.commands import params
@@ -24,13 +26,8 @@ from moe_bias.config import LayerConfig
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.limits import endless_sampling, in_days, machine_bytes, refuse_beyond_memory, refuse_endless_steps
 from moe_bias.mistakes import UserError, as_kind, printable, read_json, shortened, shown, system_errors_about
-from test_cli import adapter as saved_adapter
-from test_cli import complaint, save_model
-from test_cli import folder as empty_folder
-from test_cli import model as saved_model
-from test_config import told
 
-folder, model, adapter = empty_folder, saved_model, saved_adapter
+pytestmark = pytest.mark.usefixtures("folder")
 LONG = "x" * 300
 NESTED = str({"a": [[*range(50)], {"b": [*range(50)]}]})
 
@@ -92,11 +89,6 @@ def ground(tmp_path_factory):
     save_model(ground / "model")
     write_rows(ground / "rows.jsonl")
     return ground
-
-
-def write_rows(path: Path) -> None:
-    rows = [{"question": f"w{n} w6", "answer": "w7"} for n in range(5, 9)]
-    path.write_text("\n".join(map(json.dumps, rows)))
 
 
 @pytest.mark.parametrize("place", PLACES)

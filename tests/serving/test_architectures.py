@@ -4,13 +4,13 @@ import pytest
 import torch
 from peft import PeftModel
 
-from conftest import VOCABULARY as CHARACTERS
-from conftest import tiny_model
+from helpers.models import VOCABULARY as CHARACTERS
+from helpers.models import tiny_model
+from helpers.served import ADAPTERS, VOCABULARY, WITHOUT_VLLM, running, write_adapter, write_tokenizer
 
-from .conftest import ADAPTERS, VOCABULARY, WITHOUT_VLLM, running, write_adapter, write_tokenizer
-
+pytestmark = pytest.mark.vllm
 pytest.importorskip("vllm", reason=WITHOUT_VLLM)
-from .asking import ask, greedy, prompts, reference_log_probs
+from helpers.asking import ask, greedy, prompts, reference_log_probs
 
 SIZES = {"hidden_size": 64, "num_attention_heads": 2, "vocab_size": VOCABULARY, "eos_token_id": 1, "bos_token_id": None}
 

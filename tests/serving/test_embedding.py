@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from .conftest import WITHOUT_VLLM
+from helpers.served import WITHOUT_VLLM
 
+pytestmark = pytest.mark.vllm
 pytest.importorskip("vllm", reason=WITHOUT_VLLM)
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 

@@ -6,14 +6,15 @@ import re
 import pytest
 import torch
 
-from .conftest import VOCABULARY, WITHOUT_VLLM, running
+from helpers.served import VOCABULARY, WITHOUT_VLLM, running
 
+pytestmark = pytest.mark.vllm
 pytest.importorskip("vllm", reason=WITHOUT_VLLM)
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 
-from .asking import NAMES, ask, check_against_transformers, greedy, prompts, reference_log_probs
+from helpers.asking import NAMES, ask, check_against_transformers, greedy, prompts, reference_log_probs
 
 
 @pytest.fixture(scope="module")

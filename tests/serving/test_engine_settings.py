@@ -6,15 +6,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from .conftest import ADAPTERS, VOCABULARY, WITHOUT_VLLM, running, write_adapter
+from helpers.served import ADAPTERS, VOCABULARY, WITHOUT_VLLM, running, write_adapter
 
+pytestmark = pytest.mark.vllm
 pytest.importorskip("vllm", reason=WITHOUT_VLLM)
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models.llama import LlamaForCausalLM
 
+from helpers.asking import NAMES, ask, check_against_transformers, greedy, metric, prompts, reference_log_probs
 from moe_bias.serving.notes import FOLDER
-
-from .asking import NAMES, ask, check_against_transformers, greedy, metric, prompts, reference_log_probs
 
 
 def test_requests_without_an_adapter_are_the_plain_model_bit_for_bit(served):

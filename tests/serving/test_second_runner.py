@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from .conftest import ADAPTERS, HIDDEN, VOCABULARY, WITHOUT_VLLM
+from helpers.served import ADAPTERS, HIDDEN, VOCABULARY, WITHOUT_VLLM
 
+pytestmark = pytest.mark.vllm
 pytest.importorskip("vllm", reason=WITHOUT_VLLM)
 from vllm import SamplingParams
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor

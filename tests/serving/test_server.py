@@ -19,8 +19,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from .conftest import ADAPTERS, WITHOUT_VLLM, write_adapter
+from helpers.served import ADAPTERS, WITHOUT_VLLM, write_adapter
 
+pytestmark = pytest.mark.vllm
 pytest.importorskip("vllm", reason=WITHOUT_VLLM)
 import openai
 

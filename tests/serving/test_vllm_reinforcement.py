@@ -10,12 +10,12 @@ import time
 import numpy as np
 import pytest
 
+from helpers.samplers import RL_WORDS, write_ground
+from helpers.served import WITHOUT_VLLM
 from moe_bias.cli import main
 from moe_bias.evaluation.statistics import mean
 
-from .conftest import WITHOUT_VLLM
-from .samplers import RL_WORDS, write_ground
-
+pytestmark = pytest.mark.vllm
 pytest.importorskip("vllm", reason=WITHOUT_VLLM)
 
 COMMAND = [sys.executable, "-c", "from moe_bias.cli import main; raise SystemExit(main())", *RL_WORDS]

@@ -8,20 +8,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from helpers.served import WITHOUT_VLLM
 from moe_bias.adapter import save_layer
 from moe_bias.backbone import find_head
 from moe_bias.mistakes import UserError
 
-from .conftest import WITHOUT_VLLM
-
+pytestmark = pytest.mark.vllm
 pytest.importorskip("vllm", reason=WITHOUT_VLLM)
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
+from helpers.asking import ask, metric, prompts
+from helpers.samplers import CHOICES, STOPS, check_against_transformers, completions, layer_of, sampling
 from moe_bias.rollout.engines import LocalEngine
-
-from .asking import ask, metric, prompts
-from .samplers import CHOICES, STOPS, check_against_transformers, completions, layer_of, sampling
 
 
 @pytest.fixture(scope="module")

@@ -17,20 +17,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from helpers.served import WITHOUT_VLLM
 from moe_bias.adapter import read_adapter
 from moe_bias.backbone import find_head
 from moe_bias.cli import main
 from moe_bias.mistakes import UserError
 
-from .conftest import WITHOUT_VLLM
-
+pytestmark = pytest.mark.vllm
 pytest.importorskip("vllm", reason=WITHOUT_VLLM)
+from helpers.asking import prompts
+from helpers.samplers import CHOICES, RL_WORDS, check_against_transformers, completions, layer_of, write_ground
 from moe_bias.rollout.engines import ServerEngine
 from moe_bias.rollout.vllm import VllmSampler
 from moe_bias.serving.recording import RowLayout, Spool
-
-from .asking import prompts
-from .samplers import CHOICES, RL_WORDS, check_against_transformers, completions, layer_of, write_ground
 
 PATIENCE = 300
 """Seconds that a start may take; several processes import vLLM."""

@@ -6,15 +6,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from helpers.served import WITHOUT_VLLM
 from moe_bias.mistakes import UserError
 
-from .conftest import WITHOUT_VLLM
-
+pytestmark = pytest.mark.vllm
 pytest.importorskip("vllm", reason=WITHOUT_VLLM)
+from helpers.asking import metric, prompts
+from helpers.samplers import CHOICES, WithoutSeeds, check_against_transformers, layer_of, sampling
 from moe_bias.rollout.engines import LocalEngine
-
-from .asking import metric, prompts
-from .samplers import CHOICES, WithoutSeeds, check_against_transformers, layer_of, sampling
 
 
 @pytest.fixture(scope="module")

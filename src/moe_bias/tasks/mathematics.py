@@ -6,7 +6,7 @@ Read as they are: MATH and MATH-500 (`problem`, `answer` or a `\boxed{}` in `sol
 a question belongs to it. Other columns are named by their paths, and stand alone.
 
 What counts as equal is decided in `equality`, by math-verify over sympy: 1/2 is 0.5, x = 3 is 3, a percentage is
-its number with or without the sign. tests/test_mathematics.py holds two hundred cases of it.
+its number with or without the sign. tests/tasks/test_mathematics.py holds two hundred cases of it.
 """
 
 from __future__ import annotations
