@@ -73,11 +73,12 @@ class LoRAArm:
         input_BL = ids.view(form.sequences, form.length)
         hidden_BLD = self._backbone(input_ids=input_BL, use_cache=False).last_hidden_state
         self._optimizer.zero_grad()
-        self._loss(hidden_BLD[:, :-1].flatten(0, 1), input_BL[:, 1:].flatten(), form.chunked).backward()
+        self.loss(hidden_BLD[:, :-1].flatten(0, 1), input_BL[:, 1:].flatten(), form.chunked).backward()
         self._optimizer.step()
         return form.tokens
 
-    def _loss(self, hidden_TD: Tensor, target_T: Tensor, chunked: bool) -> Tensor:
+    def loss(self, hidden_TD: Tensor, target_T: Tensor, chunked: bool) -> Tensor:
+        """The mean cross-entropy of the targets (T,) after hidden states (T, D), whole or by torch's chunks."""
         if not chunked:
             logits_TV = self._head.transform.apply(self._head.module(hidden_TD))
             return F.cross_entropy(logits_TV, target_T)

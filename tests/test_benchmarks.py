@@ -95,7 +95,7 @@ def test_both_losses_of_lora_have_one_gradient():
         torch.manual_seed(0)
         arm = LoRAArm(model_of(options()))
         hidden_TD = torch.randn(200, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
-        loss = arm._loss(hidden_TD, torch.arange(200), chunked)
+        loss = arm.loss(hidden_TD, torch.arange(200), chunked)
         loss.backward()
         losses.append(loss.detach())
         gradients.append(hidden_TD.grad)

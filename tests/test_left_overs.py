@@ -23,6 +23,7 @@ from moe_bias.backbone import find_head
 from moe_bias.config import LayerConfig
 from moe_bias.mistakes import UserError
 from moe_bias.records import remove_left_overs, temporary_folder, unfinished, write_json, write_whole
+from moe_bias.training import checkpoint
 from moe_bias.training.checkpoint import Checkpoints, Position, saved_layers
 
 NAME = re.compile(r"\.record\.json\.moe-bias-unfinished-\w+-\d+")
@@ -34,7 +35,7 @@ def names(folder: Path) -> list[str]:
 
 
 def left_by(process: int, machine: str = "", name: str = "record.json", kind: str = "unfinished") -> str:
-    return f".{name}.moe-bias-{kind}-{machine or records._machine()}-{process}"
+    return f".{name}.moe-bias-{kind}-{machine or records.machine_name()}-{process}"
 
 
 def a_dead_process() -> int:
@@ -86,8 +87,8 @@ def test_what_a_living_process_or_the_user_owns_stays(tmp_path):
         left_by(dead, machine="elsewhere"),
         f".record.json.{dead}",
         ".record.json.moe-bias-unfinished-",
-        f".record.json.moe-bias-unfinished-{records._machine()}-mine",
-        f"record.json.moe-bias-unfinished-{records._machine()}-{dead}",
+        f".record.json.moe-bias-unfinished-{records.machine_name()}-mine",
+        f"record.json.moe-bias-unfinished-{records.machine_name()}-{dead}",
         "record.json",
         "tmpabcd",
     ]
@@ -116,9 +117,9 @@ def test_what_is_a_day_old_goes_whatever_machine_it_is_of(tmp_path):
 
 
 def test_processes_of_a_container_are_not_taken_for_those_outside(monkeypatch):
-    outside = records._machine.__wrapped__()
+    outside = records.machine_name.__wrapped__()
     monkeypatch.setattr(os, "readlink", lambda path: "pid:[4026532999]")
-    inside = records._machine.__wrapped__()
+    inside = records.machine_name.__wrapped__()
     assert inside.endswith("pid_4026532999_")
     assert inside != outside
 
@@ -184,7 +185,7 @@ def test_a_checkpoint_beyond_the_number_to_keep_goes_when_the_run_goes_on(tmp_pa
         save(checkpoints, step)
 
     def killed():
-        Checkpoints._remove_old = lambda self: die()
+        checkpoint.remove_left_overs = lambda folder: die()
         save(checkpoints, 3)
 
     assert in_child(killed) == signal.SIGKILL

@@ -105,7 +105,7 @@ def temporary_folder(purpose: str, within: Path | None = None) -> Iterator[Path]
 @contextmanager
 def _own_name(path: Path, mark: str) -> Iterator[Path]:
     remove_left_overs(path.parent)
-    own = path.with_name(f".{path.name}{mark}{_machine()}-{os.getpid()}")
+    own = path.with_name(f".{path.name}{mark}{machine_name()}-{os.getpid()}")
     _remove(own)
     try:
         yield own
@@ -126,7 +126,7 @@ def remove_left_overs(folder: Path) -> None:
 
 
 @cache
-def _machine() -> str:
+def machine_name() -> str:
     """The name of this machine, or of the container in it that numbers its own processes."""
     name = platform.node()
     with suppress(OSError):
@@ -143,7 +143,7 @@ def _is_abandoned(left: Path, mark: str) -> bool:
         changed = left.lstat().st_mtime
     except OSError:
         return False  # it is gone already
-    if machine != _machine() or os.name == "nt":
+    if machine != machine_name() or os.name == "nt":
         return mark == _UNFINISHED and time.time() - changed > _ABANDONED_SECONDS
     if int(process) == os.getpid():  # in a container each run may have the same number
         return _STARTED - changed > _CLOCKS_SECONDS

@@ -5,6 +5,7 @@ from dataclasses import fields
 import pytest
 import torch
 
+from helpers.calls import counted
 from helpers.models import VOCABULARY, randomise, tiny_model
 from helpers.stores import SUPPORT, assert_same_features, corpus_of, make_store
 from moe_bias.analysis import survey as survey_module
@@ -63,9 +64,12 @@ def test_parts_of_a_store_are_its_tokens(store):
     assert start == len(store)
 
 
-def test_streaming_joins_no_column_in_memory(store):
+def test_streaming_joins_no_column_in_memory(store, monkeypatch):
+    joined = counted(monkeypatch, FeatureStore, "small_column")
     surveyed(Text(store))
-    assert store._columns == {}
+    assert joined == []
+    assert len(store.entropy) == len(store)
+    assert joined == [store]
 
 
 def test_a_streamed_text_gives_what_the_whole_gives(store, monkeypatch):

@@ -17,6 +17,7 @@ from helpers.saved import save_adapter
 from moe_bias import MoEBiasConfig, find_adapter_head
 from moe_bias.cli import main
 from moe_bias.commands import eval_model
+from moe_bias.evaluation import answering
 from moe_bias.evaluation.ledger import Ledger
 from moe_bias.evaluation.samples import Sample, SampleFile
 from moe_bias.mistakes import UserError
@@ -122,13 +123,13 @@ def test_an_adapter_is_measured_at_each_strength_beside_one_base(ground):
 
 
 def test_all_strengths_share_a_batch_and_others_are_added_later(ground, monkeypatch):
-    answer, policies = eval_model.sampled_answers, []
+    answer, policies = answering.sampled_answers, []
 
     def counted(model, head, prompts, asked, *more):
         policies.append(len(asked))
         return answer(model, head, prompts, asked, *more)
 
-    monkeypatch.setattr(eval_model, "sampled_answers", counted)
+    monkeypatch.setattr(answering, "sampled_answers", counted)
     assert main(words_to("out", "--adapter", "adapter", "--strength", "0.5,1")) == 0
     assert set(policies) == {3}
     before = lines(Path("out"))
@@ -192,7 +193,7 @@ def test_a_run_that_was_cut_goes_on_to_the_same_samples(ground, kept, more):
 
 
 def test_an_interrupt_says_what_is_kept(ground, monkeypatch, capsys):
-    answer = eval_model.sampled_answers
+    answer = answering.sampled_answers
     calls = []
 
     def interrupted(*arguments):
@@ -201,7 +202,7 @@ def test_an_interrupt_says_what_is_kept(ground, monkeypatch, capsys):
             raise KeyboardInterrupt
         return answer(*arguments)
 
-    monkeypatch.setattr(eval_model, "sampled_answers", interrupted)
+    monkeypatch.setattr(answering, "sampled_answers", interrupted)
     assert main(words_to("out", *SAMPLED, "--limit", "5")) == 130
     assert "answers to 3 of 5 problems are kept in out/samples.jsonl" in capsys.readouterr().err
     assert not Path("out/record.json").exists()

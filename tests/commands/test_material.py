@@ -7,6 +7,7 @@ import signal
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from helpers.calls import counted
 from helpers.cells import cell_of
 from helpers.stores import contents, in_child
 from helpers.training_processes import ADAPTER
+from moe_bias.api import data
 from moe_bias.cli import main
 from moe_bias.commands.run_lock import LOCK, NOTE
 from moe_bias.experiments.arms import lora_budget
@@ -58,8 +60,7 @@ def kept():
 
 
 def small_shards(monkeypatch):
-    cut = build._cut
-    monkeypatch.setattr(build, "_cut", lambda examples, tokens: cut(examples, 20))
+    monkeypatch.setattr(data, "Choices", partial(build.Choices, shard_tokens=20))
 
 
 def test_a_second_run_finds_the_hidden_states_of_the_first(passes, capsys):

@@ -15,8 +15,8 @@ from helpers.saved import save_adapter
 from helpers.training_processes import ADAPTER
 from moe_bias.api.data import Data, Texts
 from moe_bias.cli import main
-from moe_bias.commands import eval_model
 from moe_bias.commands.right_answers import RightAnswers
+from moe_bias.evaluation import answering
 from moe_bias.evaluation.samples import Sample, SampleFile, write_prompts
 from moe_bias.features import build
 from moe_bias.tasks.conversations import ask, encode
@@ -72,7 +72,7 @@ def test_answers_are_learned_after_the_very_prompts_that_they_were_sampled_from(
     write(folder / "problems.jsonl", [{"id": f"p{n}", "problem": f"w{5 + n} w6", "answer": str(n)} for n in range(5)])
     save_adapter(folder / "adapter", "model", experts="free")
     seen, tokenizer = {}, AutoTokenizer.from_pretrained("model")
-    answer = eval_model.sampled_answers
+    answer = answering.sampled_answers
 
     def kept(model, head, prompts, *more):
         found = answer(model, head, prompts, *more)
@@ -81,7 +81,7 @@ def test_answers_are_learned_after_the_very_prompts_that_they_were_sampled_from(
             seen[tuple(prompt)] = [tokenizer(text, split_special_tokens=True).input_ids for text in texts]
         return found
 
-    monkeypatch.setattr(eval_model, "sampled_answers", kept)
+    monkeypatch.setattr(answering, "sampled_answers", kept)
     assert main(words_to("measured", *SAMPLED, "--samples", "8", *LONGER, "--adapter", "adapter", *asked)) == 0
     said = [{**line, "outcome": "correct"} for line in lines(Path("measured"))]
     Path("measured/samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in said))

@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save
 from helpers.models import HIDDEN, VOCABULARY, tiny_model
 from helpers.stores import SUPPORT, contents, corpus_of, make_store, plan_of
 from moe_bias.backbone import find_head
-from moe_bias.features import checked
 from moe_bias.features.build import extract
 from moe_bias.features.checked import CHECKED
 from moe_bias.features.manifest import MANIFEST, SECONDS, UNFINISHED
@@ -132,9 +131,14 @@ def test_a_folder_in_a_shards_place_is_told(folder):
 
 
 def test_shards_that_were_found_whole_are_not_read_again_until_they_change(folder, monkeypatch):
-    read = []
-    whole = checked._is_whole
-    monkeypatch.setattr(checked, "_is_whole", lambda path, *rest: read.append(path.name) or whole(path, *rest))
+    read, opened = [], Path.open
+
+    def open_it(path, *choices, **named):
+        if path.suffix == Path(SHARD).suffix:
+            read.append(path.name)
+        return opened(path, *choices, **named)
+
+    monkeypatch.setattr(Path, "open", open_it)
     count = len(FeatureStore.open(folder).manifest.shards)
     grow_old(folder)
     for expected in (count, 0):

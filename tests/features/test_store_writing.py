@@ -137,15 +137,15 @@ def test_other_files_are_not_written_among(tmp_path):
 
 
 def test_two_runs_that_start_at_once_do_not_mix(tmp_path, monkeypatch):
-    sample = build._sample_hidden
+    measure = build.measure_fork_mass
 
     def meanwhile(*args):
         if not tmp_path.joinpath("store").exists():
             tmp_path.joinpath("store").mkdir()
             make_store(tmp_path / "store", part=(2, 2))
-        return sample(*args)
+        return measure(*args)
 
-    monkeypatch.setattr(build, "_sample_hidden", meanwhile)
+    monkeypatch.setattr(build, "measure_fork_mass", meanwhile)
     with pytest.raises(UserError, match="holds other files"):
         make_store(tmp_path / "store", part=(1, 2), support=20)
     assert FeatureStore.open(tmp_path / "store").manifest.recipe.part == (2, 2)

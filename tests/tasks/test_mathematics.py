@@ -305,10 +305,17 @@ def test_the_answer_is_kept_as_text(grader):
     assert (one.answer, both.answer) == (r"\frac{2}{4}", "x=1 and x=2")
 
 
-def test_a_process_that_was_killed_is_replaced_and_so_is_one_that_hangs():
+def test_a_process_that_was_killed_is_replaced_and_so_is_one_that_hangs(monkeypatch):
+    started_process, processes = subprocess.Popen, []
+
+    def start(*arguments, **choices):
+        processes.append(started_process(*arguments, **choices))
+        return processes[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", start)
     grader = Grader(limit=1.0, workers=1)
     assert graded(grader, ("12", "12"))[0].is_correct
-    process = grader._workers[0]._process
+    (process,) = processes
     process.kill()
     process.wait()
     started = time.monotonic()
@@ -316,6 +323,7 @@ def test_a_process_that_was_killed_is_replaced_and_so_is_one_that_hangs():
     assert (hung.outcome, hung.answer) == ("timed out", r"9^{9^{9^9}}")
     assert [verdict.outcome for verdict in others] == ["correct", "wrong"]
     assert time.monotonic() - started > 1  # it had its whole second
+    assert len(processes) == 3
     grader.close()
 
 
