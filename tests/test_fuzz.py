@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import string
-from dataclasses import replace
+from dataclasses import fields
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -96,9 +96,16 @@ def baseline(words: str) -> list[str]:
     return [f"out-{next(_number)}" if word == "OUT" else word for word in line.split()]
 
 
+class Still(cli.Command):
+    """A command that only looks at its settings."""
+
+    def run(self, settings):
+        settings.model_dump(mode="json")
+
+
 def without_work(command: cli.Command) -> cli.Command:
     """The command up to where its work would begin."""
-    return replace(command, run=lambda settings: settings.model_dump(mode="json"))
+    return Still(**{one.name: getattr(command, one.name) for one in fields(command)})
 
 
 def only_light_commands(monkeypatch: pytest.MonkeyPatch) -> None:

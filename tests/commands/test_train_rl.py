@@ -103,7 +103,7 @@ def test_a_run_starts_from_an_adapter_and_keeps_its_support(ground, capsys):
     [
         (["--temperature", "0"], "greedy answers are all alike and teach nothing"),
         (["--top-p", "0.9"], "of another distribution; give 1"),
-        (["--reward", "rewards:nothing"], "rewards has no function nothing"),
+        (["--reward", "rewards:nothing"], "rewards has no nothing"),
         (["--reward", "rewards:too_much"], "too_much gave 7, which is not a number from 0 to 1"),
         (["--form", "(", "--form-weight", "1"], "is not a regular expression"),
         (["--train-problems", "99"], "only 20 different problems, 103 were asked for"),

@@ -49,13 +49,13 @@ def test_grid():
 @pytest.mark.parametrize(
     ("grid", "sentence"),
     [
-        ("", "--grid is empty"),
-        ("num_experts", "--grid has 'num_experts'; write it as name=value,value"),
-        ("num_experts=4,", "--grid has 'num_experts=4,'; write it as"),
-        ("num_experts=4 num_experts=8", "--grid has num_experts twice"),
+        ("", "`grid` is empty"),
+        ("num_experts", "`grid` has 'num_experts'; write it as name=value,value"),
+        ("num_experts=4,", "`grid` has 'num_experts=4,'; write it as"),
+        ("num_experts=4 num_experts=8", "`grid` has num_experts twice"),
         ("num_experts=4,4", "in which a value stands twice"),
-        ("seed=1,2", "every cell is run with each of --seeds"),
-        ("output=a,b", "--grid has 'output', which is none of batch_tokens,"),
+        ("seed=1,2", "every cell is run with each of `seeds`"),
+        ("output=a,b", "`grid` has 'output', which is none of batch_tokens,"),
     ],
 )
 def test_bad_grids_are_refused(grid, sentence):
@@ -65,7 +65,7 @@ def test_bad_grids_are_refused(grid, sentence):
 
 @pytest.mark.parametrize(("base", "number"), [("num_experts=5", "no"), ("num_experts=4", "2"), ("nonsense", "no")])
 def test_a_base_that_names_no_single_cell_is_refused(base, number):
-    with pytest.raises(UserError, match=f"--base '{base}' names {number} cells of the grid"):
+    with pytest.raises(UserError, match=f"`base` '{base}' names {number} cells of the grid"):
         find_cell(base, parse_grid("num_experts=4,8 epochs=1,2"))
 
 

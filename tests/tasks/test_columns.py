@@ -219,7 +219,7 @@ def test_a_result_of_a_tool_works_where_the_template_writes_any_role(tmp_path, t
         ({"messages": [FOUR]}, "row 2 of .*: messages has nothing before the assistant's turn"),
         (
             {"messages": list(TWO)},
-            "row 2 of .*: messages ends with a turn of 'user', not of the assistant; --train-on",
+            "row 2 of .*: messages ends with a turn of 'user', not of the assistant; `train_on`",
         ),
         ({"messages": [*TWO, {"content": "two"}]}, "row 2 of .*: messages, message 2: role is not text but None"),
         ({"messages": [*TWO, {"role": "assistant"}]}, "row 2 of .*: messages, message 2: content is not text but None"),

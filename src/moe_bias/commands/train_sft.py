@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from rich.console import Console
 
 from moe_bias.adapter.saved import refuse_overwriting
@@ -12,6 +15,7 @@ from moe_bias.commands.right_answers import RightAnswers
 from moe_bias.commands.training_settings import TrainSFTSettings
 from moe_bias.evaluation.statistics import Estimate
 from moe_bias.layer import MoEBiasLayer
+from moe_bias.mistakes import Interrupted
 from moe_bias.progress import say, text_console
 from moe_bias.training.checkpoint import Checkpoints
 from moe_bias.training.objectives import make_objective
@@ -30,6 +34,15 @@ def run(settings: TrainSFTSettings) -> None:
     refuse_overwriting(settings.output)
     refuse_other_settings(settings.output, made_with)
     checkpoints = Checkpoints(settings.output, settings.checkpoint_every, settings.keep_checkpoints)
+    try:
+        _run(settings, made_with, checkpoints)
+    except Interrupted:
+        raise
+    except KeyboardInterrupt as interrupt:  # before the first step
+        raise Interrupted(f"run the same command again to go on {checkpoints.where()}") from interrupt
+
+
+def _run(settings: TrainSFTSettings, made_with: Mapping[str, Any], checkpoints: Checkpoints) -> None:
     processes = Processes.join(settings.device)
     console = text_console(quiet=not processes.is_first)
     objective = make_objective(settings.objective)
