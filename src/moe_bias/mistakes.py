@@ -42,6 +42,19 @@ class Interrupted(KeyboardInterrupt):
     """An interrupt with a sentence on what was saved: the command prints it and exits with 130."""
 
 
+@contextmanager
+def nothing_stays_without(output: object) -> Iterator[None]:
+    """Where `output` is None an interrupt says that nothing stays, in place of where it was before it was removed."""
+    try:
+        yield
+    except Interrupted as interrupt:
+        if output is None:
+            raise Interrupted(
+                "nothing of the run stays; give it an `output`, and the same call goes on after an interrupt"
+            ) from interrupt
+        raise
+
+
 def shortened(sentence: str) -> str:
     """The sentence with each value in it cut: what is quoted, in brackets, or not broken by a space."""
     for cut in (_cut_quoted, _cut_bracketed, _cut_unbroken):

@@ -97,7 +97,9 @@ def _download(name: str) -> Path:
 
 
 def refuse_overwriting(folder: Path) -> None:
-    """Raises UserError where the folder holds an adapter already; what a killed run left there is removed."""
+    """Raises UserError where it is a file, or holds an adapter already; what a killed run left there is removed."""
+    if folder.is_file():
+        raise UserError(f"`output` {str(folder)!r} is a file; name a folder")
     remove_left_overs(folder)
     if (folder / CONFIG_FILE).exists():
         raise UserError(f"`output` {str(folder)!r} holds an adapter already; name another folder or remove it")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from moe_bias.adapter import save_layer
 from moe_bias.adapter.saved import refuse_overwriting
+from moe_bias.api.arguments import named, refuse_other_base, refuse_other_layer
 from moe_bias.api.policy import policy_of, saved_layer
 from moe_bias.frozen import Frozen
 from moe_bias.layer import MoEBiasLayer
@@ -18,8 +19,10 @@ from moe_bias.tasks.conversations import Conversation, answer_ends, encode_promp
 def save(layer: MoEBiasLayer, folder: str | Path, base: Frozen) -> None:
     """Saves a layer as an adapter, which `PeftModel.from_pretrained`, vLLM with this plugin and `load_layer` read.
 
-    Raises UserError where the folder holds an adapter already or cannot be written.
+    Raises UserError where the folder holds an adapter already or is a file, or the layer is of another model.
     """
+    refuse_other_base(base)
+    refuse_other_layer(layer, base)
     refuse_overwriting(Path(folder))
     save_layer(layer, folder, base.model)
 
@@ -29,6 +32,7 @@ def load_layer(source: str | Path, base: Frozen) -> MoEBiasLayer:
 
     Raises UserError where there is none, or it is damaged, of another method or made for another model.
     """
+    refuse_other_base(base)
     return saved_layer(str(source), base.head).layer
 
 
@@ -45,8 +49,18 @@ def generate(
     """The answer to a prompt under a layer, or of the frozen model itself.
 
     `temperature` 0 is greedy. With `chat` the prompt is a user's turn in the model's chat template, else a text to be
-    continued. Raises UserError where the tokenizer has no such template.
+    continued. Raises UserError where the tokenizer has no such template, on a prompt that is no text, and on a layer of
+    another model.
     """
+    refuse_other_base(base)
+    if not isinstance(prompt, str):
+        raise UserError(f"`prompt` is {named(prompt)}; give one text, and call again for the next")
+    if layer is not None:
+        refuse_other_layer(layer, base)
+    if max_new_tokens < 1:
+        raise UserError(f"`max_new_tokens` is {max_new_tokens}; give at least 1")
+    if not temperature >= 0:
+        raise UserError(f"`temperature` is {temperature}; give 0, which is greedy, or more")
     if chat and not base.tokenizer.chat_template:
         raise UserError("the tokenizer has no chat template; pass chat=False for plain text")
     turn = {"role": "user", "content": prompt}

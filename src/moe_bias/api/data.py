@@ -19,6 +19,7 @@ from weakref import finalize
 import numpy as np
 from rich.console import Console
 
+from moe_bias.api.arguments import named, refuse_other_base
 from moe_bias.config import OWN_SUPPORT, TrainOn
 from moe_bias.evaluation.statistics import Floats
 from moe_bias.features.build import Choices, Plan, make_plan, versions
@@ -32,7 +33,7 @@ from moe_bias.limits import in_bytes
 from moe_bias.mistakes import Interrupted, UserError
 from moe_bias.progress import say, text_console
 from moe_bias.records import temporary_folder
-from moe_bias.tasks.columns import conversations_of, read_conversations
+from moe_bias.tasks.columns import conversations_of, read_conversations, rows_in_memory
 from moe_bias.tasks.conversations import Conversation, Corpus, Example, answer_ends, encode_all
 from moe_bias.tasks.preferences import both_sides, preferences, read_preferences, whole_pairs
 from moe_bias.training.processes import ALONE, Processes
@@ -42,7 +43,8 @@ NAME_LENGTH = 16
 """Digits of the hash that names a store in the cache."""
 
 Rows = str | Path | Sequence[Any]
-"""A JSON Lines file, the name of a data set on the Hub, or rows in memory: dicts, or a `datasets.Dataset`."""
+"""A JSON Lines file, the name of a data set on the Hub, or rows in memory: dicts, a
+`datasets.Dataset`, or a `pandas.DataFrame`."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Texts:
             conversations, source = read_conversations(str(rows), split, train_on), str(rows)
         else:
             source = "the rows"
-            conversations = conversations_of(rows, source, train_on)
+            conversations = conversations_of(rows_in_memory(rows, source), source, train_on)
         return cls(conversations, source, [conversation.row for conversation in conversations])
 
     @classmethod
@@ -78,7 +80,7 @@ class Texts:
             found, source = read_preferences(str(rows), split), str(rows)
         else:
             source = "the rows"
-            found = preferences(rows, source)
+            found = preferences(rows_in_memory(rows, source), source)
         sides = both_sides(found)
         return cls(sides, source, [number // 2 for number in range(len(sides))], "usable pairs", pairs=True)
 
@@ -95,7 +97,7 @@ class Data:
 
     `held_out` are rows of the source. `always` are ids that a chosen support must hold, `made_on` is the support that
     the store was asked for. `corpus` are the texts, None where there is only the store; `held_out_units` the unit of
-    each row that is held out, None where each row is one.
+    each row that is held out, None where each row is one. Of `pairs` examples stand two by two: chosen, then rejected.
     """
 
     base: Frozen
@@ -105,6 +107,7 @@ class Data:
     made_on: str = OWN_SUPPORT
     corpus: Corpus | None = None
     held_out_units: Sequence[int] | None = None
+    pairs: bool = False
     _folder: ExitStack = field(default_factory=ExitStack)
 
     def __post_init__(self) -> None:
@@ -163,7 +166,8 @@ def extract(
     """Hidden states of the answers in the rows, by one pass of the frozen model; or those of a feature store.
 
     `rows` are dicts (`prompt` and `completion`, `question` and `answer`, `messages`, ...), a JSON Lines file, the name
-    of a data set on the Hub (its `split`), a `datasets.Dataset`, or the folder of a store that `moe-bias extract` made.
+    of a data set on the Hub (its `split`), a `datasets.Dataset`, a `pandas.DataFrame`, or the folder of a store that
+    `moe-bias extract` made.
     `held_out` is the share of the examples, in (0, 1), to measure on, drawn with `seed`. `support` is 'auto:M', 'all',
     a JSON file of token ids, or the ids. `keep`: True keeps the states in the user's cache, where the next call of the
     same model, rows and limits finds them; a path keeps them there; False removes them with what is returned. Of a
@@ -174,6 +178,7 @@ def extract(
     Raises UserError on rows, stores and values that cannot be used; Interrupted where the extraction was, with what is
     whole.
     """
+    refuse_other_base(base)
     if isinstance(rows, str | Path) and (Path(rows) / MANIFEST).is_file():
         return of_store(base, [str(rows)], held_out, seed)
     texts = Texts.of(rows, split, train_on, pairs)
@@ -192,6 +197,8 @@ class Extraction:
     batch_size: int
 
     def __post_init__(self) -> None:
+        if not isinstance(self.support, Sequence):
+            raise UserError(f"support is {named(self.support)}: give 'auto:M', as in 'auto:4096', 'all', or token ids")
         if not 0 < self.held_out < 1:
             raise UserError(f"held_out is {self.held_out}: give the share to measure on, above 0 and below 1")
         for name in ("max_length", "batch_size"):
@@ -283,7 +290,7 @@ def of_texts(
         folder = own.pop_all()
     units = [texts.units[row] for row in held_out]
     made_on = how.support if isinstance(how.support, str) else OWN_SUPPORT
-    return Data(base, store, held_out, always, made_on, corpus, units, folder)
+    return Data(base, store, held_out, always, made_on, corpus, units, texts.pairs, folder)
 
 
 def stored(

@@ -12,6 +12,7 @@ import torch
 from moe_bias.analysis.record import adapter_record
 from moe_bias.analysis.survey import Text, mark, overlap, survey
 from moe_bias.analysis.token_classes import vocabulary_classes
+from moe_bias.api.arguments import config_of, named, refuse_other_base, refuse_other_layer
 from moe_bias.api.data import Data
 from moe_bias.api.policy import policy_of, saved_layer
 from moe_bias.api.reports import Analysis, Evaluation
@@ -43,7 +44,13 @@ def evaluate(
 
     Raises UserError on problems, adapters and settings that cannot be used.
     """
-    config = _named(config or EvalConfig(), task)
+    refuse_other_base(base)
+    if not isinstance(policies, Mapping):
+        raise UserError(f"`policies` is {named(policies)}; give layers by name, as in {{'base': None, 'mine': layer}}")
+    for name, given in policies.items():
+        if not isinstance(given, str | Path | None):
+            refuse_other_layer(given, base, f"policies[{name!r}]")
+    config = _named(config_of(config, EvalConfig), task)
     problems = problem_set(config) if task is None or isinstance(task, str) else drawn_from(make_task(task, {}), config)
     protocol = protocol_of(config)
     if not policies:
@@ -68,6 +75,10 @@ def analyze(
     `rho` in (0, 1) is the share of the tokens that are of high entropy. Cards of experts have `top` tokens, and
     `contexts` places where an expert acts most. Raises UserError on data of another model.
     """
+    refuse_other_base(base)
+    refuse_other_layer(layer, base)
+    if not isinstance(data, Data):
+        raise UserError(f"`data` is {named(data)}; give what moe_bias.extract(base, rows) returns")
     if data.base is not base:
         raise UserError("`data` is of another frozen model than `base`; extract it with this one")
 

@@ -52,7 +52,8 @@ class Report:
         for row in rows:
             table.add_row(*row.values())
         text = StringIO()
-        console = text_console(file=text, width=WIDTH, color_system=None, highlight=False)
+        # A console in a notebook draws on the page, whatever its file is, unless it is told not to.
+        console = text_console(file=text, width=WIDTH, color_system=None, highlight=False, force_jupyter=False)
         console.print(self.title)
         console.print(table)
         return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
@@ -84,7 +85,8 @@ class SFTReport(Report):
     """What supervised training did to the answers that were held out, in nats per token with 95% intervals.
 
     `change` is paired by example. `layer_step` is the step that the layer is of, of so many `steps`, and `layer_nll`
-    the held-out NLL that the run itself took there, None where it took none.
+    the held-out NLL that the run itself took there, None where it took none. Of an objective of pairs NLL is that of
+    the chosen answers, and `preferred` the share of held-out pairs whose chosen answer gained more than the other.
     """
 
     base_nll: Estimate
@@ -97,21 +99,24 @@ class SFTReport(Report):
     train_tokens: int
     held_out_tokens: int
     curve: Curve = field(default=(), compare=False)
-    CURVES = ("nll", "held_out_nll")
+    preferred: Estimate | None = None
+    CURVES = ("nll", "held_out_nll", "preferred")
 
     @property
     def title(self) -> str:  # type: ignore[override]
         """One sentence of result."""
         verb = "falls" if self.change.value < 0 else "rises"
-        return (
-            f"Held-out NLL {verb} by {abs(self.change.value):.3f} nats per token in {self.steps:,} steps on "
-            f"{self.train_tokens:,} tokens ({self.parameters:,} parameters)"
-        )
+        what = f"Held-out NLL {verb} by {abs(self.change.value):.3f} nats per token"
+        if self.preferred is not None:
+            what = f"The chosen answer gains more in {_percent(self.preferred)} of the held-out pairs"
+        made = f"{self.steps:,} steps on {self.train_tokens:,} tokens ({self.parameters:,} parameters)"
+        return f"{what} {'in' if self.preferred is None else 'after'} {made}"
 
     def rows(self) -> list[dict[str, str]]:
         """Base, adapted and their difference."""
         named = {"base": self.base_nll, "adapted": self.adapted_nll, "change": self.change}
-        return [{"": name, "held-out NLL, nats per token": _nats(value)} for name, value in named.items()]
+        column = "held-out NLL, nats per token" if self.preferred is None else "NLL of chosen answers, nats per token"
+        return [{"": name, column: _nats(value)} for name, value in named.items()]
 
 
 @dataclass(frozen=True, repr=False)

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from moe_bias.adapter import save_layer
 from moe_bias.adapter.saved import refuse_overwriting
+from moe_bias.api.arguments import config_of, refuse_other_base, refuse_other_layer
 from moe_bias.api.policy import (
     Beginning,
     TaskData,
@@ -31,7 +32,7 @@ from moe_bias.config import RewardConfig, RLConfig
 from moe_bias.evaluation.statistics import mean, wilson
 from moe_bias.frozen import Frozen
 from moe_bias.layer import MoEBiasLayer
-from moe_bias.mistakes import Interrupted
+from moe_bias.mistakes import Interrupted, nothing_stays_without
 from moe_bias.progress import say, text_console
 from moe_bias.records import RecordKind, provenance, temporary_folder, write_json
 from moe_bias.rollout.sampler import Sampler
@@ -91,7 +92,10 @@ def train_rl(
     sample, where `output` holds an adapter or a run of other settings, and where rewards stay equal, so that there is
     nothing to learn from; Interrupted on Ctrl-C, saying where the same call goes on.
     """
-    config, watch, task = config or RLConfig(), watch or Watch(), make_task(task, {}, small=True)
+    refuse_other_base(base)
+    if layer is not None:
+        refuse_other_layer(layer, base)
+    config, watch, task = config_of(config, RLConfig), watch or Watch(), make_task(task, {}, small=True)
     weighed = rewards_of(rewards or RewardConfig(**({} if reward is None else REWARD_ALONE)), reward)
     data = task_data(base, task, task.problems(train_problems + test_problems, config.seed), train_problems)
     made_with = {
@@ -103,7 +107,7 @@ def train_rl(
     weighed.try_on(data.train.problems[0])
     if layer is None:
         refuse_impossible(config, base.head)
-    with ExitStack() as stack:
+    with nothing_stays_without(output), ExitStack() as stack:
         folder = Path(stack.enter_context(temporary_folder("rl")) if output is None else output)
         if output is not None:
             refuse_overwriting(folder)

@@ -9,18 +9,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from moe_bias.adapter import save_layer
 from moe_bias.adapter.saved import refuse_overwriting
+from moe_bias.api.arguments import config_of, named, refuse_other_base, refuse_other_layer
 from moe_bias.api.data import Data
 from moe_bias.api.reports import SFTReport
 from moe_bias.config import SFTConfig
 from moe_bias.evaluation.likelihood import per_example, token_nll
-from moe_bias.evaluation.statistics import Estimate, ratio_of_sums
+from moe_bias.evaluation.statistics import Estimate, ratio_of_sums, share
 from moe_bias.frozen import Frozen
 from moe_bias.layer import MoEBiasLayer
-from moe_bias.mistakes import Interrupted, UserError
+from moe_bias.mistakes import Interrupted, UserError, nothing_stays_without
 from moe_bias.records import RecordKind, provenance, temporary_folder, write_json
 from moe_bias.training.checkpoint import Checkpoints
 from moe_bias.training.loop import Callback
@@ -54,14 +56,24 @@ def train_sft(
     Raises UserError on data of another model, on a config that cannot be, where `output` holds an adapter or a run of
     other settings, and where the loss is not finite; Interrupted on Ctrl-C, saying where the same call goes on.
     """
-    config = SFTConfig() if config is None else config
+    refuse_other_base(base)
+    if not isinstance(data, Data):
+        raise UserError(f"`data` is {named(data)}; give what moe_bias.extract(base, rows) returns")
+    config, minimised = config_of(config, SFTConfig), make_objective(objective)
+    if layer is not None:
+        refuse_other_layer(layer, base)
+    if data.pairs and getattr(minimised, "unit", "token") != "pair":
+        raise UserError(
+            "`data` holds pairs of a chosen and a rejected answer, and this objective would learn both; give "
+            "objective=moe_bias.DPO()"
+        )
     if "support" not in config.model_fields_set:
         config = config.model_copy(update={"support": data.made_on})
     if data.base is not base:
         raise UserError("`data` is of another frozen model than `base`; extract it with this one")
     made_with = config.model_dump(mode="json")
     refuse_impossible(config, base.head, len(data.store))
-    with ExitStack() as stack:
+    with nothing_stays_without(output), ExitStack() as stack:
         folder = Path(stack.enter_context(temporary_folder("sft")) if output is None else output)
         if output is not None:
             refuse_overwriting(folder)
@@ -69,7 +81,7 @@ def train_sft(
         checkpoints = Checkpoints(folder, checkpoint_every, keep_checkpoints)
         prepared = prepared_for(data, config, layer)
         own = fresh_layer(config, prepared.support, base.head) if layer is None else copy.deepcopy(layer)
-        extra = Extra(layer is None, make_objective(objective), callbacks)
+        extra = Extra(layer is None, minimised, callbacks)
         report = train_on(data, prepared, own, config, checkpoints, made_with, extra=extra)
         if output is not None:
             save_run(folder, own, report, data, prepared, made_with)
@@ -123,7 +135,7 @@ def train_on(
     except KeyboardInterrupt as interrupt:
         raise Interrupted(f"run the same command again to go on {checkpoints.where()}") from interrupt
     return SFTReport(
-        **_measured(layer, prepared, data),
+        **_measured(layer, prepared, data, pairs=extra.objective is not None and extra.objective.unit == "pair"),
         steps=fitted.steps,
         layer_step=fitted.layer_step,
         layer_nll=fitted.held_out_nll,
@@ -159,11 +171,18 @@ def save_run(
     save_layer(layer, folder, data.base.model, prepared.fork_coverage)
 
 
-def _measured(layer: MoEBiasLayer, prepared: Prepared, data: Data) -> dict[str, Estimate]:
+def _measured(layer: MoEBiasLayer, prepared: Prepared, data: Data, pairs: bool) -> dict[str, Estimate]:
+    """NLL of the held-out answers; of `pairs` that of the chosen ones, and how often they gained more."""
     held_out, head = prepared.held_out, data.base.head
     of_tokens = (token_nll(None, held_out, head), token_nll(layer, held_out, head), torch.ones(len(held_out)))
-    base, adapted, counts = (data.by_unit(per_example(values_T, held_out)) for values_T in of_tokens)
-    return {
+    of_answers = np.stack([per_example(values_T, held_out) for values_T in of_tokens])
+    preferred = {}
+    if pairs:
+        gained = of_answers[0] - of_answers[1]
+        preferred = {"preferred": share((gained[0::2] > gained[1::2]).astype(np.float64))}
+        of_answers[:, 1::2] = 0
+    base, adapted, counts = (data.by_unit(sums) for sums in of_answers)
+    return preferred | {
         "base_nll": ratio_of_sums(base, counts),
         "adapted_nll": ratio_of_sums(adapted, counts),
         "change": ratio_of_sums(adapted - base, counts),

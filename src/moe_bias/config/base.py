@@ -117,6 +117,21 @@ def _numbers(value: object) -> Iterator[float]:
             yield from _numbers(part)
 
 
+_CALLED_ELSEWHERE = {
+    "lr": "expert_rate",
+    "learning_rate": "expert_rate",
+    "num_epochs": "epochs",
+    "num_train_epochs": "epochs",
+    "max_steps": "steps",
+    "num_generations": "group",
+    "rank": "expert_rank",
+    "r": "expert_rank",
+    "lr_scheduler_type": "decay",
+    "warmup_ratio": "warmup",
+}
+"""Fields by what transformers, TRL and PEFT call them."""
+
+
 def describe(error: ValidationError, config: type[BaseModel]) -> str:
     """One sentence on the first thing that is wrong with values for a config, naming field and value."""
     first = error.errors(include_url=False)[0]
@@ -127,6 +142,9 @@ def describe(error: ValidationError, config: type[BaseModel]) -> str:
     if first["type"] == "missing":
         return f"{name} is required"
     if first["type"] == "extra_forbidden":
+        known = _CALLED_ELSEWHERE.get(name)
+        if known in config.model_fields:
+            return f"{config.__name__} has no {name!r}; here it is {known!r}"
         return f"{config.__name__} has no {name!r}{nearest(name, config.model_fields)}"
     return f"{name} is {shown(first['input'])}: {reason[0].lower()}{reason[1:]}"
 

@@ -8,6 +8,7 @@ Shapes: B rows still running, L tokens, D hidden.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -127,6 +128,11 @@ def _decode(model: nn.Module, rows: _Rows) -> Tensor:
     return _run(model, rows.token[:, None], rows.mask, rows.mask.sum(-1, keepdim=True) - 1, rows.cache)
 
 
+def _cache_argument(model: nn.Module) -> str:
+    """What the model's forward calls its cache: transformers 5.24 renames it, and warns at the old name."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 def _run(model: nn.Module, input_ids: Tensor, mask: Tensor, position_ids: Tensor, cache: Cache) -> Tensor:
     """The last hidden states (B, D) that the output embedding reads; the cache grows by the tokens."""
     with captured_hidden(model) as seen:
@@ -134,7 +140,7 @@ def _run(model: nn.Module, input_ids: Tensor, mask: Tensor, position_ids: Tensor
             input_ids=input_ids,
             attention_mask=mask,
             position_ids=position_ids,
-            past_key_values=cache,
             use_cache=True,
+            **{_cache_argument(model): cache},
         )
     return seen[0][:, -1]

@@ -74,6 +74,21 @@ def conversations_of(rows: Iterable[Any], source: str, train_on: TrainOn = "last
     return found
 
 
+def rows_in_memory(rows: Any, source: str) -> Iterable[Any]:
+    """The rows of a list, a data set or a data frame. Raises UserError on what has no rows one after another."""
+    if type(rows).__name__ == "DataFrame" and hasattr(rows, "to_dict"):
+        records: list[Any] = rows.to_dict("records")
+        return records
+    if isinstance(rows, Mapping):
+        raise UserError(
+            f"{source} are a mapping with {shown([str(key) for key in rows])}; give a list with a dict for each row, "
+            "or one of the splits, as in data_set['train']"
+        )
+    if not isinstance(rows, Iterable):
+        raise UserError(f"{source} are a {type(rows).__name__}; give a list with a dict for each row, or a file")
+    return rows
+
+
 @dataclass(frozen=True)
 class _Row:
     """A row of a source, its number from 0."""
@@ -96,6 +111,11 @@ class _Row:
         for prompt_column, answer_column in COLUMN_PAIRS:
             if prompt_column in self.value and answer_column in self.value:
                 return self._of_pair(prompt_column, answer_column)
+        if "chosen" in self.value and "rejected" in self.value:
+            raise UserError(
+                f"{self.where} is a preference, with 'chosen' and 'rejected'; pass pairs=True, or --objective dpo to "
+                "`moe-bias train sft`"
+            )
         pairs = ", ".join(f"{prompt}/{completion}" for prompt, completion in COLUMN_PAIRS)
         raise UserError(
             f"{self.where} has columns {shown(sorted(map(str, self.value)))}; needed are messages, conversations, or "

@@ -51,7 +51,17 @@ def _is_file(path: Path) -> bool:
         raise UserError(f"{shown(str(path))} is not a file: {error.strerror}") from error
 
 
+_TABLES = {".csv": "read_csv", ".tsv": "read_table", ".parquet": "read_parquet", ".xlsx": "read_excel"}
+"""What pandas reads files of these names by."""
+
+
 def _file_rows(path: Path) -> list[Any]:
+    reader = _TABLES.get(path.suffix.lower())
+    if reader is not None:
+        raise UserError(
+            f"{path} is a table; give pandas.{reader}({str(path)!r}) as the rows, or write it as JSON Lines, by "
+            "frame.to_json('rows.jsonl', orient='records', lines=True)"
+        )
     try:
         if path.stat().st_size == 0:  # as those of /proc are, some without an end
             return []
