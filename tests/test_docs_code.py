@@ -14,13 +14,6 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SLOW = {"docs/guides/rl.md", "docs/guides/evaluation.md", "docs/guides/analysis.md"}
-"""Pages that sample or measure: minutes on a machine that does other things too."""
-PAGES = [
-    pytest.param(str(path), marks=pytest.mark.slow) if str(path) in SLOW else str(path)
-    for path in sorted(page.relative_to(ROOT) for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")))
-    if "```python" in (ROOT / path).read_text(encoding="utf-8")
-]
 _BLOCK = re.compile(
     r"(?P<left_out>^<!-- not run: .+ -->\n+)?"
     r"^(?P<fence>```+)(?P<language>\w*)(?P<words>[^\n]*)\n(?P<code>.*?)^(?P=fence) *$",
@@ -43,6 +36,15 @@ def blocks(text: str) -> Iterator[Block]:
         title = _TITLE.search(found["words"])
         if not found["left_out"] and (title or found["language"] == "python"):
             yield Block(found["code"], text.count("\n", 0, found.start("code")), title[1] if title else "")
+
+
+SLOW = {"docs/guides/rl.md", "docs/guides/evaluation.md", "docs/guides/analysis.md"}
+"""Pages that sample or measure: minutes on a machine that does other things too."""
+PAGES = [
+    pytest.param(str(path), marks=pytest.mark.slow) if str(path) in SLOW else str(path)
+    for path in sorted(page.relative_to(ROOT) for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")))
+    if any(not block.file for block in blocks((ROOT / path).read_text(encoding="utf-8")))
+]
 
 
 def run_page(path: Path) -> dict[str, object]:

@@ -15,11 +15,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import moe_bias as mb
-from conftest import VOCABULARY, tiny_model
+from helpers.models import VOCABULARY, tiny_model
 from moe_bias import frozen
 from moe_bias.rollout import decoding
 
-NOTEBOOK = Path(__file__).parent.parent / "docs/notebooks/first_adapter.ipynb"
+NOTEBOOK = Path(__file__).parent.parent.parent / "docs/notebooks/first_adapter.ipynb"
 ROWS = [{"prompt": f"w{a} w{b}", "completion": f"w{(a + b) % 50} w{a}"} for a in range(3, 9) for b in range(4, 8)]
 PAIRS = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": "w1 w1"} for row in ROWS]
 SMALL = mb.SFTConfig(epochs=1, batch_tokens=16, num_experts=2, expert_rank=2)
