@@ -13,11 +13,6 @@ from moe_bias.adapter import read_adapter
 from moe_bias.cli import main
 
 REWARD = """
-@pytest.fixture
-def folder(prepared_folder):
-    return prepared_folder
-
-
 def first_letters(prompt, completion, gold):
     return sum("1" in word for word in completion.split()) / max(len(completion.split()), 1)
 
@@ -34,6 +29,11 @@ COMMON = (
     " --support auto:40 --device cpu --prompts 3 --group 4 --max-new-tokens 5 --batch-tokens 16 --num-experts 3"
 )
 REWARDED = "--verdict-weight 0 --reward rewards:first_letters --reward-weight 1"
+
+
+@pytest.fixture
+def folder(prepared_folder):
+    return prepared_folder
 
 
 @pytest.fixture
