@@ -119,5 +119,5 @@ POINTS = {
 
 def test_labels():
     assert label("a:b") == "a:b"
-    assert label(test_labels) == "test_plugins:test_labels"
+    assert label(test_labels) == f"{__name__}:test_labels"
     assert label(SPELLS) == "moe_bias.plugins:Kind"
