@@ -71,7 +71,7 @@ REFERENCE_HEADER = """# Python
 The public names, by the module that each is defined in; all of them are had from `moe_bias` itself. Shapes are given by
 letters: N or T tokens, D hidden size, M tokens of the support, V vocabulary, E experts.
 """
-_FENCED = re.compile(r"^```[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_FENCED = re.compile(r"^```(?!text)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 def page() -> str:
@@ -145,7 +145,7 @@ def help_of(words: str) -> str:
 
 
 def shown_commands(text: str) -> Iterator[list[str]]:
-    """The arguments of every `moe-bias` command in the fenced blocks of a Markdown page."""
+    """The arguments of every `moe-bias` command in the fenced blocks of a Markdown page, output left out."""
     for block in _FENCED.findall(text):
         for line in block.replace("\\\n", " ").splitlines():
             _, found, arguments = line.partition(f"{PROGRAM} ")
