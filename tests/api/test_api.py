@@ -80,7 +80,7 @@ def test_supervised_training_is_that_of_the_command(base):
 def test_training_by_rewards_is_that_of_the_command(base, folder):
     shape = "--support all --num-experts 2 --expert-rank 2 --steps 2 --prompts 3 --group 4 --max-new-tokens 4"
     counts = "--train-problems 12 --test-problems 4 --kl-bound 1 --equal-steps 9"
-    Path("own.py").write_text(
+    Path("summing.py").write_text(
         "import moe_bias as mb\n\n\nclass Sums:\n    name = 'sums'\n\n"
         "    def problems(self, count, seed):\n"
         "        return [mb.Problem(f'w{n % 40} w{n // 40}', f'w{n % 40}', f'w{n % 40}', {}) for n in range(count)]\n\n"
@@ -88,7 +88,7 @@ def test_training_by_rewards_is_that_of_the_command(base, folder):
         "        right = [len(text) % 2 == 0 for text in completions]\n"
         "        return [mb.Verdict('correct' if one else 'wrong', None, float(one)) for one in right]\n"
     )
-    command = f"train rl --model model --device cpu --task own:Sums {shape} {counts} --evaluate-every 2"
+    command = f"train rl --model model --device cpu --task summing:Sums {shape} {counts} --evaluate-every 2"
     assert main([*command.split(), "--output", "of-the-command"]) == 0
     config = mb.RLConfig(
         support="all",
