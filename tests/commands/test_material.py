@@ -6,7 +6,6 @@ import shutil
 import signal
 import tempfile
 import threading
-import time
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from moe_bias.api import data
 from moe_bias.cli import main
 from moe_bias.commands.run_lock import LOCK, NOTE
 from moe_bias.experiments.arms import lora_budget
-from moe_bias.features import build
+from moe_bias.features import build, making
 from moe_bias.features.store import FeatureStore
 from moe_bias.training.checkpoint import Checkpoints
 
@@ -187,15 +186,23 @@ def test_a_folder_of_ones_own(folder, capsys):
     assert sentence in capsys.readouterr().err
 
 
-def test_two_runs_at_once_extract_once(passes, capsys):
+def test_two_runs_at_once_extract_once(passes, monkeypatch, capsys):
     assert main(words("train sft", "out", "--features", "made")) == 0
     passes.clear()
-    held = threading.Event()
+    held, waited_for = threading.Event(), threading.Event()
+    say = making.say
+
+    def heard(console, sentence):
+        say(console, sentence)
+        if sentence.endswith("waiting for it"):
+            waited_for.set()
+
+    monkeypatch.setattr(making, "say", heard)
 
     def making_it():
         with FileLock("mine/.lock"):
             held.set()
-            time.sleep(0.3)
+            waited_for.wait(60)
             shutil.copytree("made", "mine", dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
 
     Path("mine").mkdir()
