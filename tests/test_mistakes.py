@@ -181,8 +181,10 @@ def test_an_error_in_the_course_of_an_interrupt_is_the_interrupt(monkeypatch, ca
 
 @pytest.mark.parametrize("seconds", [0, 0.1, 0.4, 1.0])
 def test_an_interrupt_at_any_moment_ends_with_130_and_its_sentence(seconds, model):
+    # A shell may start its background jobs without interrupts; such a job's children have none either.
     code = (
-        "import moe_bias.__main__ as program; print('begun', flush=True); program.main(); import time; time.sleep(60)"
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import moe_bias.__main__ as program; "
+        "print('begun', flush=True); program.main(); import time; time.sleep(60)"
     )
     words = [sys.executable, "-c", code, "eval", "--model", model, "--task", "products", "--output", "out"]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
