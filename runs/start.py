@@ -6,7 +6,7 @@
 A frozen model learns to multiply: first from worked answers, then from rewards. What it writes goes to `--output`.
 """
 
-# ruff: noqa: T201
+# ruff: noqa: T201  # a script that tells by printing
 
 from __future__ import annotations
 

@@ -11,7 +11,10 @@ from torch import Tensor
 
 
 class Columns:
-    """Base of dataclasses whose fields are tensors (T, ...) or records of such; `SHARED` ones have no rows."""
+    """Base of dataclasses whose fields are tensors (T, ...) or records of such; `SHARED` ones have no rows.
+
+    It is none itself, which is why types are ignored where its fields are looked through.
+    """
 
     SHARED: ClassVar[frozenset[str]] = frozenset()
 

@@ -212,6 +212,7 @@ def fail(prompt, completion, gold):
         (lambda base: mb.evaluate(base, {}, Sums()), "`policies` is empty; give a layer by name"),
         (lambda base: mb.evaluate(base, {"x": "nowhere"}, Sums()), "'nowhere' is neither a folder nor an adapter"),
         (lambda base: mb.train_rl(base, Sums(), reward=fail), "fail failed on a first sample with RuntimeError"),
+        (lambda base: mb.train_rl(base, Sums(), reward=fail, objective="dpp"), "there is no objective 'dpp'"),
         (lambda base: mb.load_layer("nowhere", base), "'nowhere' is neither a folder nor an adapter"),
         (lambda base: mb.load("nowhere-at-all/model"), "model 'nowhere-at-all/model'"),
         (lambda base: mb.task("productz").problems(2, 0), "productz"),

@@ -118,18 +118,7 @@ class MoEBiasConfig(PeftConfig):
 
     def layer_config(self) -> LayerConfig:
         """The choices that define the layer. Raises ValueError naming the offending value."""
-        return LayerConfig(
-            num_experts=self.num_experts,
-            top_k=self.top_k,
-            experts=self.experts,
-            expert_rank=self.expert_rank,
-            free_entries=self.free_entries,
-            reach=self.reach,
-            support=self.support,
-            entropy_gate=self.entropy_gate,
-            load_balance_weight=self.load_balance_weight,
-            strength=self.strength,
-        )
+        return LayerConfig(**{name: getattr(self, name) for name in LayerConfig.model_fields})
 
     def for_model(self, hidden_size: int, vocab_size: int, rows: EmbeddingRows | None = None) -> MoEBiasConfig:
         """A copy that knows its model's sizes and, from `rows`, a sample of its output embedding.

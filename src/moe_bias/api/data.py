@@ -149,6 +149,14 @@ class Data:
         self._folder.close()
 
 
+def refuse_other_data(data: object, base: Frozen) -> None:
+    """Raises UserError where it is no data, or that of another frozen model."""
+    if not isinstance(data, Data):
+        raise UserError(f"`data` is {named(data)}; give what moe_bias.extract(base, rows) returns")
+    if data.base is not base:
+        raise UserError("`data` is of another frozen model than `base`; extract it with this one")
+
+
 def extract(
     base: Frozen,
     rows: Rows,

@@ -13,7 +13,7 @@ from moe_bias.analysis.record import adapter_record
 from moe_bias.analysis.survey import Text, mark, overlap, survey
 from moe_bias.analysis.token_classes import vocabulary_classes
 from moe_bias.api.arguments import config_of, named, refuse_other_base, refuse_other_layer
-from moe_bias.api.data import Data
+from moe_bias.api.data import Data, refuse_other_data
 from moe_bias.api.policy import policy_of, saved_layer
 from moe_bias.api.reports import Analysis, Evaluation
 from moe_bias.config import EvalConfig
@@ -77,10 +77,7 @@ def analyze(
     """
     refuse_other_base(base)
     refuse_other_layer(layer, base)
-    if not isinstance(data, Data):
-        raise UserError(f"`data` is {named(data)}; give what moe_bias.extract(base, rows) returns")
-    if data.base is not base:
-        raise UserError("`data` is of another frozen model than `base`; extract it with this one")
+    refuse_other_data(data, base)
 
     def decode(ids: Sequence[int]) -> str:
         return str(base.tokenizer.decode(list(ids)))

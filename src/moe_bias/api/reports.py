@@ -13,7 +13,7 @@ from rich.table import Table
 from moe_bias.evaluation.samples import Sample
 from moe_bias.evaluation.scores import Score
 from moe_bias.evaluation.statistics import Estimate
-from moe_bias.mistakes import UserError
+from moe_bias.extras import need
 from moe_bias.progress import text_console
 
 Curve = Sequence[Mapping[str, float]]
@@ -24,10 +24,14 @@ WIDTH = 100
 class Report:
     """Base of what training and measuring return; `str` is a table, a notebook shows it with its curve."""
 
-    title: str
     curve: Curve
     CURVES: tuple[str, ...] = ()
     """Metrics that are drawn, where the curve has them."""
+
+    @property
+    def title(self) -> str:
+        """One sentence above the table."""
+        raise NotImplementedError
 
     def rows(self) -> list[dict[str, str]]:
         """The table: a row for each thing that was measured, by column."""
@@ -38,10 +42,9 @@ class Report:
 
         Raises UserError where pandas is not installed.
         """
-        try:
-            import pandas
-        except ImportError as error:
-            raise UserError("a data frame needs pandas: pip install pandas") from error
+        need("pandas", "a data frame")
+        import pandas
+
         return pandas.DataFrame(list(self.curve) or self.rows())
 
     def __repr__(self) -> str:
@@ -103,7 +106,7 @@ class SFTReport(Report):
     CURVES = ("nll", "held_out_nll", "preferred")
 
     @property
-    def title(self) -> str:  # type: ignore[override]
+    def title(self) -> str:
         """One sentence of result."""
         verb = "falls" if self.change.value < 0 else "rises"
         what = f"Held-out NLL {verb} by {abs(self.change.value):.3f} nats per token"
@@ -138,7 +141,7 @@ class RLReport(Report):
     CURVES = ("reward", "held_out_accuracy")
 
     @property
-    def title(self) -> str:  # type: ignore[override]
+    def title(self) -> str:
         """One sentence of result."""
         return (
             f"{_points(self.change)} points by {self.steps:,} steps of rewards, {self.sampled_tokens:,} tokens "
@@ -164,7 +167,7 @@ class Evaluation(Report):
     curve: Curve = field(default=(), compare=False)
 
     @property
-    def title(self) -> str:  # type: ignore[override]
+    def title(self) -> str:
         """What was measured."""
         return f"{self.count:,} problems of {self.problems}: % solved [95% interval over problems]"
 
@@ -199,7 +202,7 @@ class Analysis(Report):
     curve: Curve = field(default=(), compare=False)
 
     @property
-    def title(self) -> str:  # type: ignore[override]
+    def title(self) -> str:
         """What was measured."""
         overlap = self.record["overlap"]["value"]
         return (

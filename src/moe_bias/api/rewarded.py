@@ -96,6 +96,7 @@ def train_rl(
     if layer is not None:
         refuse_other_layer(layer, base)
     config, watch, task = config_of(config, RLConfig), watch or Watch(), make_task(task, {}, small=True)
+    seams = Seams(make_objective(objective), advantage, selection, callbacks)
     weighed = rewards_of(rewards or RewardConfig(**({} if reward is None else REWARD_ALONE)), reward)
     data = task_data(base, task, task.problems(train_problems + test_problems, config.seed), train_problems)
     made_with = {
@@ -114,7 +115,6 @@ def train_rl(
             refuse_other_settings(folder, made_with)
         begin_run(folder, data, made_with)
         beginning = fresh_policy_layer(data, config) if layer is None else Beginning(copy.deepcopy(layer), None)
-        seams = Seams(make_objective(objective), advantage, selection, callbacks)
         run = Run(data, weighed, config, watch, folder, beginning, seams=seams)
         report, position = run.trained(None)
         if output is not None:

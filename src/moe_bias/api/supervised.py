@@ -14,8 +14,8 @@ import torch
 
 from moe_bias.adapter import save_layer
 from moe_bias.adapter.saved import refuse_overwriting
-from moe_bias.api.arguments import config_of, named, refuse_other_base, refuse_other_layer
-from moe_bias.api.data import Data
+from moe_bias.api.arguments import config_of, refuse_other_base, refuse_other_layer
+from moe_bias.api.data import Data, refuse_other_data
 from moe_bias.api.reports import SFTReport
 from moe_bias.config import SFTConfig
 from moe_bias.evaluation.likelihood import per_example, token_nll
@@ -57,8 +57,7 @@ def train_sft(
     other settings, and where the loss is not finite; Interrupted on Ctrl-C, saying where the same call goes on.
     """
     refuse_other_base(base)
-    if not isinstance(data, Data):
-        raise UserError(f"`data` is {named(data)}; give what moe_bias.extract(base, rows) returns")
+    refuse_other_data(data, base)
     config, minimised = config_of(config, SFTConfig), make_objective(objective)
     if layer is not None:
         refuse_other_layer(layer, base)
@@ -69,8 +68,6 @@ def train_sft(
         )
     if "support" not in config.model_fields_set:
         config = config.model_copy(update={"support": data.made_on})
-    if data.base is not base:
-        raise UserError("`data` is of another frozen model than `base`; extract it with this one")
     made_with = config.model_dump(mode="json")
     refuse_impossible(config, base.head, len(data.store))
     with nothing_stays_without(output), ExitStack() as stack:

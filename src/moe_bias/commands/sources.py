@@ -156,7 +156,8 @@ def read(
     sections.check(path, content)
     in_file = sections.values_of(settings, content)
     origins = {name: f"{path} [{section}]" for name, (_, section) in in_file.items()}
-    origins |= {name: variable(name) for name in settings.model_fields if variable(name) in _variables()}
+    set_variables = {name.upper() for name in os.environ}
+    origins |= {name: variable(name) for name in settings.model_fields if variable(name) in set_variables}
     origins |= {name: option(name) for name in given}
     try:
         with reading("the command line", SettingsError):
@@ -221,7 +222,3 @@ def _content(path: Path) -> dict[str, Any]:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid TOML: {reason_of(error)}") from error
-
-
-def _variables() -> set[str]:
-    return {name.upper() for name in os.environ}

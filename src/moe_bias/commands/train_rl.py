@@ -43,6 +43,7 @@ def run(settings: TrainRLSettings) -> None:
 def _run(settings: TrainRLSettings, checkpoints: Checkpoints) -> None:
     console = text_console(highlight=False, soft_wrap=True)
     rewards, made_with = rewards_of(settings), settings.model_dump(mode="json")
+    seams = Seams(make_objective(settings.objective))
     data = prepare_task(settings, settings, settings.seed)
     if settings.adapter is None:
         refuse_impossible(settings, data.head)
@@ -53,7 +54,6 @@ def _run(settings: TrainRLSettings, checkpoints: Checkpoints) -> None:
     )
     _warn_of_what_is_lost(console, settings, checkpoints)
     watch = Watch(settings.evaluate_every, settings.show_every, settings.checkpoint_every, settings.keep_checkpoints)
-    seams = Seams(make_objective(settings.objective))
     one = Run(data, rewards, settings, watch, settings.output, beginning, settings.record_margin, console, seams)
     with opened_sampler(settings, data, beginning.layer) as sampler:
         _announce(console, beginning, data)

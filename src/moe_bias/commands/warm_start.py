@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from moe_bias.api.policy import TaskData
 from moe_bias.commands.training_settings import WarmSettings
-from moe_bias.config import SFTConfig
+from moe_bias.config import SFTConfig, StartOptions
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.mistakes import UserError
 from moe_bias.tasks.conversations import Example, ask, encode
@@ -15,22 +15,6 @@ from moe_bias.training.sft import Prepared, fit, fresh_layer, prepare
 
 MAX_LENGTH = 1024
 """Longer worked answers are cut here, in tokens with the prompt."""
-_SHARED = (
-    "num_experts",
-    "top_k",
-    "experts",
-    "expert_rank",
-    "free_entries",
-    "reach",
-    "entropy_gate",
-    "load_balance_weight",
-    "support",
-    "normalisation",
-    "gate_alpha",
-    "gate_beta",
-    "seed",
-)
-"""Settings that the supervised phase has in common with what follows it."""
 
 
 def worked_examples(ground: TaskData, problems: Sequence[Problem]) -> list[Example]:
@@ -67,7 +51,7 @@ def warm_layer(ground: TaskData, prepared: Prepared, settings: WarmSettings, des
 
 def warm_settings(settings: WarmSettings) -> SFTConfig:
     """The supervised phase; nothing of it comes from variables or files, whose names mean what follows it."""
-    shared = {name: getattr(settings, name) for name in _SHARED}
+    shared = {name: getattr(settings, name) for name in StartOptions.model_fields}
     return SFTConfig.model_construct(
         **shared,
         epochs=settings.warm_epochs,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +18,7 @@ from pydantic import (
     field_validator,
 )
 
+from moe_bias import plugins
 from moe_bias.limits import (
     LARGEST_COUNT,
     LARGEST_NUMBER,
@@ -152,5 +152,5 @@ def describe(error: ValidationError, config: type[BaseModel]) -> str:
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of a sentence on an unknown name: the known one that is nearest to it, or all of them."""
     known = sorted(known)
-    near = get_close_matches(name, known, n=1)
-    return f"; the nearest is {near[0]!r}" if near else f"; there are {', '.join(known)}"
+    near = plugins.nearest(name, known)
+    return f"; the nearest is {near!r}" if near else f"; there are {', '.join(known)}"

@@ -153,17 +153,8 @@ class LayerOptions(Config):
 
     def layer_config(self, support: Sequence[int] | None = None) -> LayerConfig:
         """The layer that these settings describe, with `support` as its token ids."""
-        return LayerConfig(
-            num_experts=self.num_experts,
-            top_k=self.top_k,
-            experts=self.experts,
-            expert_rank=self.expert_rank,
-            free_entries=self.free_entries,
-            support=None if support is None else tuple(support),
-            reach=self.reach,
-            entropy_gate=self.entropy_gate,
-            load_balance_weight=self.load_balance_weight,
-        )
+        choices = {name: getattr(self, name) for name in LayerOptions.model_fields}
+        return LayerConfig(**choices, support=None if support is None else tuple(support))
 
 
 class StartOptions(LayerOptions):
