@@ -43,10 +43,12 @@ def tokenizer():
     [
         ({"messages": [*TWO, said("assistant", "two")]}, Conversation(TWO, "two")),
         ({"prompt": "how many", "completion": "two"}, Conversation(TWO, "two", is_chat=False)),
+        ({"prompt": "how many", "answer": "two"}, Conversation(TWO, "two", is_chat=False)),
         ({"prompt": list(TWO), "completion": [said("assistant", "two")]}, Conversation(TWO, "two")),
         ({"prompt": list(TWO), "completion": "two"}, Conversation(TWO, "two")),
         ({"prompt": "how many", "completion": [said("assistant", "two")]}, Conversation(TWO, "two")),
         (GOOD, ask("how many", "two")),
+        ({"question": "how many", "solution": "two"}, ask("how many", "two")),
         ({"problem": "how many", "solution": "two", "answer": "2"}, ask("how many", "two")),
         ({"instruction": "how", "input": "many", "output": "two"}, ask("how\n\nmany", "two")),
         ({"instruction": "how many", "input": "", "output": "two"}, ask("how many", "two")),

@@ -29,7 +29,9 @@ from moe_bias.tasks.rows import is_missing, read_rows, text_of
 COLUMN_PAIRS = (
     ("prompt", "completion"),
     ("prompt", "response"),
+    ("prompt", "answer"),
     ("question", "answer"),
+    ("question", "solution"),
     ("instruction", "output"),
     ("instruction", "response"),
     ("problem", "solution"),
