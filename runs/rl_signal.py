@@ -21,10 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from moe_bias.api.policy import TaskData, collector_of, prepare_task, rewards_of
 from moe_bias.commands.training_settings import CompareSettings
-from moe_bias.commands.warm_start import prepare_warm_start, warm_layer
 from moe_bias.experiments.policy_arms import LAYER_ARMS
+from moe_bias.experiments.warm_start import prepare_warm_start, warm_layer
 from moe_bias.features.adapted import TableMove, chunks, policy_stats
 from moe_bias.features.extract import Features
 from moe_bias.layer import MoEBiasLayer
@@ -33,6 +32,7 @@ from moe_bias.support import log_prob_from_adapted
 from moe_bias.training.advantage import select_high_entropy
 from moe_bias.training.objectives import Sampled
 from moe_bias.training.optimisation import Optimisation
+from moe_bias.training.problems import TaskData, collector_of, prepare_task, rewards_of
 from moe_bias.training.rl import Update
 
 ADAMW, SGD = {"optimizer": "adamw"}, {"optimizer": "sgd"}

@@ -20,13 +20,14 @@ if TYPE_CHECKING:
     from moe_bias.adapter.card import push_to_hub
     from moe_bias.adapter.shift import HiddenShift, InsertedShift
     from moe_bias.api.adapters import generate, load_layer, save
-    from moe_bias.api.data import Data, extract
+    from moe_bias.api.data import extract
+    from moe_bias.api.experiments import arms, compare, sweep
     from moe_bias.api.measuring import analyze, evaluate
-    from moe_bias.api.reports import Analysis, Evaluation, RLReport, SFTReport
+    from moe_bias.api.reports import Analysis, ArmsReport, CompareReport, Evaluation, RLReport, SFTReport
     from moe_bias.api.rewarded import Watch, train_rl
     from moe_bias.api.supervised import train_sft
     from moe_bias.api.tasks import task
-    from moe_bias.config import EvalConfig, LayerConfig, RewardConfig, RLConfig, SFTConfig
+    from moe_bias.config import ArmsConfig, CompareConfig, EvalConfig, LayerConfig, RewardConfig, RLConfig, SFTConfig
     from moe_bias.frozen import Frozen, load
     from moe_bias.functional import (
         apply_moe_bias,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from moe_bias.mistakes import UserError
     from moe_bias.tasks.task import Problem, Task
     from moe_bias.tasks.verdict import Verdict
+    from moe_bias.training.data import Data
     from moe_bias.training.loop import Callback
     from moe_bias.training.objectives import DAPO, DPO, Objective, Supervised, Terms
 
@@ -47,7 +49,11 @@ __all__ = [
     "DAPO",
     "DPO",
     "Analysis",
+    "ArmsConfig",
+    "ArmsReport",
     "Callback",
+    "CompareConfig",
+    "CompareReport",
     "Data",
     "EvalConfig",
     "Evaluation",
@@ -74,6 +80,8 @@ __all__ = [
     "Watch",
     "analyze",
     "apply_moe_bias",
+    "arms",
+    "compare",
     "evaluate",
     "extract",
     "find_adapter_head",
@@ -87,6 +95,7 @@ __all__ = [
     "save",
     "save_moe_bias_layer",
     "shift_hidden_states",
+    "sweep",
     "task",
     "train_rl",
     "train_sft",
@@ -97,10 +106,8 @@ _HOMES = {
         "Frozen",
         "load",
     ),
-    "api.data": (
-        "Data",
-        "extract",
-    ),
+    "api.data": ("extract",),
+    "training.data": ("Data",),
     "api.supervised": ("train_sft",),
     "api.tasks": ("task",),
     "api.rewarded": (
@@ -111,6 +118,11 @@ _HOMES = {
         "analyze",
         "evaluate",
     ),
+    "api.experiments": (
+        "arms",
+        "compare",
+        "sweep",
+    ),
     "api.adapters": (
         "generate",
         "load_layer",
@@ -118,11 +130,15 @@ _HOMES = {
     ),
     "api.reports": (
         "Analysis",
+        "ArmsReport",
+        "CompareReport",
         "Evaluation",
         "RLReport",
         "SFTReport",
     ),
     "config": (
+        "ArmsConfig",
+        "CompareConfig",
         "EvalConfig",
         "LayerConfig",
         "RLConfig",

@@ -11,7 +11,6 @@ from helpers.complaints import complaint
 from helpers.saved import save_adapter
 from moe_bias.analysis import expert_views, view_of_record
 from moe_bias.analysis.answers import Answered, accuracy, first_difference, in_stratum, turns
-from moe_bias.api.policy import policy_of, saved_layer
 from moe_bias.backbone import find_head
 from moe_bias.cli import main
 from moe_bias.commands import analysis_text, analyze
@@ -21,6 +20,7 @@ from moe_bias.frozen import load_model
 from moe_bias.layer import entropy_from_logits
 from moe_bias.tasks.columns import read_conversations
 from moe_bias.tasks.conversations import encode_all
+from moe_bias.training.problems import policy_of, saved_layer
 
 COMMON = "--model model --device cpu --flips 3 --contexts 2 --continuation 4"
 DATA = f"{COMMON} --data rows.jsonl"

@@ -14,13 +14,13 @@ from helpers.evaluations import write
 from helpers.models import VOCABULARY, tiny_model
 from helpers.saved import save_adapter
 from moe_bias import MoEBiasConfig
-from moe_bias.api.policy import policy_of, saved_layer
 from moe_bias.backbone import find_head
 from moe_bias.cli import main
 from moe_bias.evaluation.likelihood import per_example, token_nll
 from moe_bias.features.extract import run_backbone, with_scalars
 from moe_bias.rollout.answers import greedy_answers
 from moe_bias.tasks.conversations import Example
+from moe_bias.training.problems import policy_of, saved_layer
 
 pytestmark = pytest.mark.usefixtures("folder")
 PROMPTS = [[5, 6, 7], [30, 31], [40, 41, 42]]

@@ -13,7 +13,7 @@ from helpers.complaints import complaint
 from helpers.evaluations import SAMPLED, lines, words_to, write
 from helpers.saved import save_adapter
 from helpers.training_processes import ADAPTER
-from moe_bias.api.data import Data, Texts
+from moe_bias.api.data import Texts
 from moe_bias.cli import main
 from moe_bias.commands.right_answers import RightAnswers
 from moe_bias.evaluation import answering
@@ -21,6 +21,7 @@ from moe_bias.evaluation.samples import Sample, SampleFile, write_prompts
 from moe_bias.features import build
 from moe_bias.tasks.conversations import ask, encode
 from moe_bias.training.checkpoint import Checkpoints
+from moe_bias.training.data import Data
 
 LONGER = ["--temperature", "4", "--max-new-tokens", "30"]
 """So that some answers end by themselves."""

@@ -12,12 +12,13 @@ from helpers.models import VOCABULARY, tiny_model
 from helpers.training import features_of, head_of
 from moe_bias.backbone import find_head
 from moe_bias.cli import main
-from moe_bias.commands import cells as cells_command
+from moe_bias.commands import arms as arms_command
 from moe_bias.commands.training_settings import SweepSettings
 from moe_bias.config import OWN_SUPPORT
 from moe_bias.evaluation.likelihood import token_nll
 from moe_bias.evaluation.strata import by_stratum, counts_by_stratum
 from moe_bias.experiments import cells as cells_module
+from moe_bias.experiments import supervised
 from moe_bias.experiments.cells import CellRecords, compare_cells
 from moe_bias.experiments.grid import cell_name, find_cell, parse_grid, with_changes
 from moe_bias.experiments.lora import Budget, LoRAChoices, completion_log_prob, lora_on, lora_token_nll, train_lora
@@ -136,7 +137,7 @@ COMMON = "--model model --data rows.jsonl --held-out 0.3 --support auto:40 --bat
 
 
 def test_sweep_from_the_command(folder, capsys, monkeypatch):
-    extracted, run = counted(monkeypatch, making, "extract"), counted(monkeypatch, cells_command, "run_cell")
+    extracted, run = counted(monkeypatch, making, "extract"), counted(monkeypatch, supervised, "run_cell")
     words = ["sweep", *COMMON.split(), "--seeds", "0,1"]
     assert main([*words, "--grid", "num_experts=4,8 support=auto:40,all", "--base", "num_experts=8 support=all"]) == 0
     assert (len(extracted), len(run)) == (1, 8)
@@ -157,7 +158,7 @@ def test_sweep_from_the_command(folder, capsys, monkeypatch):
 
 def test_an_interrupted_sweep_says_what_is_done_and_goes_on(folder, capsys, monkeypatch):
     run = counted(monkeypatch, cells_module, "fit")
-    real, calls = cells_command.run_cell, []
+    real, calls = supervised.run_cell, []
 
     def pressed_in_the_second(*arguments):
         calls.append(1)
@@ -165,7 +166,7 @@ def test_an_interrupted_sweep_says_what_is_done_and_goes_on(folder, capsys, monk
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(cells_command, "run_cell", pressed_in_the_second)
+    monkeypatch.setattr(supervised, "run_cell", pressed_in_the_second)
     words = ["sweep", *COMMON.split(), "--seeds", "0", "--grid", "num_experts=4,8"]
     assert main(words) == 130
     assert "interrupted: 2 of 3 are done and kept in out/cells; run the same command again" in capsys.readouterr().err
@@ -185,7 +186,7 @@ def test_arms_from_the_command(folder, capsys, monkeypatch):
     assert rows["lora-time"]["seconds"] >= rows["moe-bias"]["seconds"]
     change = rows["lora-tokens"]["change"]["all"]
     assert change["low"] <= change["value"] <= change["high"]
-    monkeypatch.setattr(cells_command, "opened", None)  # nothing is loaded for arms that are there
+    monkeypatch.setattr(arms_command, "opened", None)  # nothing is loaded for arms that are there
     assert main(words) == 0
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 from moe_bias.adapter import save_layer
 from moe_bias.adapter.saved import refuse_overwriting
 from moe_bias.api.arguments import named, refuse_other_base, refuse_other_layer
-from moe_bias.api.policy import policy_of, saved_layer
 from moe_bias.frozen import Frozen
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.mistakes import UserError
 from moe_bias.progress import meter
 from moe_bias.rollout.answers import AnswerChoices, sampled_answers
 from moe_bias.tasks.conversations import Conversation, answer_ends, encode_prompt
+from moe_bias.training.problems import policy_of, saved_layer
 
 
 def save(layer: MoEBiasLayer, folder: str | Path, base: Frozen) -> None:

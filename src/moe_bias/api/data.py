@@ -10,18 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from weakref import finalize
 
-import numpy as np
 from rich.console import Console
 
 from moe_bias.api.arguments import named, refuse_other_base
 from moe_bias.config import OWN_SUPPORT, TrainOn
-from moe_bias.evaluation.statistics import Floats
 from moe_bias.features.build import Choices, Plan, make_plan, versions
 from moe_bias.features.examples import encoded, length_limit, split
 from moe_bias.features.fingerprint import corpus_hash, model_facts
@@ -34,10 +30,11 @@ from moe_bias.mistakes import Interrupted, UserError
 from moe_bias.progress import say, text_console
 from moe_bias.records import temporary_folder
 from moe_bias.tasks.columns import conversations_of, read_conversations, rows_in_memory
-from moe_bias.tasks.conversations import Conversation, Corpus, Example, answer_ends, encode_all
+from moe_bias.tasks.conversations import Conversation, Corpus, answer_ends, encode_all
 from moe_bias.tasks.preferences import both_sides, preferences, read_preferences, whole_pairs
+from moe_bias.training.data import Data
 from moe_bias.training.processes import ALONE, Processes
-from moe_bias.training.sft import Prepared, parse_support, prepare_stored
+from moe_bias.training.sft import parse_support
 
 NAME_LENGTH = 16
 """Digits of the hash that names a store in the cache."""
@@ -89,64 +86,6 @@ class Texts:
         units = list(dict.fromkeys(self.units[row] for row in rows))
         held = set(split(units, share, seed, self.source, self.noun))
         return [row for row in rows if self.units[row] in held]
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Data:
-    """Hidden states of the answers in a feature store, those of some examples held out to measure on.
-
-    `held_out` are rows of the source. `always` are ids that a chosen support must hold, `made_on` is the support that
-    the store was asked for. `corpus` are the texts, None where there is only the store; `held_out_units` the unit of
-    each row that is held out, None where each row is one. Of `pairs` examples stand two by two: chosen, then rejected.
-    """
-
-    base: Frozen
-    store: FeatureStore
-    held_out: list[int]
-    always: list[int]
-    made_on: str = OWN_SUPPORT
-    corpus: Corpus | None = None
-    held_out_units: Sequence[int] | None = None
-    pairs: bool = False
-    _folder: ExitStack = field(default_factory=ExitStack)
-
-    def __post_init__(self) -> None:
-        finalize(self, self._folder.close)
-
-    def __repr__(self) -> str:
-        tokens = f"{len(self.store):,} tokens of {len(self.store.example.unique()):,} examples"
-        return f"Data({tokens}, {len(self.held_out):,} of them held out, support {len(self.store.support):,})"
-
-    @cached_property
-    def prepared(self) -> Prepared:
-        """Both parts on the support that the store was made on."""
-        return self.on(self.made_on)
-
-    def on(self, support: str | Sequence[int]) -> Prepared:
-        """Both parts on a support, by its ids or as `SFTConfig.support` names it. Raises UserError on a bad one."""
-        wanted = OWN_SUPPORT if support == self.made_on else support
-        return prepare_stored(self.store, self.base.head, self.held_out, wanted, self.always)
-
-    def by_unit(self, sums: Floats) -> Floats:
-        """Sums over held-out rows as sums over held-out units: those of one unit are not independent."""
-        if self.held_out_units is None:
-            return sums
-        number = np.unique(self.held_out_units, return_inverse=True)[1]
-        return np.bincount(number, weights=sums).astype(np.float64)
-
-    def examples(self) -> tuple[list[Example], list[Example]]:
-        """Training and held-out examples."""
-        assert self.corpus is not None
-        train: list[Example] = []
-        held_out: list[Example] = []
-        excluded = set(self.held_out)
-        for row, example in zip(self.corpus.rows, self.corpus.examples, strict=True):
-            (held_out if row in excluded else train).append(example)
-        return train, held_out
-
-    def close(self) -> None:
-        """Removes hidden states that are not to be kept; they are removed with the last reference, too."""
-        self._folder.close()
 
 
 def refuse_other_data(data: object, base: Frozen) -> None:

@@ -13,8 +13,7 @@ from moe_bias.analysis.record import adapter_record
 from moe_bias.analysis.survey import Text, mark, overlap, survey
 from moe_bias.analysis.token_classes import vocabulary_classes
 from moe_bias.api.arguments import config_of, named, refuse_other_base, refuse_other_layer
-from moe_bias.api.data import Data, refuse_other_data
-from moe_bias.api.policy import policy_of, saved_layer
+from moe_bias.api.data import refuse_other_data
 from moe_bias.api.reports import Analysis, Evaluation
 from moe_bias.config import EvalConfig
 from moe_bias.evaluation.answering import Asker
@@ -28,6 +27,8 @@ from moe_bias.records import temporary_folder
 from moe_bias.tasks.benchmarks import drawn_from, problem_set, protocol_of
 from moe_bias.tasks.catalogue import make_task
 from moe_bias.tasks.task import Task
+from moe_bias.training.data import Data
+from moe_bias.training.problems import policy_of, saved_layer
 
 Policies = Mapping[str, MoEBiasLayer | str | Path | None]
 """By name a layer, the folder or Hub id of an adapter, or None for the frozen model itself."""

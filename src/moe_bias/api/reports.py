@@ -13,6 +13,8 @@ from rich.table import Table
 from moe_bias.evaluation.samples import Sample
 from moe_bias.evaluation.scores import Score
 from moe_bias.evaluation.statistics import Estimate
+from moe_bias.experiments.cells import Row
+from moe_bias.experiments.policy_arms import HELD_OUT, PolicyRow
 from moe_bias.extras import need
 from moe_bias.progress import text_console
 
@@ -27,6 +29,11 @@ class Report:
     curve: Curve
     CURVES: tuple[str, ...] = ()
     """Metrics that are drawn, where the curve has them."""
+
+    @property
+    def drawn(self) -> Sequence[str]:
+        """Names in the curve that are drawn."""
+        return self.CURVES
 
     @property
     def title(self) -> str:
@@ -75,7 +82,7 @@ class Report:
             from moe_bias.report.figures import curves, page_svg
         except ImportError:
             return ""
-        lines = {name: line for name in self.CURVES if (line := self._line(name))[0]}
+        lines = {name: line for name in self.drawn if (line := self._line(name))[0]}
         return page_svg(curves(lines, "step", ""), "curve", self.title) if lines else ""
 
     def _line(self, name: str) -> tuple[list[float], list[float]]:
@@ -221,6 +228,87 @@ class Analysis(Report):
         return [_stratum(name, self.record["strata"][name]) for name in ("all", "high", "low")]
 
 
+@dataclass(frozen=True, repr=False)
+class ArmsReport(Report):
+    """Arms or cells of a grid on the same held-out tokens, each over its seeds; changes are paired by example.
+
+    `rows` are in the order in which they were run, `base` is the one that the others are compared with.
+    """
+
+    arms: Sequence[Row]
+    base: str
+    held_out_tokens: int
+    curve: Curve = field(default=(), compare=False)
+
+    @property
+    def title(self) -> str:
+        """What was measured."""
+        return (
+            f"NLL of {self.held_out_tokens:,} held-out tokens, nats per token [95% interval over examples]; high: the "
+            "20% of highest base entropy"
+        )
+
+    def __getitem__(self, name: str) -> Row:
+        """The arm of this name. Raises KeyError where there is none."""
+        return {arm.name: arm for arm in self.arms}[name]
+
+    def rows(self) -> list[dict[str, str]]:
+        """Parameters and NLL of each arm, and its paired changes against one of them."""
+        return [
+            {
+                "arm": arm.name,
+                "parameters": f"{arm.parameters:,}",
+                "NLL": _nats(arm.nll["all"]) if "all" in arm.nll else "",
+                **{
+                    f"to {self.base}, {stratum}": _nats(arm.change[stratum], "+.3f")
+                    if arm.change and stratum in arm.change
+                    else ""
+                    for stratum in ("all", "high")
+                },
+            }
+            for arm in self.arms
+        ]
+
+
+@dataclass(frozen=True, repr=False)
+class CompareReport(Report):
+    """Arms of reinforcement learning on the same held-out problems, each over its seeds; changes are paired by problem.
+
+    The curve has by step the share of the problems that each arm solves.
+    """
+
+    arms: Sequence[PolicyRow]
+    curve: Curve = field(default=(), compare=False)
+
+    @property
+    def drawn(self) -> Sequence[str]:
+        """All arms."""
+        return [arm.name for arm in self.arms]
+
+    @property
+    def title(self) -> str:
+        """What was measured."""
+        return "Held-out problems solved by greedy answers, % [95% interval over problems], means over seeds"
+
+    def __getitem__(self, name: str) -> PolicyRow:
+        """The arm of this name. Raises KeyError where there is none."""
+        return {arm.name: arm for arm in self.arms}[name]
+
+    def rows(self) -> list[dict[str, str]]:
+        """Accuracy of each arm, what its steps gained, and its paired changes against others, in points."""
+        others = list(dict.fromkeys(other for arm in self.arms for other in arm.change))
+        return [
+            {
+                "arm": arm.name,
+                "parameters": f"{arm.parameters:,}",
+                "solved": _percent(arm.accuracy[HELD_OUT]),
+                "gained by the steps": _points(arm.gain[HELD_OUT]) if HELD_OUT in arm.gain else "",
+                **{f"to {other}": _points(arm.change[other]) if other in arm.change else "" for other in others},
+            }
+            for arm in self.arms
+        ]
+
+
 def _stratum(name: str, stratum: Mapping[str, Any]) -> dict[str, str]:
     means = {quantity: value["value"] for quantity, value in stratum["means"].items()}
     return {
@@ -233,8 +321,8 @@ def _stratum(name: str, stratum: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _nats(value: Estimate) -> str:
-    return f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]"
+def _nats(value: Estimate, form: str = ".3f") -> str:
+    return f"{value.value:{form}} [{value.low:{form}}, {value.high:{form}}]"
 
 
 def _percent(value: Estimate) -> str:

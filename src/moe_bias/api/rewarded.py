@@ -17,16 +17,6 @@ from rich.console import Console
 from moe_bias.adapter import save_layer
 from moe_bias.adapter.saved import refuse_overwriting
 from moe_bias.api.arguments import config_of, refuse_other_base, refuse_other_layer
-from moe_bias.api.policy import (
-    Beginning,
-    TaskData,
-    collector_of,
-    fresh_policy_layer,
-    greedy_verdicts,
-    policy_of,
-    rewards_of,
-    task_data,
-)
 from moe_bias.api.reports import RLReport
 from moe_bias.config import RewardConfig, RLConfig
 from moe_bias.evaluation.statistics import mean, wilson
@@ -45,6 +35,16 @@ from moe_bias.training.collect import Selection
 from moe_bias.training.loop import Callback, Watching
 from moe_bias.training.metrics import MetricsLog, SampleLog, read_metrics
 from moe_bias.training.objectives import Objective, make_objective
+from moe_bias.training.problems import (
+    Beginning,
+    TaskData,
+    collector_of,
+    fresh_policy_layer,
+    greedy_verdicts,
+    policy_of,
+    rewards_of,
+    task_data,
+)
 from moe_bias.training.rl import PolicyPosition, PolicyTrainer
 from moe_bias.training.run_folder import begin, refuse_other_settings
 from moe_bias.training.sft import refuse_impossible

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ import torch
 from moe_bias.adapter import save_layer
 from moe_bias.adapter.saved import refuse_overwriting
 from moe_bias.api.arguments import config_of, refuse_other_base, refuse_other_layer
-from moe_bias.api.data import Data, refuse_other_data
+from moe_bias.api.data import refuse_other_data
 from moe_bias.api.reports import SFTReport
 from moe_bias.config import SFTConfig
 from moe_bias.evaluation.likelihood import per_example, token_nll
@@ -25,12 +25,15 @@ from moe_bias.layer import MoEBiasLayer
 from moe_bias.mistakes import Interrupted, UserError, nothing_stays_without
 from moe_bias.records import RecordKind, provenance, temporary_folder, write_json
 from moe_bias.training.checkpoint import Checkpoints
+from moe_bias.training.data import Data
 from moe_bias.training.loop import Callback
 from moe_bias.training.metrics import read_metrics
 from moe_bias.training.objectives import Objective, make_objective
 from moe_bias.training.processes import ALONE, Processes
 from moe_bias.training.run_folder import refuse_other_settings
 from moe_bias.training.sft import Prepared, fresh_layer, refuse_impossible, train
+
+Trained = TypeVar("Trained", bound=SFTConfig)
 
 
 def train_sft(
@@ -66,8 +69,7 @@ def train_sft(
             "`data` holds pairs of a chosen and a rejected answer, and this objective would learn both; give "
             "objective=moe_bias.DPO()"
         )
-    if "support" not in config.model_fields_set:
-        config = config.model_copy(update={"support": data.made_on})
+    config = on_own_support(data, config)
     made_with = config.model_dump(mode="json")
     refuse_impossible(config, base.head, len(data.store))
     with nothing_stays_without(output), ExitStack() as stack:
@@ -83,6 +85,13 @@ def train_sft(
         if output is not None:
             save_run(folder, own, report, data, prepared, made_with)
     return own, report
+
+
+def on_own_support(data: Data, config: Trained) -> Trained:
+    """The config with the data's support, where it names none."""
+    if "support" in config.model_fields_set:
+        return config
+    return config.model_copy(update={"support": data.made_on})
 
 
 @dataclass(frozen=True)

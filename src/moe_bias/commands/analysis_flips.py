@@ -23,7 +23,6 @@ from moe_bias.analysis.moments import Moment, moment_at
 from moe_bias.analysis.readings import read_tokens
 from moe_bias.analysis.record import estimate_record, moment_record, token_record
 from moe_bias.analysis.survey import Marks
-from moe_bias.api.policy import TaskData, policy_of
 from moe_bias.commands.analysis_text import Matter, greedy_answered
 from moe_bias.commands.looking_settings import AnalyzeSettings
 from moe_bias.features.extract import Features
@@ -31,6 +30,7 @@ from moe_bias.layer import MoEBiasLayer
 from moe_bias.rollout.answers import greedy_answers
 from moe_bias.rollout.policy import base_policy
 from moe_bias.tasks.conversations import answer_ends
+from moe_bias.training.problems import TaskData, policy_of
 
 
 def text_flips(

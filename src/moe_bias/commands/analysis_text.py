@@ -18,7 +18,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moe_bias.analysis.answers import Answered
 from moe_bias.analysis.survey import Text
 from moe_bias.api.data import stored, texts_of
-from moe_bias.api.policy import TaskData, prepare_task, saved_layer
 from moe_bias.backbone import Head
 from moe_bias.commands.looking_settings import AnalyzeSettings
 from moe_bias.commands.material import keep, texts_named
@@ -36,6 +35,7 @@ from moe_bias.records import write_json
 from moe_bias.rollout.answers import greedy_answers
 from moe_bias.rollout.policy import Policy, base_policy
 from moe_bias.tasks.conversations import Corpus, Example
+from moe_bias.training.problems import TaskData, prepare_task, saved_layer
 from moe_bias.training.processes import ALONE
 from moe_bias.training.run_folder import begin, digest
 

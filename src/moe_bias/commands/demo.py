@@ -18,19 +18,19 @@ import numpy as np
 import torch
 
 from moe_bias.adapter import save_layer
-from moe_bias.api.policy import TaskData, collector_of, policy_of, prepare_task, rewards_of
 from moe_bias.commands.demo_report import DemoReport, Reinforced, Sample, announce, print_report, report_console
 from moe_bias.commands.training_settings import DemoSettings
-from moe_bias.commands.warm_start import prepare_warm_start, warm_layer
 from moe_bias.evaluation.likelihood import per_example, token_nll
 from moe_bias.experiments.comparison import Arm, Measured, compare
 from moe_bias.experiments.grid import with_changes
 from moe_bias.experiments.policy_arms import LAYER_ARMS, STATIC
+from moe_bias.experiments.warm_start import prepare_warm_start, warm_layer
 from moe_bias.features.extract import Features
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.records import RecordKind, provenance, write_json
 from moe_bias.rollout.answers import greedy_answers
 from moe_bias.training.loop import Watching
+from moe_bias.training.problems import TaskData, collector_of, policy_of, prepare_task, rewards_of
 from moe_bias.training.rl import PolicyTrainer
 from moe_bias.training.sft import Prepared, refuse_impossible
 

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_bias.adapter.saved import adapter_folder
 from moe_bias.analysis.readings import TokenReadings, TopTokens, read_tokens, top_tokens
-from moe_bias.api.policy import saved_layer
 from moe_bias.backbone import Head, find_head
 from moe_bias.commands.demo_report import report_console
 from moe_bias.commands.looking_settings import InspectTextSettings
@@ -29,6 +28,7 @@ from moe_bias.rollout.answers import greedy_answers
 from moe_bias.rollout.policy import base_policy, layer_policy
 from moe_bias.support import fork_threshold
 from moe_bias.tasks.conversations import Conversation, Example, answer_ends, encode_prompt
+from moe_bias.training.problems import saved_layer
 
 NAMES = ("base", "adapted")
 SHOWN_ROWS = 24

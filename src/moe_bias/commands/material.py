@@ -8,10 +8,11 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from moe_bias.api.data import Data, Extraction, Texts, fitted, of_texts, opened_store, rows_held_out, texts_of
+from moe_bias.api.data import Extraction, Texts, fitted, of_texts, opened_store, rows_held_out, texts_of
 from moe_bias.commands.training_settings import SupervisedSettings, TextSettings
 from moe_bias.frozen import Frozen, frozen
 from moe_bias.mistakes import UserError
+from moe_bias.training.data import Data
 from moe_bias.training.processes import ALONE, Processes
 from moe_bias.training.sft import refuse_impossible
 

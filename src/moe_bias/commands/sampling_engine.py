@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from moe_bias.api.policy import TaskData, sampler_of, sampling_choices
 from moe_bias.commands.training_settings import TrainRLSettings
 from moe_bias.features.extract import run_backbone
 from moe_bias.frozen import resolve_model
@@ -18,6 +17,7 @@ from moe_bias.rollout.sampler import Sampler
 from moe_bias.rollout.vllm import VllmSampler, local_sampler
 from moe_bias.serving.recording import RowLayout, Spool
 from moe_bias.tasks.conversations import Example
+from moe_bias.training.problems import TaskData, sampler_of, sampling_choices
 from moe_bias.variables import ServingVariables, from_variables
 
 TRIAL_TOKENS = 8

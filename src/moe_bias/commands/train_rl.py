@@ -5,7 +5,6 @@ from __future__ import annotations
 from rich.console import Console
 
 from moe_bias.adapter.saved import refuse_overwriting
-from moe_bias.api.policy import Beginning, TaskData, fresh_policy_layer, prepare_task, rewards_of, saved_layer
 from moe_bias.api.reports import RLReport
 from moe_bias.api.rewarded import Run, Seams, Watch, begin_run
 from moe_bias.commands.sampling_engine import opened_sampler, refuse_unusable_engine
@@ -16,6 +15,7 @@ from moe_bias.progress import text_console
 from moe_bias.training.checkpoint import Checkpoints
 from moe_bias.training.metrics import FILE
 from moe_bias.training.objectives import make_objective
+from moe_bias.training.problems import Beginning, TaskData, fresh_policy_layer, prepare_task, rewards_of, saved_layer
 from moe_bias.training.rl import PolicyPosition
 from moe_bias.training.run_folder import refuse_other_settings
 from moe_bias.training.sft import refuse_impossible

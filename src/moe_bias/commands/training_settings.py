@@ -13,8 +13,9 @@ from moe_bias.commands.option_types import Folders, Names, Seeds, option
 from moe_bias.config import (
     OWN_SUPPORT,
     TRAIN_ON,
+    ArmsConfig,
+    CompareConfig,
     Config,
-    Experts,
     ModelConfig,
     RewardConfig,
     RLConfig,
@@ -22,6 +23,7 @@ from moe_bias.config import (
     TaskConfig,
     TaskOption,
     TrainOn,
+    WarmConfig,
 )
 from moe_bias.limits import LONGEST_ANSWER
 
@@ -162,7 +164,7 @@ class SweepSettings(SupervisedSettings):
     seeds: Seeds = Field([0, 1, 2], description="each cell is trained once with each of these seeds")
 
 
-class ArmsSettings(SupervisedSettings):
+class ArmsSettings(SupervisedSettings, ArmsConfig):
     """Train MoE-Bias, parts of it left out, and LoRA on the same tokens, and compare them.
 
     Beside a store LoRA needs the texts that it was extracted from, as --data.
@@ -173,13 +175,6 @@ class ArmsSettings(SupervisedSettings):
     seeds: Seeds = Field([0, 1, 2], description="each arm is trained once with each of these seeds")
     arms: Names = Field([], description="arms to run besides moe-bias, such as static,free; none: all of them")
     lora: bool = Field(True, description="train the arms of LoRA too, which takes by far the longest")
-    lora_rank: int = Field(8, ge=1, description="rank r of LoRA")
-    lora_rate: float = Field(2e-4, gt=0, description="learning rate of LoRA, decaying linearly")
-    lora_head_rate: float = Field(3e-3, gt=0, description="learning rate of LoRA on the output embedding alone")
-    lora_batch_size: int = Field(8, ge=1, description="examples in one optimiser step of LoRA")
-    lora_tokens: int | None = Field(
-        None, ge=1, description="completion tokens that lora-tokens is trained on; none: as many as moe-bias"
-    )
 
 
 class ExtractSettings(ModelConfig):
@@ -270,19 +265,7 @@ class TrainRLSettings(ModelConfig, TaskConfig, RewardConfig, RLConfig):
         return self
 
 
-class WarmSettings(TaskConfig, RLConfig):
-    """Reinforcement learning after a supervised phase on worked answers."""
-
-    warm_problems: int = Field(200, ge=0, description="problems of whose worked answers each arm learns the form first")
-    warm_epochs: int = Field(20, ge=1, description="passes over their hidden states")
-    WARM_EXPERT_RATES: ClassVar[dict[Experts, float]] = {"free": 1e-1, "directions": 1e-2, "linear": 1e-2}
-    warm_expert_rate: float | None = Field(
-        None, gt=0, description="learning rate of the experts meanwhile; none: by their kind"
-    )
-    warm_router_rate: float = Field(3e-3, gt=0, description="learning rate of the router and the gate meanwhile")
-
-
-class DemoSettings(ModelConfig, RewardConfig, WarmSettings):
+class DemoSettings(ModelConfig, RewardConfig, TaskConfig, WarmConfig):
     """Train an adapter on the bundled model, from nothing to two measured gains, in minutes."""
 
     output: Path = Field(Path("moe-bias-demo"), description="folder that the adapter is saved in")
@@ -293,18 +276,11 @@ class DemoSettings(ModelConfig, RewardConfig, WarmSettings):
     resamples: int = Field(0, ge=0, description="times that a step samples more problems for those of equal rewards")
 
 
-class CompareSettings(ModelConfig, RewardConfig, WarmSettings):
+class CompareSettings(ModelConfig, RewardConfig, TaskConfig, CompareConfig):
     """Train MoE-Bias, parts of it left out, and LoRA by reinforcement learning on one task, and compare them."""
 
-    resamples: int = Field(0, ge=0, description="0 gives every arm the same number of samples")
     output: Path = Field(description="folder of the arms' records, all of which the table has; none is run again")
     arms: Names = Field([], description="arms to run, such as static,moe-bias; none: all of them")
     seeds: Seeds = Field([0, 1, 2], description="each arm is trained once with each of these seeds")
     shifted_task: str = Field("", description="task to measure on besides; none: the same one with --shifted-options")
     shifted_options: dict[str, TaskOption] = Field({}, description="options of the task that nothing is trained on")
-    lora_warm_epochs: int = Field(4, ge=1, description="passes of LoRA over the worked answers in its supervised phase")
-    evaluate_every: int = Field(10, ge=1, description="steps between greedy evaluations on the held-out problems")
-    lora_rank: int = Field(8, ge=1, description="rank r of LoRA")
-    lora_rate: float = Field(1e-4, gt=0, description="learning rate of LoRA, decaying linearly")
-    lora_warm_rate: float = Field(2e-4, gt=0, description="learning rate of LoRA in its supervised phase")
-    lora_batch_size: int = Field(8, ge=1, description="samples or examples in one backward pass of LoRA")

@@ -6,6 +6,7 @@ Nothing here reads variables, files or the command line, and nothing imports tor
 from __future__ import annotations
 
 from moe_bias.config.base import Config, WholeNumber, describe, nearest, not_empty
+from moe_bias.config.experiments import ArmsConfig, CompareConfig, WarmConfig
 from moe_bias.config.layer import (
     HIGHEST_RANK,
     MOST_EXPERTS,
@@ -37,6 +38,8 @@ __all__ = [
     "MOST_EXPERTS",
     "OWN_SUPPORT",
     "TRAIN_ON",
+    "ArmsConfig",
+    "CompareConfig",
     "Config",
     "EvalConfig",
     "Experts",
@@ -55,6 +58,7 @@ __all__ = [
     "TaskConfig",
     "TaskOption",
     "TrainOn",
+    "WarmConfig",
     "WholeNumber",
     "check_support",
     "describe",

@@ -158,6 +158,26 @@ def compare_policies(arms: Sequence[PolicyArm]) -> list[PolicyRow]:
     return [_row(group, right) for group in groups.values()]
 
 
+def chosen_arms(names: Sequence[str]) -> list[str]:
+    """Those of these names in the order of `ARMS`, all of them for none. Raises UserError on a name that none has."""
+    for name in names:
+        if name not in ARMS:
+            raise UserError(f"`arms` has {name!r}, which is none of {', '.join(ARMS)}")
+    return [name for name in ARMS if not names or name in names]
+
+
+def mean_curve(arms: Sequence[PolicyArm]) -> list[dict[str, float]]:
+    """By step the share of the held-out problems that each arm solves after it, the mean over its seeds."""
+    seen: dict[int, dict[str, list[float]]] = {}
+    for arm in arms:
+        for step, sets in arm.curve:
+            seen.setdefault(step, {}).setdefault(arm.name, []).append(sets[HELD_OUT])
+    return [
+        {"step": float(step)} | {name: float(np.mean(found)) for name, found in by_arm.items()}
+        for step, by_arm in sorted(seen.items())
+    ]
+
+
 def measured_after(sets: Iterable[str]) -> list[str]:
     """The sets of problems, without what was measured before the first step."""
     return sorted(name for name in sets if not name.endswith(BEFORE))

@@ -1,4 +1,4 @@
-"""How `moe-bias compare` runs one arm: supervised phase, training, and greedy answers by step."""
+"""What trains and measures an arm by rewards: supervised phase, training, and greedy answers by step."""
 
 from __future__ import annotations
 
@@ -15,18 +15,7 @@ import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
-from moe_bias.api.policy import (
-    TaskData,
-    collector_of,
-    fresh_policy_layer,
-    greedy_verdicts,
-    policy_of,
-    prepare_task,
-    rewards_of,
-    task_of,
-)
-from moe_bias.commands.training_settings import CompareSettings
-from moe_bias.commands.warm_start import prepare_warm_start, warm_layer, warm_settings, worked_examples
+from moe_bias.config import CompareConfig
 from moe_bias.experiments.grid import with_changes
 from moe_bias.experiments.grpo_lora import train_grpo_lora
 from moe_bias.experiments.grpo_trainer import GRPOChoices, check_trl
@@ -44,6 +33,7 @@ from moe_bias.experiments.policy_arms import (
     SUPERVISED,
     PolicyArm,
 )
+from moe_bias.experiments.warm_start import prepare_warm_start, warm_layer, warm_settings, worked_examples
 from moe_bias.features.extract import Features, run_backbone, with_scalars
 from moe_bias.features.source import Subset
 from moe_bias.layer import MoEBiasLayer
@@ -51,44 +41,50 @@ from moe_bias.mistakes import UserError
 from moe_bias.records import peak_bytes
 from moe_bias.rollout.policy import Policy
 from moe_bias.tasks.conversations import ask, encode_prompt
+from moe_bias.tasks.rewards import Rewards
 from moe_bias.tasks.task import Problem, Task
 from moe_bias.training.collect import Curriculum
 from moe_bias.training.loop import Watching
+from moe_bias.training.problems import (
+    TaskData,
+    collector_of,
+    fresh_policy_layer,
+    greedy_verdicts,
+    policy_of,
+)
 from moe_bias.training.rl import PolicyTrainer
 from moe_bias.training.sft import Prepared, refuse_impossible
 from moe_bias.training.trainer import Trainer
 
+Shifted = tuple[Task, Sequence[Problem]]
+"""A task that nothing is trained on, and its problems to measure on."""
 
-def prepare_stage(settings: CompareSettings, names: Sequence[str]) -> Stage:
+
+def refuse_unfit_lora(names: Sequence[str], config: CompareConfig) -> None:
+    """Raises UserError where LoRA could not be trained, before anything is loaded."""
+    if {LORA, LORA_HIGH_ENTROPY} & set(names):
+        check_trl()
+        _grpo_choices(LORA, config)
+
+
+def prepare_stage(
+    ground: TaskData, shifted: Shifted | None, rewards: Rewards, config: CompareConfig, names: Sequence[str]
+) -> Stage:
     """The frozen model and all problems, which are the same for all seeds.
 
     Raises UserError where an arm of these names could not be run to its end.
     """
-    if {LORA, LORA_HIGH_ENTROPY} & set(names):
-        check_trl()
-        _grpo_choices(LORA, settings)
-    shifted = _shifted(settings)
-    ground = prepare_task(settings, settings, seed=0)
-    refuse_impossible(settings, ground.head)
-    _check_worked(ground, settings, names)
-    if SUPERVISED in names and not settings.warm_problems:
-        raise UserError(f"{SUPERVISED} goes on from a supervised phase: leave it out, or set --warm-problems above 0")
+    refuse_impossible(config, ground.head)
+    _check_worked(ground, config, names)
+    if SUPERVISED in names and not config.warm_problems:
+        raise UserError(f"{SUPERVISED} goes on from a supervised phase: leave it out, or set `warm_problems` above 0")
+    rewards.try_on(ground.train.problems[0])
     tests = {HELD_OUT: (ground.task, ground.test)}
     if shifted is not None:
         task, problems = shifted
         prompts = [encode_prompt(ask(problem.question), ground.tokenizer) for problem in problems]
-        tests[SHIFTED] = (task, Curriculum(problems, prompts))
-    return Stage(ground, tests, with_changes(settings, {"seed": 0}))
-
-
-def _shifted(settings: CompareSettings) -> tuple[Task, list[Problem]] | None:
-    """The task that nothing is trained on, and its problems. Raises UserError where there are none."""
-    if not (settings.shifted_task or settings.shifted_options):
-        return None
-    options = {**settings.task_options, **settings.shifted_options}
-    name = settings.shifted_task or settings.task
-    shifted = task_of(settings.model_copy(update={"task": name, "task_options": options, "problems": ""}))
-    return shifted, shifted.problems(settings.test_problems, seed=1)
+        tests[SHIFTED] = (task, Curriculum(list(problems), prompts))
+    return Stage(ground, tests, rewards, with_changes(config, {"seed": 0}))
 
 
 @dataclass(frozen=True)
@@ -100,7 +96,8 @@ class Stage:
 
     ground: TaskData
     tests: dict[str, tuple[Task, Curriculum]]
-    settings: CompareSettings
+    rewards: Rewards
+    settings: CompareConfig
     lora_starts: dict[int, _LoRAStart] = field(default_factory=dict)
 
     @cached_property
@@ -117,7 +114,7 @@ class Stage:
         support = self._prepared.train.support.tolist()
         return with_scalars(self.ground.head, hidden, support, "their base distribution")
 
-    def run(self, name: str, settings: CompareSettings) -> PolicyArm:
+    def run(self, name: str, settings: CompareConfig) -> PolicyArm:
         """One arm with the settings' seed."""
         if name == BASE:
             accuracy = self._right([policy_of(None, self.ground.head)], settings)[0]
@@ -127,7 +124,7 @@ class Stage:
             return self._lora(name, settings)
         return self._layer(name, with_changes(settings, LAYER_ARMS[name]))
 
-    def _layer(self, name: str, settings: CompareSettings) -> PolicyArm:
+    def _layer(self, name: str, settings: CompareConfig) -> PolicyArm:
         shared_seconds = self._prepared.seconds if settings.warm_problems else 0.0
         started = time.perf_counter()
         layer = self._beginning(settings)
@@ -140,7 +137,7 @@ class Stage:
             seconds = updating = time.perf_counter() - started
             sampled = 0
         else:
-            collector = collector_of(self.ground, rewards_of(settings), settings)
+            collector = collector_of(self.ground, self.rewards, settings)
             watching = Watching(copies.take, settings.evaluate_every)
             position = PolicyTrainer(layer, self.ground.head, collector, settings, watching).run()
             sampled, seconds, updating = position.sampled_tokens, position.seconds, position.update_seconds
@@ -160,7 +157,7 @@ class Stage:
             _curve(points),
         )
 
-    def _beginning(self, settings: CompareSettings) -> MoEBiasLayer:
+    def _beginning(self, settings: CompareConfig) -> MoEBiasLayer:
         """A layer after its supervised phase: on first tokens alone for the arm that acts on them."""
         if not settings.warm_problems:
             return fresh_policy_layer(self.ground, settings).layer
@@ -171,7 +168,7 @@ class Stage:
             prepared = replace(prepared, train=Subset(prepared.train, first))
         return warm_layer(self.ground, prepared, settings, "learning the form")
 
-    def _supervise(self, layer: MoEBiasLayer, settings: CompareSettings, copies: _Copies) -> None:
+    def _supervise(self, layer: MoEBiasLayer, settings: CompareConfig, copies: _Copies) -> None:
         """Goes on with worked answers: in a step those of the problems that RL samples answers to, as many passes."""
         training = warm_settings(settings).model_copy(update={"epochs": settings.epochs, "warmup": 0.0})
         for problems in self._parts(settings):
@@ -179,15 +176,15 @@ class Stage:
             Trainer(layer, Subset(self._worked, rows), self.ground.head, training).run("supervised")
             copies.take(layer)
 
-    def _parts(self, settings: CompareSettings) -> list[list[int]]:
+    def _parts(self, settings: CompareConfig) -> list[list[int]]:
         """Numbers of the problems of all steps between one evaluation and the next."""
-        collector, steps = collector_of(self.ground, rewards_of(settings), settings), evaluated_steps(settings)
+        collector, steps = collector_of(self.ground, self.rewards, settings), evaluated_steps(settings)
         return [
             sorted({number for step in range(*part) for number in collector.order(step)[: settings.prompts]})
             for part in pairwise(steps)
         ]
 
-    def _lora(self, name: str, settings: CompareSettings) -> PolicyArm:
+    def _lora(self, name: str, settings: CompareConfig) -> PolicyArm:
         with lora_on(self.ground.model, settings.lora_rank, settings.seed) as adapted:
             # LoRA leaves the output embedding alone, so the head is the same.
             on_lora = replace(self, ground=replace(self.ground, answering=adapted))
@@ -213,7 +210,7 @@ class Stage:
             _curve(points),
         )
 
-    def _lora_start(self, adapted: Any, on_lora: Stage, settings: CompareSettings) -> _LoRAStart:
+    def _lora_start(self, adapted: Any, on_lora: Stage, settings: CompareConfig) -> _LoRAStart:
         """Brings fresh LoRA weights through the supervised phase, or to where it led the last arm of this seed."""
         if settings.seed not in self.lora_starts:
             started = time.perf_counter()
@@ -228,7 +225,7 @@ class Stage:
         set_peft_model_state_dict(adapted, start.weights)
         return start
 
-    def _supervise_lora(self, adapted: Any, problems: Sequence[int], passes: int, settings: CompareSettings) -> int:
+    def _supervise_lora(self, adapted: Any, problems: Sequence[int], passes: int, settings: CompareConfig) -> int:
         """Passes over worked answers; returns the count of trained parameters."""
         examples = worked_examples(self.ground, [self.ground.train.problems[number] for number in problems])
         budget = Budget(passes * sum(len(example.completion_ids) for example in examples), "tokens")
@@ -236,7 +233,7 @@ class Stage:
         return train_lora(adapted, examples, choices, budget, settings.seed, "worked answers").parameters
 
     def _lora_supervised(
-        self, _: str, adapted: Any, settings: CompareSettings, measure: Callable[[int], None]
+        self, _: str, adapted: Any, settings: CompareConfig, measure: Callable[[int], None]
     ) -> tuple[int, int, float, float]:
         seconds, parameters = 0.0, 0
         for step, problems in zip(evaluated_steps(settings)[1:], self._parts(settings), strict=True):
@@ -247,9 +244,9 @@ class Stage:
         return parameters, 0, seconds, seconds
 
     def _lora_rewarded(
-        self, name: str, adapted: Any, settings: CompareSettings, measure: Callable[[int], None]
+        self, name: str, adapted: Any, settings: CompareConfig, measure: Callable[[int], None]
     ) -> tuple[int, int, float, float]:
-        ground, rewards = self.ground, rewards_of(settings)
+        ground, rewards = self.ground, self.rewards
         prompts = [[{"role": "user", "content": problem.question}] for problem in ground.train.problems]
         gold = {problem.question: problem for problem in ground.train.problems}
 
@@ -263,7 +260,7 @@ class Stage:
         report = train_grpo_lora(adapted, ground.tokenizer, prompts, reward, choices, name, measure)
         return report.parameters, report.sampled_tokens, report.seconds, report.updating_seconds
 
-    def _right(self, policies: Sequence[Policy], settings: CompareSettings) -> list[dict[str, list[float]]]:
+    def _right(self, policies: Sequence[Policy], settings: CompareConfig) -> list[dict[str, list[float]]]:
         """By policy and set of problems, which greedy answers are right. All policies share one pass of the model."""
         found: list[dict[str, list[float]]] = [{} for _ in policies]
         for name, (task, curriculum) in self.tests.items():
@@ -274,7 +271,7 @@ class Stage:
         return found
 
 
-def _check_worked(ground: TaskData, settings: CompareSettings, names: Sequence[str]) -> None:
+def _check_worked(ground: TaskData, settings: CompareConfig, names: Sequence[str]) -> None:
     """Raises UserError where a problem lacks the worked answer that a supervised phase or arm would learn from."""
     supervised = [name for name in (SUPERVISED, LORA_SUPERVISED) if name in names]
     needed = ground.train.problems if supervised else ground.train.problems[: settings.warm_problems]
@@ -282,12 +279,12 @@ def _check_worked(ground: TaskData, settings: CompareSettings, names: Sequence[s
         return
     others = ",".join(name for name in names if name not in supervised)
     raise UserError(
-        f"{ground.task.name} has problems without worked answers: set --warm-problems 0"
-        + (f" and leave out {' and '.join(supervised)} with --arms {others}" if supervised else "")
+        f"{ground.task.name} has problems without worked answers: set `warm_problems` 0"
+        + (f" and leave out {' and '.join(supervised)} with `arms` {others}" if supervised else "")
     )
 
 
-def _grpo_choices(name: str, settings: CompareSettings) -> GRPOChoices:
+def _grpo_choices(name: str, settings: CompareConfig) -> GRPOChoices:
     return GRPOChoices(
         settings.steps,
         settings.prompts,
@@ -314,7 +311,7 @@ class _LoRAStart:
     seconds: float
 
 
-def evaluated_steps(settings: CompareSettings) -> list[int]:
+def evaluated_steps(settings: CompareConfig) -> list[int]:
     """The counts of steps after which an arm is measured: none, every `evaluate_every`, all."""
     return [*range(0, settings.steps, settings.evaluate_every), settings.steps]
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moe_bias.api.policy import TaskData
-from moe_bias.commands.training_settings import WarmSettings
-from moe_bias.config import SFTConfig, StartOptions
+from moe_bias.config import SFTConfig, StartOptions, WarmConfig
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.mistakes import UserError
 from moe_bias.tasks.conversations import Example, ask, encode
 from moe_bias.tasks.task import Problem
+from moe_bias.training.problems import TaskData
 from moe_bias.training.sft import Prepared, fit, fresh_layer, prepare
 
 MAX_LENGTH = 1024
@@ -25,7 +24,7 @@ def worked_examples(ground: TaskData, problems: Sequence[Problem]) -> list[Examp
     return [example for example in encoded if example is not None]
 
 
-def prepare_warm_start(ground: TaskData, settings: WarmSettings) -> Prepared:
+def prepare_warm_start(ground: TaskData, settings: WarmConfig) -> Prepared:
     """Runs the backbone once over the worked answers of the first `warm_problems` and of all held-out problems.
 
     The support is chosen on the former. Raises UserError where a problem has no worked answer.
@@ -41,7 +40,7 @@ def prepare_warm_start(ground: TaskData, settings: WarmSettings) -> Prepared:
     )
 
 
-def warm_layer(ground: TaskData, prepared: Prepared, settings: WarmSettings, description: str) -> MoEBiasLayer:
+def warm_layer(ground: TaskData, prepared: Prepared, settings: WarmConfig, description: str) -> MoEBiasLayer:
     """A layer of these settings after its supervised phase."""
     training = warm_settings(settings)
     layer = fresh_layer(training, prepared.support, ground.head).to(ground.head.device)
@@ -49,7 +48,7 @@ def warm_layer(ground: TaskData, prepared: Prepared, settings: WarmSettings, des
     return layer
 
 
-def warm_settings(settings: WarmSettings) -> SFTConfig:
+def warm_settings(settings: WarmConfig) -> SFTConfig:
     """The supervised phase; nothing of it comes from variables or files, whose names mean what follows it."""
     shared = {name: getattr(settings, name) for name in StartOptions.model_fields}
     return SFTConfig.model_construct(

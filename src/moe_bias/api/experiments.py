@@ -1,0 +1,261 @@
+"""Comparisons that train what they compare, from Python and for the commands `arms`, `sweep` and `compare`.
+
+Every arm is trained with each seed and measured on the same held-out tokens or problems. Arms that have a record in the
+folder are not run again, so that an interrupted comparison goes on, and seeds can be added to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from moe_bias.api.arguments import config_of, refuse_other_base
+from moe_bias.api.data import refuse_other_data
+from moe_bias.api.reports import ArmsReport, CompareReport
+from moe_bias.api.rewarded import REWARD_ALONE
+from moe_bias.api.supervised import Trained, on_own_support
+from moe_bias.config import ArmsConfig, CompareConfig, RewardConfig, SFTConfig
+from moe_bias.experiments.arms import LORA_ARMS, MAIN
+from moe_bias.experiments.cells import Cell, compare_cells
+from moe_bias.experiments.grid import find_cell, parse_grid, with_changes
+from moe_bias.experiments.policy_arms import BASE, PolicyArm, PolicyRecords, chosen_arms, compare_policies, mean_curve
+from moe_bias.experiments.rewarded import Shifted, Stage, prepare_stage, refuse_unfit_lora
+from moe_bias.experiments.running import Outcome, Wanted, run_missing
+from moe_bias.experiments.supervised import Workshop, cells_of_grid, supervised_arms
+from moe_bias.frozen import Frozen
+from moe_bias.mistakes import UserError, nothing_stays_without
+from moe_bias.progress import say, text_console
+from moe_bias.records import RecordKind, provenance, temporary_folder, write_json
+from moe_bias.tasks.catalogue import make_task
+from moe_bias.tasks.rewards import Rewards
+from moe_bias.tasks.task import Task
+from moe_bias.training.data import Data
+from moe_bias.training.problems import TaskData, rewards_of, task_data
+from moe_bias.training.run_folder import begin, refuse_other_settings
+from moe_bias.training.sft import refuse_impossible
+
+TABLE_FILE = "table.json"
+SEEDS = (0, 1, 2)
+Axes = str | Mapping[str, Sequence[Any]]
+"""Fields of `SFTConfig` with the values of each, as in `{"num_experts": [4, 16]}` or "num_experts=4,16"."""
+
+
+def arms(
+    base: Frozen,
+    data: Data,
+    config: ArmsConfig | None = None,
+    *,
+    arms: Sequence[str] = (),
+    seeds: Sequence[int] = SEEDS,
+    lora: bool = True,
+    batch_size: int = 16,
+    output: str | Path | None = None,
+) -> ArmsReport:
+    """Trains MoE-Bias, parts of it left out, and LoRA on the same tokens, and compares them in pairs.
+
+    `arms` are run besides "moe-bias", such as "static" and "free"; all of them where none is named. LoRA takes by far
+    the longest: `lora` says whether its arms on all linear layers are run too, which data of a feature store alone does
+    without; `batch_size` examples are measured at a time under it. Each arm is trained with each of the `seeds`. In
+    `output` every arm leaves its record, and the same call runs those that are missing; without it nothing stays.
+
+    Raises UserError on arms that there are not, on data of another model or of pairs, on a config that cannot be, and
+    where `output` holds arms of other settings; Interrupted on Ctrl-C, saying how many are done.
+    """
+    config = _config(base, data, config_of(config, ArmsConfig))
+    if lora and data.corpus is None:
+        say(text_console(), f"{' and '.join(LORA_ARMS)} are left out: they need the texts, not a feature store alone")
+    with _folder(output, "arms") as folder:
+        has_lora = lora and data.corpus is not None
+        return compared_arms(config, arms, seeds, folder, lambda: data, has_lora, batch_size)
+
+
+def sweep(
+    base: Frozen,
+    data: Data,
+    grid: Axes,
+    config: SFTConfig | None = None,
+    *,
+    against: str = "",
+    seeds: Sequence[int] = SEEDS,
+    output: str | Path | None = None,
+) -> ArmsReport:
+    """Trains one layer for each cell of a grid on the same hidden states, and compares them in pairs.
+
+    `grid` has fields of `SFTConfig` with the values of each, such as `{"num_experts": [4, 16]}`; cells that name a
+    `support` are trained on that one. `against` is the cell to compare with, such as "num_experts=4" (""; the first).
+    Each cell is trained with each of the `seeds`. In `output` every cell leaves its record, and the same call runs
+    those that are missing; without it nothing stays.
+
+    Raises UserError on a grid that cannot be, on data of another model or of pairs, and where `output` holds cells of
+    other settings; Interrupted on Ctrl-C, saying how many are done.
+    """
+    config = _config(base, data, config_of(config, SFTConfig))
+    with _folder(output, "sweep") as folder:
+        return swept(config, _written(grid), against, seeds, folder, lambda: data)
+
+
+def compare(
+    base: Frozen,
+    task: Task | str,
+    config: CompareConfig | None = None,
+    *,
+    arms: Sequence[str] = (),
+    seeds: Sequence[int] = SEEDS,
+    reward: Any = None,
+    rewards: RewardConfig | None = None,
+    train_problems: int = 600,
+    test_problems: int = 200,
+    shifted: Task | str | None = None,
+    output: str | Path | None = None,
+) -> CompareReport:
+    """Trains MoE-Bias, parts of it left out, and LoRA by rewards on the same problems, and compares them in pairs.
+
+    `arms` are those to run, such as "static" and "moe-bias"; all of them where none is named, those of LoRA by TRL.
+    Each begins with a supervised phase on `warm_problems` worked answers, has the same problems, steps and samples, and
+    is measured by its greedy answers to others; on those of a `shifted` task too, of which nothing is trained on. Each
+    is trained with each of the `seeds`; `reward` and `rewards` are those of `train_rl`. In `output` every arm leaves
+    its record, and the same call runs those that are missing; without it nothing stays.
+
+    Raises UserError on arms that there are not or that could not be run to their end, on a task with too few problems,
+    on a reward that fails on a first sample, and where `output` holds arms of other settings; Interrupted on Ctrl-C,
+    saying how many are done.
+    """
+    refuse_other_base(base)
+    config, task = config_of(config, CompareConfig), make_task(task, {}, small=True)
+    weighed = rewards_of(rewards or RewardConfig(**({} if reward is None else REWARD_ALONE)), reward)
+    other = None if shifted is None else make_task(shifted, {}, small=True)
+
+    def drawn() -> tuple[TaskData, Shifted | None]:
+        problems = task.problems(train_problems + test_problems, 0)
+        away = None if other is None else (other, other.problems(test_problems, 1))
+        return task_data(base, task, problems, train_problems), away
+
+    with _folder(output, "compare") as folder:
+        return compared(config, arms, seeds, folder, drawn, weighed)
+
+
+def compared_arms(
+    config: ArmsConfig,
+    names: Sequence[str],
+    seeds: Sequence[int],
+    folder: Path,
+    opened: Callable[[], Data],
+    lora: bool,
+    batch_size: int,
+) -> ArmsReport:
+    """Runs the arms that have no record in the folder, and writes the table of all; `opened` gives the data then."""
+    workshop = _workshop(config, seeds, folder, opened, batch_size)
+    cells = run_missing(workshop.records, supervised_arms(workshop, config, names, seeds, lora))
+    return _of_cells(config, cells, MAIN, folder)
+
+
+def swept(
+    config: SFTConfig, grid: str, against: str, seeds: Sequence[int], folder: Path, opened: Callable[[], Data]
+) -> ArmsReport:
+    """Runs the cells that have no record in the folder, and writes the table of all; `opened` gives the data then."""
+    axes = parse_grid(grid)
+    base = find_cell(against, axes)
+    workshop = _workshop(config, seeds, folder, opened)
+    cells = run_missing(workshop.records, cells_of_grid(workshop, config, axes, seeds))
+    return _of_cells(config, cells, base, folder)
+
+
+def compared(
+    config: CompareConfig,
+    names: Sequence[str],
+    seeds: Sequence[int],
+    folder: Path,
+    drawn: Callable[[], tuple[TaskData, Shifted | None]],
+    rewards: Rewards,
+    console: Console | None = None,
+) -> CompareReport:
+    """Runs the arms that have no record in the folder, and writes the table of all that have one, earlier runs' too.
+
+    `drawn` gives the problems, and those of another task, when they are needed.
+    """
+    _refuse_no_seeds(seeds)
+    chosen, settings = chosen_arms(names), config.model_dump(mode="json")
+    refuse_other_settings(folder, settings)
+    console, records = console or text_console(), PolicyRecords(folder)
+
+    @cache
+    def stage() -> Stage:
+        begin(folder, settings, {})
+        refuse_unfit_lora(chosen, config)
+        return prepare_stage(*drawn(), rewards, config, chosen)
+
+    def run(name: str, seed: int) -> Outcome[PolicyArm]:
+        ready = stage()
+        console.print(f"\n{name}, seed {seed}", style="bold")
+        return ready.run(name, with_changes(config, {"seed": seed})), settings
+
+    wanted: Wanted[PolicyArm] = {
+        (name, seed): partial(run, name, seed) for name in chosen for seed in ([0] if name == BASE else seeds)
+    }
+    run_missing(records, wanted)
+    if rewards.failures.failures:
+        say(console, str(rewards.failures))
+    kept = records.all()
+    rows = compare_policies(kept)
+    _write_table(folder, RecordKind.ARMS, settings, {"rows": [asdict(row) for row in rows]})
+    return CompareReport(rows, mean_curve(kept))
+
+
+def _config(base: Frozen, data: Data, config: Trained) -> Trained:
+    """The config on the data's support. Raises UserError where arms cannot be trained on the data."""
+    refuse_other_base(base)
+    refuse_other_data(data, base)
+    if data.pairs:
+        raise UserError("`data` holds pairs of a chosen and a rejected answer; arms are trained on plain answers")
+    config = on_own_support(data, config)
+    refuse_impossible(config, base.head, len(data.store))
+    return config
+
+
+@contextmanager
+def _folder(output: str | Path | None, purpose: str) -> Iterator[Path]:
+    """The folder of the arms' records, a temporary one where none is named."""
+    with nothing_stays_without(output):
+        if output is not None:
+            yield Path(output)
+        else:
+            with temporary_folder(purpose) as folder:
+                yield folder
+
+
+def _written(grid: Axes) -> str:
+    """The grid as text."""
+    if isinstance(grid, str):
+        return grid
+    return " ".join(f"{name}={','.join(map(str, values))}" for name, values in grid.items())
+
+
+def _workshop(
+    config: SFTConfig, seeds: Sequence[int], folder: Path, opened: Callable[[], Data], batch_size: int = 16
+) -> Workshop:
+    _refuse_no_seeds(seeds)
+    refuse_other_settings(folder, config.model_dump(mode="json"))
+    return Workshop(config, folder, opened, batch_size)
+
+
+def _refuse_no_seeds(seeds: Sequence[int]) -> None:
+    if not len(seeds):
+        raise UserError("`seeds` is empty; give at least one")
+
+
+def _of_cells(config: SFTConfig, cells: Sequence[Cell], base: str, folder: Path) -> ArmsReport:
+    rows = compare_cells(cells, base)
+    content = {"base": base, "rows": [asdict(row) for row in rows]}
+    _write_table(folder, RecordKind.CELLS, config.model_dump(mode="json"), content)
+    return ArmsReport(rows, base, round(sum(cells[0].tokens["all"])))
+
+
+def _write_table(folder: Path, kind: RecordKind, settings: Mapping[str, Any], content: Mapping[str, Any]) -> None:
+    made_with = {"kind": kind, "settings": settings, "provenance": provenance()}
+    write_json(folder / TABLE_FILE, made_with | dict(content))
