@@ -13,8 +13,9 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -148,19 +149,40 @@ def as_kind(kind: type[Kind], value: object, what: str, remedy: str = "") -> Kin
         raise damaged(what, f"{first.field}: {reason}" if first.field else reason, remedy) from error
 
 
-class Mistake(NamedTuple):
-    """What is wrong with a document: the dotted field, empty where it is all of it, why, and what stands there."""
+@dataclass(frozen=True)
+class Mistake:
+    """The first thing that is wrong with values: where, as names from the outermost in, why, and what stands there.
 
-    field: str
+    `place` is empty where it is several fields together; those then have their names in `among`. `kind` is pydantic's.
+    """
+
+    place: tuple[str, ...]
+    kind: str
     reason: str
     value: object
+    among: tuple[str, ...]
+
+    @property
+    def field(self) -> str:
+        """The dotted field, empty where it is all of the document."""
+        return ".".join(self.place)
+
+    def of(self, name: str) -> str:
+        """One sentence on it that calls the field `name`."""
+        return f"{name} is {shown(self.value)}: {self.reason}"
 
 
 def first_mistake(error: ValidationError) -> Mistake:
     """The first thing that is wrong."""
     first = error.errors(include_url=False)[0]
     reason = first["msg"].removeprefix("Value error, ")
-    return Mistake(".".join(map(str, first["loc"])), f"{reason[0].lower()}{reason[1:]}", first["input"])
+    return Mistake(
+        place=tuple(map(str, first["loc"])),
+        kind=first["type"],
+        reason=f"{reason[0].lower()}{reason[1:]}",
+        value=first["input"],
+        among=tuple(first.get("ctx", {})),
+    )
 
 
 def damaged(what: str, reason: str, remedy: str = "") -> UserError:

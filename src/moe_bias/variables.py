@@ -10,7 +10,7 @@ from typing import TypeVar
 from pydantic import ByteSize, Field, ValidationError
 
 from moe_bias.config import Config, LayerOptions
-from moe_bias.mistakes import UserError, first_mistake, shown
+from moe_bias.mistakes import UserError, first_mistake
 
 PREFIX = "MOE_BIAS_"
 Values = TypeVar("Values", bound=Config)
@@ -43,8 +43,8 @@ def from_variables(kind: type[Values], values: Mapping[str, str] = os.environ) -
     except UserError as error:
         if not isinstance(error.__cause__, ValidationError):
             raise
-        name, reason, value = first_mistake(error.__cause__)
-        raise UserError(f"{variable(name)} is {shown(value)}: {reason}" if name else str(error)) from error
+        first = first_mistake(error.__cause__)
+        raise UserError(first.of(variable(first.field)) if first.place else str(error)) from error
 
 
 def variable(field: str) -> str:

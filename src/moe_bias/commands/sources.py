@@ -41,7 +41,7 @@ from moe_bias.config import (
     TaskConfig,
     nearest,
 )
-from moe_bias.mistakes import UserError, read_text, reading, reason_of, shown
+from moe_bias.mistakes import UserError, first_mistake, read_text, reading, reason_of, shown
 from moe_bias.variables import PREFIX, ServingVariables, variable
 
 Settings = TypeVar("Settings", bound=Config)
@@ -186,16 +186,14 @@ def settings_file() -> Path:
 
 def described(error: ValidationError, origins: Mapping[str, str]) -> str:
     """One sentence on the first thing wrong, naming the option, variable or key of the file that it came from."""
-    first = error.errors(include_url=False)[0]
-    reason = first["msg"].removeprefix("Value error, ")
-    if not first["loc"]:
-        sources = [f"{name} comes from {origins[name]}" for name in first.get("ctx", {}) if name in origins]
-        return f"{reason} ({', '.join(sources)})" if sources else reason
-    key = str(first["loc"][0])
-    if first["type"] == "missing":
+    first = first_mistake(error)
+    if not first.place:
+        sources = [f"{name} comes from {origins[name]}" for name in first.among if name in origins]
+        return f"{first.reason} ({', '.join(sources)})" if sources else first.reason
+    key = first.place[0]
+    if first.kind == "missing":
         return f"{option(key)} is required"
-    where = f"{key} from {origins[key]}" if key in origins else key
-    return f"{where} is {shown(first['input'])}: {reason[0].lower()}{reason[1:]}"
+    return first.of(f"{key} from {origins[key]}" if key in origins else key)
 
 
 def as_typed(sentence: str, fields: Iterable[str]) -> str:

@@ -25,7 +25,7 @@ from moe_bias.limits import (
     LARGEST_SIZE,
     in_bytes,
 )
-from moe_bias.mistakes import UserError, shown
+from moe_bias.mistakes import UserError, first_mistake
 
 _UNWRITABLE = re.compile("[\0\ud800-\udfff]")
 """Python writes bytes that are no UTF-8 as lone surrogates."""
@@ -134,19 +134,18 @@ _CALLED_ELSEWHERE = {
 
 def describe(error: ValidationError, config: type[BaseModel]) -> str:
     """One sentence on the first thing that is wrong with values for a config, naming field and value."""
-    first = error.errors(include_url=False)[0]
-    reason = first["msg"].removeprefix("Value error, ")
-    if not first["loc"]:
-        return reason
-    name = str(first["loc"][0])
-    if first["type"] == "missing":
+    first = first_mistake(error)
+    if not first.place:
+        return first.reason
+    name = first.place[0]
+    if first.kind == "missing":
         return f"{name} is required"
-    if first["type"] == "extra_forbidden":
+    if first.kind == "extra_forbidden":
         known = _CALLED_ELSEWHERE.get(name)
         if known in config.model_fields:
             return f"{config.__name__} has no {name!r}; here it is {known!r}"
         return f"{config.__name__} has no {name!r}{nearest(name, config.model_fields)}"
-    return f"{name} is {shown(first['input'])}: {reason[0].lower()}{reason[1:]}"
+    return first.of(name)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
