@@ -40,6 +40,7 @@ HEADER = """# Commands
 
 Every option can also be set by a variable (`--top-k` is `MOE_BIAS_TOP_K`) or in the TOML file `moe-bias.toml` of the
 current folder; `MOE_BIAS_CONFIG` names another file. The command line wins over variables, variables over the file.
+A `MOE_BIAS_` variable that no command reads is refused, as a misspelt option is.
 
 The file has sections: one for each part that commands share, and one for each command, named by its last word
 (`[sft]`, `[rl]`, `[compare]`), which may hold any of its options and wins. So a name means what its section says:

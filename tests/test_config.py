@@ -188,6 +188,31 @@ def test_error_names_the_variable_of_the_four_line_use(name, value, sentence, mo
         from_variables(LayerVariables)
 
 
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("MOE_BIAS_MODLE", "the nearest is MOE_BIAS_MODEL"),
+        ("moe_bias_top_kk", "the nearest is MOE_BIAS_TOP_K"),
+        ("MOE_BIAS_CACH", "the nearest is MOE_BIAS_CACHE"),
+        ("MOE_BIAS_ENABLE", "the nearest is MOE_BIAS_ENABLED"),
+        ("MOE_BIAS_", "unset it"),
+        ("MOE_BIAS_ZZZZZZ", "unset it"),
+    ],
+)
+def test_a_variable_that_no_command_reads_is_refused(name, sentence, monkeypatch):
+    monkeypatch.setenv(name, "1")
+    assert complaint("params") == f"the variable {name} is none that moe-bias reads; {sentence}"
+
+
+@pytest.mark.parametrize(
+    "name", ["CONFIG", "CACHE", "NOTES", "ENABLED", "STRENGTH", "ADAPTERS", "ADAPTER_MEMORY", "SPOOL", "EPOCHS", "Seed"]
+)
+def test_variables_of_other_commands_and_of_code_without_a_command_are_known(name, folder, monkeypatch):
+    (folder / "settings.toml").touch()
+    monkeypatch.setenv(f"MOE_BIAS_{name}", str(folder / "settings.toml"))
+    assert isinstance(read("params"), ParamsSettings)
+
+
 def test_error_names_the_file_and_its_section(folder):
     (folder / "moe-bias.toml").write_text("[layer]\ntop_k = 0\n")
     assert complaint("demo") == "top_k from moe-bias.toml [layer] is 0: input should be greater than or equal to 1"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,8 +11,15 @@ from pydantic import ByteSize, Field, ValidationError
 
 from moe_bias.config import Config, LayerOptions
 from moe_bias.mistakes import UserError, first_mistake
+from moe_bias.plugins import nearest
 
 PREFIX = "MOE_BIAS_"
+CONFIG = PREFIX + "CONFIG"
+"""Names the settings file of the command line."""
+CACHE = PREFIX + "CACHE"
+"""Names the folder of what is kept between runs."""
+NOTES = PREFIX + "NOTES"
+"""What the processes of one vLLM tell each other; nobody sets it by hand."""
 Values = TypeVar("Values", bound=Config)
 
 
@@ -45,6 +52,17 @@ def from_variables(kind: type[Values], values: Mapping[str, str] = os.environ) -
             raise
         first = first_mistake(error.__cause__)
         raise UserError(first.of(variable(first.field)) if first.place else str(error)) from error
+
+
+def refuse_unknown(options: Iterable[str], names: Iterable[str] = os.environ) -> None:
+    """Raises UserError on a `MOE_BIAS_*` variable that nothing reads, neither as one of these options nor elsewhere."""
+    fields = {*options, *LayerVariables.model_fields, *ServingVariables.model_fields}
+    known = {variable(field) for field in fields} | {CONFIG, CACHE, NOTES}
+    for name in sorted(names):
+        if name.upper().startswith(PREFIX) and name.upper() not in known:
+            near = nearest(name.upper().removeprefix(PREFIX), {each.removeprefix(PREFIX) for each in known})
+            remedy = f"the nearest is {PREFIX}{near}" if near else "unset it"
+            raise UserError(f"the variable {name} is none that moe-bias reads; {remedy}")
 
 
 def variable(field: str) -> str:

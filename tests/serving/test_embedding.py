@@ -16,7 +16,8 @@ from moe_bias.adapter.embedding import embedding_sample
 from moe_bias.backbone import OutputRows
 from moe_bias.serving import embedding
 from moe_bias.serving.embedding import read_embedding
-from moe_bias.serving.notes import FOLDER, note_sample, noted_sample, share_notes
+from moe_bias.serving.notes import note_sample, noted_sample, share_notes
+from moe_bias.variables import NOTES
 
 VOCABULARY, PADDED, HIDDEN = 97, 128, 70
 """Two ranks have 64 rows each; more hidden dimensions than unit vectors that are multiplied at once."""
@@ -71,7 +72,7 @@ def test_rows_are_those_of_the_models_tokens(monkeypatch, dtype, packed, ranks):
 @pytest.mark.parametrize("named", [None, "gone"])
 def test_what_an_engine_notes_is_known_for_its_model_alone(monkeypatch, tmp_path, named):
     """Also where the process that named the folder has ended, and its folder with it."""
-    monkeypatch.setenv(FOLDER, "" if named is None else str(tmp_path / named))
+    monkeypatch.setenv(NOTES, "" if named is None else str(tmp_path / named))
     one, other = (SimpleNamespace(model=name, revision=None, quantization=None, dtype="auto") for name in "ab")
     note_sample(one, torch.tensor([1.0]))
     assert noted_sample(one) is None

@@ -14,7 +14,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models.llama import LlamaForCausalLM
 
 from helpers.asking import NAMES, ask, check_against_transformers, greedy, metric, prompts, reference_log_probs
-from moe_bias.serving.notes import FOLDER
+from moe_bias.variables import NOTES
 
 
 def test_requests_without_an_adapter_are_the_plain_model_bit_for_bit(served):
@@ -111,7 +111,7 @@ def test_an_adapter_of_another_model_is_refused_or_told_of_and_never_ends_the_en
         with pytest.raises(VLLMValidationError, match=r"'foreign-1' cannot be served: .* another output embedding"):
             ask(engine, [(prompts(1)[0], greedy("foreign-1"))])
         with pytest.MonkeyPatch.context() as patch:
-            patch.delenv(FOLDER)  # as where requests come in on another machine
+            patch.delenv(NOTES)  # as where requests come in on another machine
             (answer,) = ask(engine, [(prompts(1)[0], greedy("foreign-2"))])
         assert len(answer.token_ids) == 12
         assert "an adapter that is served does not fit the model" in caplog.text

@@ -543,9 +543,9 @@ def test_a_task_by_name():
 
 @pytest.mark.slow
 def test_math500_grades_its_own_solutions_as_correct():
-    source = os.environ.get("MOE_BIAS_MATH500")
+    source = os.environ.get("MATH500_FILE")
     if not source:
-        pytest.skip("MOE_BIAS_MATH500 names no file of MATH-500's problems, answers and solutions")
+        pytest.skip("MATH500_FILE names no file of MATH-500's problems, answers and solutions")
     task = data_task(source)
     problems = list(task.all_problems)
     verdicts = task.verify(problems, [problem.worked for problem in problems])
@@ -555,9 +555,9 @@ def test_math500_grades_its_own_solutions_as_correct():
 
 @pytest.mark.slow
 def test_gsm8k_grades_its_own_solutions_as_they_end_as_correct(grader):
-    source = os.environ.get("MOE_BIAS_GSM8K")
+    source = os.environ.get("GSM8K_FILE")
     if not source:
-        pytest.skip("MOE_BIAS_GSM8K names no file of GSM8K's test problems")
+        pytest.skip("GSM8K_FILE names no file of GSM8K's test problems")
     problems = data_task(source).all_problems
     verdicts = graded(grader, *[(problem.gold, problem.entry["answer"]) for problem in problems])
     missed = [(p.gold, v) for p, v in zip(problems, verdicts, strict=True) if not v.is_correct]

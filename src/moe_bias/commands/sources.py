@@ -42,7 +42,7 @@ from moe_bias.config import (
     nearest,
 )
 from moe_bias.mistakes import UserError, first_mistake, read_text, reading, reason_of, shown
-from moe_bias.variables import PREFIX, ServingVariables, variable
+from moe_bias.variables import CONFIG, PREFIX, ServingVariables, refuse_unknown, variable
 
 Settings = TypeVar("Settings", bound=Config)
 PARTS: dict[type[Config], str] = {
@@ -150,7 +150,12 @@ def options_on(parser: Any, settings: type[Config]) -> CliSettingsSource[Any]:
 def read(
     settings: type[Settings], sections: Sections, options: CliSettingsSource[Any], given: Mapping[str, Any]
 ) -> Settings:
-    """The settings of a run whose command line gave these fields. Raises UserError saying where a bad value is from."""
+    """The settings of a run whose command line gave these fields.
+
+    Raises UserError saying where a bad value is from, and on a variable or a key of the settings file that no command
+    reads.
+    """
+    refuse_unknown({field for keys in sections.keys.values() for field in keys})
     path = settings_file()
     content = _content(path)
     sections.check(path, content)
@@ -178,7 +183,7 @@ def settings_file() -> Path:
 
     Raises UserError where MOE_BIAS_CONFIG names no file.
     """
-    named = os.environ.get(PREFIX + "CONFIG")
+    named = os.environ.get(CONFIG)
     if named and not Path(named).is_file():
         raise UserError(f"MOE_BIAS_CONFIG names {named!r}, which is not a file")
     return Path(named or "moe-bias.toml")

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from vllm.config import ModelConfig
 
-FOLDER = "MOE_BIAS_NOTES"
+from moe_bias.variables import NOTES
 
 
 def share_notes() -> None:
     """Makes the folder for this process and those that it starts, where it was not made by one that started this."""
     if _shared() is None:
-        os.environ[FOLDER] = _folder().name
+        os.environ[NOTES] = _folder().name
 
 
 def note_sample(model_config: ModelConfig, sample: Tensor) -> None:
@@ -50,7 +50,7 @@ def _note(model_config: ModelConfig) -> Path | None:
 
 def _shared() -> Path | None:
     """The folder, where there is one: the process that made it may have ended."""
-    named = os.environ.get(FOLDER)
+    named = os.environ.get(NOTES)
     return Path(named) if named and Path(named).is_dir() else None
 
 
