@@ -122,6 +122,7 @@ def fail_with(error: BaseException):
     [
         (KeyboardInterrupt(), "moe-bias: interrupted: nothing was saved\n"),
         (Interrupted("the adapter is in out"), "moe-bias: interrupted: the adapter is in out\n"),
+        (Interrupted("the same call goes on"), "moe-bias: interrupted: the same command goes on\n"),
     ],
 )
 def test_interrupt_says_what_was_saved(error, sentence, monkeypatch, capsys):

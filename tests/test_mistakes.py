@@ -1,5 +1,6 @@
 """What is a user's mistake and what is a fault of ours, how long a sentence gets, and interrupts at any moment."""
 
+import ast
 import errno
 import json
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from peft import PeftModel
 
+import moe_bias
 from helpers.complaints import complaint, told
 from helpers.fuzzing import ended, look_at, nested
 from helpers.models import tiny_model
@@ -29,6 +31,7 @@ from moe_bias.mistakes import UserError, as_kind, printable, read_json, shortene
 
 pytestmark = pytest.mark.usefixtures("folder")
 LONG = "x" * 300
+OF_A_TERMINAL = re.compile(r"(?:^|[\s`(])--[a-z]|\b[Cc]ommands?\b")
 NESTED = str({"a": [[*range(50)], {"b": [*range(50)]}]})
 
 
@@ -334,3 +337,21 @@ def test_training_without_an_end_is_refused_before_anything_is_extracted(folder,
         capsys, *words
     )
     assert not os.path.exists("f")
+
+
+def said_of_a_terminal(path: Path) -> list[str]:
+    """A file's texts, docstrings apart, that speak of options or commands."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    texts = [node.value for node in nodes if isinstance(node, ast.Constant) and id(node) not in docstrings]
+    return [text for text in texts if isinstance(text, str) and " " in text and OF_A_TERMINAL.search(text)]
+
+
+def test_no_sentence_of_the_library_speaks_of_options_or_commands():
+    package = Path(moe_bias.__file__).parent
+    own_words = {"commands", "serving", "cli.py", "__main__.py"}  # serving names options of vLLM's server
+    files = [path for path in package.rglob("*.py") if path.relative_to(package).parts[0] not in own_words]
+    found = {str(path.relative_to(package)): said_of_a_terminal(path) for path in files}
+    of_pip = {"frozen.py"}
+    assert {name: texts for name, texts in found.items() if texts and name not in of_pip} == {}
+    assert said_of_a_terminal(package / "serving" / "requests.py")

@@ -177,11 +177,11 @@ def _run(command: Command, settings: Config) -> None:
 
 @contextmanager
 def _as_typed(command: Command) -> Iterator[None]:
-    """What the library says of a field is said of the command's option."""
+    """What the library says of a field is said of the command's option, what it says of a call of the command."""
     try:
         yield
-    except UserError as error:
-        raise UserError(as_typed(str(error), command.settings.model_fields)) from error
+    except (UserError, Interrupted) as error:
+        raise type(error)(as_typed(str(error), command.settings.model_fields)) from error
 
 
 def _folder_held(command: Command, settings: Any) -> AbstractContextManager[None]:

@@ -27,6 +27,9 @@ SENTENCE_LENGTH = 2000
 """What even a sentence of many values never exceeds."""
 LARGEST_DOCUMENT = 2**30
 """Bytes of a JSON document: no record, config or list of token ids is larger, while files of /proc say they are."""
+SAME_CALL = "the same call"
+AS_PAIRS = "pairs=True"
+"""What the library's sentences call so, the command line has words of its own for (`commands.sources`)."""
 _QUOTED = re.compile(r"""(?<!\w)(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")(?!\w)""", re.DOTALL)
 _UNBROKEN = re.compile(rf"""[^\s'",;]{{{VALUE_LENGTH + 1},}}""")
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -51,7 +54,7 @@ def nothing_stays_without(output: object) -> Iterator[None]:
     except Interrupted as interrupt:
         if output is None:
             raise Interrupted(
-                "nothing of the run stays; give it an `output`, and the same call goes on after an interrupt"
+                f"nothing of the run stays; give it an `output`, and {SAME_CALL} goes on after an interrupt"
             ) from interrupt
         raise
 

@@ -196,7 +196,7 @@ def test_verify_names_the_damaged_shard(model, data, capsys):
     content[len(content) // 2] ^= 1
     shard.write_bytes(bytes(content))
     sentence = complaint(capsys, "verify", "store")
-    assert sentence.startswith("1 of 4 shards are damaged: 'store/shard-00001.safetensors'; run the command that made")
+    assert sentence.startswith("1 of 4 shards are damaged: 'store/shard-00001.safetensors'; make the store again")
     assert complaint(capsys, "verify", "model").startswith("'model' holds no feature store")
 
 
@@ -210,7 +210,7 @@ def test_extract_makes_a_damaged_shard_anew_and_leaves_the_others(model, data, c
     Path("store/shard-00001.safetensors").write_bytes(damaged)
     training = "train", "sft", "--model", model, "--store", "store", "--output", "adapter", "--device", "cpu"
     assert complaint(capsys, *training).startswith(
-        "1 of 4 shards are damaged: 'store/shard-00001.safetensors'; run the"
+        "1 of 4 shards are damaged: 'store/shard-00001.safetensors'; make the store"
     )
     assert not Path("adapter").exists()
     assert "shards 1 of 4 are damaged or missing there, and made anew" in extracted(capsys, *given)

@@ -127,7 +127,7 @@ def test_features_that_are_not_kept_leave_nothing(folder, monkeypatch, capsys):
 
     monkeypatch.setattr(build, "completion_hidden", interrupted)
     assert main(words("train sft", "other", "--no-keep-features")) == 130
-    assert "interrupted: run the same command again to go on from the beginning" in capsys.readouterr().err
+    assert "interrupted: the same command goes on from the beginning" in capsys.readouterr().err
     assert list(Path("temporary").iterdir()) == []
 
 

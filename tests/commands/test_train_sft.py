@@ -52,7 +52,7 @@ def test_a_stopped_command_goes_on_to_the_same_bytes(folder, capsys, number):
     code = stopped_by(number, cut, errors)
     assert code == (130 if number == signal.SIGINT else -number)
     if number == signal.SIGINT:
-        assert f"interrupted: run the same command again to go on from {cut}/checkpoints/step-" in errors.read_text()
+        assert f"interrupted: the same command goes on from {cut}/checkpoints/step-" in errors.read_text()
     assert not (cut / ADAPTER).exists()
     assert main(words_to(cut, "--warmup", "0.1")) == 2
     assert "holds an unfinished run with --warmup 0.03, not 0.1" in capsys.readouterr().err

@@ -189,7 +189,7 @@ def test_verify_names_the_damaged_shard(folder):
     store = FeatureStore.open(folder)
     store.verify()
     flip_a_bit(folder / "shard-00002.safetensors")
-    with pytest.raises(UserError, match=r"1 of \d+ shards are damaged: '.*shard-00002.safetensors'; run the command"):
+    with pytest.raises(UserError, match=r"1 of \d+ shards are damaged: '.*shard-00002.safetensors'; make the store"):
         store.verify()
 
 
@@ -217,7 +217,7 @@ def test_folders_without_a_complete_store_are_refused(tmp_path, folder):
     with pytest.raises(UserError, match="holds no feature store: it has no manifest"):
         FeatureStore.open(tmp_path)
     (folder / "manifest.json").rename(folder / "unfinished.json")
-    with pytest.raises(UserError, match=r"is unfinished, .* shards are whole; run the command that began it again"):
+    with pytest.raises(UserError, match=r"is unfinished, .* shards are whole; make it again as it was begun"):
         FeatureStore.open(folder)
     with pytest.raises(UserError, match="no folder of a feature store is given"):
         FeatureStore.open()

@@ -109,7 +109,7 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
 def test_a_damaged_shard_is_named_and_made_anew(made, folder, damage, finished):
     FeatureStore.open(folder)
     DAMAGE[damage](folder)
-    with pytest.raises(UserError, match=rf"[12] of \d shards are damaged: '.*{SHARD}'.*; run the command that made"):
+    with pytest.raises(UserError, match=rf"[12] of \d shards are damaged: '.*{SHARD}'.*; make the store again"):
         FeatureStore.open(folder)
     if not finished:
         (folder / MANIFEST).rename(folder / UNFINISHED)

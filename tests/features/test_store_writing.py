@@ -94,7 +94,7 @@ def test_an_interrupt_says_what_is_whole(tmp_path, monkeypatch):
         return run(*args)
 
     monkeypatch.setattr(build, "completion_hidden", interrupted)
-    with pytest.raises(Interrupted, match=r"2 of \d shards are whole in .*; the same command continues there"):
+    with pytest.raises(Interrupted, match=r"2 of \d shards are whole in .*; the same call continues there"):
         make_store(tmp_path / "store", corpus_of())
     monkeypatch.undo()
     make_store(tmp_path / "store", corpus_of())
@@ -200,7 +200,7 @@ def fill_the_disk(monkeypatch, after: int) -> None:
 
 def test_a_full_disk_leaves_the_whole_shards_and_says_so(tmp_path, monkeypatch):
     fill_the_disk(monkeypatch, after=2)
-    with pytest.raises(UserError, match=r"the disk of .* is full: 2 of \d shards are whole in .*; the same command"):
+    with pytest.raises(UserError, match=r"the disk of .* is full: 2 of \d shards are whole in .*; the same call"):
         make_store(tmp_path / "store")
     names = sorted(path.name for path in (tmp_path / "store").iterdir())
     assert names == ["seconds.json", "shard-00000.safetensors", "shard-00001.safetensors", "unfinished.json"]

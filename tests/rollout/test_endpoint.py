@@ -145,7 +145,7 @@ def test_a_server_that_stops_answering_in_the_middle(serve, capsys):
     sentence = complaint(capsys, *words_to(server, "out", *limits))
     assert sentence.startswith(f"{server.url} gives no answers of 'm' (Request timed out.")
     assert sentence.endswith(
-        "answers to 2 of 4 problems are kept in out/samples.jsonl; run the same command again for the others"
+        "answers to 2 of 4 problems are kept in out/samples.jsonl; the same command answers the others"
     )
     before = lines(Path("out"))
     assert len(before) == 2 * 4

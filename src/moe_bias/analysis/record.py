@@ -5,7 +5,7 @@ gives none. Entropies, KL and changes of log-probability are in nats. Tokens sta
 
     kind            "analyze"; format: "moe-bias analysis 2" (1 called flips forks)
     settings        those of the command; provenance: versions, machine, revision
-    text            kind (store, data, task), name, tokens, examples, dropped (left out of the store by --keep-top),
+    text            kind (store, data, task), name, tokens, examples, dropped (left out of the store by `keep_top`),
                     rho, threshold: the base entropy that a token of the high stratum has at least
     entropy_edges   of the histograms' bins; what lies outside is in the first or last bin
     adapters        a list, each:

@@ -22,7 +22,7 @@ from moe_bias.config import RewardConfig, RLConfig
 from moe_bias.evaluation.statistics import mean, wilson
 from moe_bias.frozen import Frozen
 from moe_bias.layer import MoEBiasLayer
-from moe_bias.mistakes import Interrupted, nothing_stays_without
+from moe_bias.mistakes import nothing_stays_without
 from moe_bias.progress import say, text_console
 from moe_bias.records import RecordKind, provenance, temporary_folder, write_json
 from moe_bias.rollout.sampler import Sampler
@@ -166,8 +166,7 @@ class Run:
         try:
             position = self._train(sampler)
         except KeyboardInterrupt as interrupt:
-            where = self.checkpoints.where()
-            raise Interrupted(f"run the same command again to go on {where}") from interrupt
+            raise self.checkpoints.interrupted() from interrupt
         return self._report(started_with, position), position
 
     def _train(self, sampler: Sampler | None) -> PolicyPosition:

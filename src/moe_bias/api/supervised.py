@@ -139,7 +139,7 @@ def train_on(
     except Interrupted:
         raise
     except KeyboardInterrupt as interrupt:
-        raise Interrupted(f"run the same command again to go on {checkpoints.where()}") from interrupt
+        raise checkpoints.interrupted() from interrupt
     return SFTReport(
         **_measured(layer, prepared, data, pairs=extra.objective is not None and extra.objective.unit == "pair"),
         steps=fitted.steps,

@@ -113,4 +113,4 @@ def _so_far(paths: list[Path], interrupt: KeyboardInterrupt) -> str:
     if isinstance(interrupt, Interrupted):
         return str(interrupt)
     count = sum(path.is_file() for path in paths)
-    return f"{count} of {len(paths)} adapters are done; run the same command again to go on"
+    return f"{count} of {len(paths)} adapters are done; the same command goes on"

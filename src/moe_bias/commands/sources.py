@@ -41,7 +41,16 @@ from moe_bias.config import (
     TaskConfig,
     nearest,
 )
-from moe_bias.mistakes import UserError, first_mistake, read_text, reading, reason_of, shown
+from moe_bias.mistakes import (
+    AS_PAIRS,
+    SAME_CALL,
+    UserError,
+    first_mistake,
+    read_text,
+    reading,
+    reason_of,
+    shown,
+)
 from moe_bias.variables import CONFIG, PREFIX, ServingVariables, refuse_unknown, variable
 
 Settings = TypeVar("Settings", bound=Config)
@@ -60,6 +69,9 @@ PARTS: dict[type[Config], str] = {
     ServingVariables: "serve",
 }
 """The section of each part. What a part takes from one without a section is its own, as the rates of an optimiser."""
+
+
+_SAID_OTHERWISE = {SAME_CALL: "the same command", AS_PAIRS: "--objective dpo to `moe-bias train sft`"}
 
 
 class Sections:
@@ -202,8 +214,10 @@ def described(error: ValidationError, origins: Mapping[str, str]) -> str:
 
 
 def as_typed(sentence: str, fields: Iterable[str]) -> str:
-    """A sentence of the library's, with the fields in it, which stand in backquotes, as options of the command."""
+    """A sentence of the library's in words of the command line: fields, which stand in backquotes, are options."""
     known = set(fields)
+    for said, typed in _SAID_OTHERWISE.items():
+        sentence = sentence.replace(said, typed)
     return re.sub(r"`(\w+)`", lambda found: option(found[1]) if found[1] in known else found[0], sentence)
 
 

@@ -37,7 +37,7 @@ def run(settings: TrainRLSettings) -> None:
     except Interrupted:
         raise
     except KeyboardInterrupt as interrupt:
-        raise Interrupted(f"run the same command again to go on {checkpoints.where()}") from interrupt
+        raise checkpoints.interrupted() from interrupt
 
 
 def _run(settings: TrainRLSettings, checkpoints: Checkpoints) -> None:

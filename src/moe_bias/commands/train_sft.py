@@ -39,7 +39,7 @@ def run(settings: TrainSFTSettings) -> None:
     except Interrupted:
         raise
     except KeyboardInterrupt as interrupt:  # before the first step
-        raise Interrupted(f"run the same command again to go on {checkpoints.where()}") from interrupt
+        raise checkpoints.interrupted() from interrupt
 
 
 def _run(settings: TrainSFTSettings, made_with: Mapping[str, Any], checkpoints: Checkpoints) -> None:

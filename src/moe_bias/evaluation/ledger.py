@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from moe_bias.evaluation.samples import Sample, SampleFile
-from moe_bias.mistakes import UserError
+from moe_bias.mistakes import SAME_CALL, UserError
 from moe_bias.progress import Meter, meter
 from moe_bias.rollout.decoding import TextAnswer
 from moe_bias.tasks.benchmarks import ProblemSet
@@ -37,7 +37,7 @@ class Ledger:
 
     def kept(self) -> str:
         """How much there is, for a run that has to stop."""
-        return f"{self._done()} are kept in {self.file.path}; run the same command again for the others"
+        return f"{self._done()} are kept in {self.file.path}; {SAME_CALL} answers the others"
 
     def check_whole(self) -> None:
         """Raises UserError where answers are missing."""

@@ -208,7 +208,7 @@ def read_manifest(folder: Path) -> Manifest:
         begun = load_manifest(folder / UNFINISHED)
         raise UserError(
             f"the feature store in {str(folder)!r} is unfinished, {len(begun.shards)} of {begun.num_shards} shards "
-            "are whole; run the command that began it again to continue"
+            "are whole; make it again as it was begun, which continues there"
         )
     raise UserError(f"{str(folder)!r} holds no feature store: it has no {MANIFEST}")
 

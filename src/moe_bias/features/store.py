@@ -49,7 +49,7 @@ _SCALAR_TYPES = dict(zip(SMALL_COLUMNS, 3 * [torch.int64] + 2 * [torch.float32] 
 _FINITE = ("logit", "entropy", "log_partition")
 _NAMED = 5
 """Damaged shards that a refusal names."""
-REPAIR = "run the command that made the store again, which makes damaged and missing shards anew, and those alone"
+REPAIR = "make the store again as it was made, which makes damaged and missing shards anew, and those alone"
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class FeatureStore:
 
     @property
     def dropped(self) -> int:
-        """Tokens that `--keep-top` left out."""
+        """Tokens that `keep_top` left out."""
         return sum(manifest.dropped for manifest in self.manifests)
 
     @property

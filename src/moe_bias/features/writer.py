@@ -32,7 +32,7 @@ from moe_bias.features.manifest import (
     shard_file,
 )
 from moe_bias.limits import in_bytes
-from moe_bias.mistakes import UserError
+from moe_bias.mistakes import SAME_CALL, UserError
 from moe_bias.records import remove_left_overs, write_json, write_whole
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
@@ -99,8 +99,7 @@ class StoreFolder:
         if needed > free:
             raise UserError(
                 f"{str(self.folder)!r} needs {in_bytes(needed)} and its disk has {in_bytes(free)} free; make room, "
-                "name another disk, or let moe-bias extract keep fewer tokens with `keep_top` or half the bytes with "
-                "`dtype` bfloat16"
+                "name another disk, or keep half the bytes with `dtype` bfloat16"
             )
 
     def begin(self, manifest: Manifest) -> None:
@@ -146,7 +145,7 @@ class StoreFolder:
             return "no shard was written"
         return (
             f"{len(self.manifest.shards)} of {self.manifest.num_shards} shards are whole in {str(self.folder)!r}; "
-            "the same command continues there"
+            f"{SAME_CALL} continues there"
         )
 
     def _list(self, manifest: Manifest) -> None:

@@ -98,7 +98,7 @@ def _of_path(path: Path) -> list[Record]:
     if files:
         return [_read(file, path.resolve().name) for file in files]
     if (path / "run.json").is_file():
-        raise UserError(f"{str(path)!r} holds a run that is not finished; run its command again, which goes on with it")
+        raise UserError(f"{str(path)!r} holds a run that is not finished; start it as before, which goes on with it")
     raise UserError(f"{str(path)!r} holds no record of a run: neither {' nor '.join(RECORD_FILES)} is there")
 
 

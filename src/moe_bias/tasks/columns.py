@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from moe_bias.config import TrainOn
-from moe_bias.mistakes import UserError, shown
+from moe_bias.mistakes import AS_PAIRS, UserError, shown
 from moe_bias.tasks.conversations import Conversation, Message, ask, texts_in
 from moe_bias.tasks.rows import is_missing, read_rows, text_of
 
@@ -114,10 +114,7 @@ class _Row:
             if prompt_column in self.value and answer_column in self.value:
                 return self._of_pair(prompt_column, answer_column)
         if "chosen" in self.value and "rejected" in self.value:
-            raise UserError(
-                f"{self.where} is a preference, with 'chosen' and 'rejected'; pass pairs=True, or --objective dpo to "
-                "`moe-bias train sft`"
-            )
+            raise UserError(f"{self.where} is a preference, with 'chosen' and 'rejected'; pass {AS_PAIRS}")
         pairs = ", ".join(f"{prompt}/{completion}" for prompt, completion in COLUMN_PAIRS)
         raise UserError(
             f"{self.where} has columns {shown(sorted(map(str, self.value)))}; needed are messages, conversations, or "

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moe_bias.mistakes import UserError
+from moe_bias.mistakes import SAME_CALL, Interrupted, UserError
 from moe_bias.records import remove_left_overs, unfinished
 
 FOLDER = "checkpoints"
@@ -73,8 +73,8 @@ class Checkpoints:
             _write_whole(path, tensors, position)
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"the checkpoint {str(path)!r} cannot be written ({error}); make room and run the same command again, "
-                f"which goes on {self.where()}"
+                f"the checkpoint {str(path)!r} cannot be written ({error}); make room, and {SAME_CALL} goes on "
+                f"{self.where()}"
             ) from error
         self._remove_old()
 
@@ -98,6 +98,10 @@ class Checkpoints:
         remove_left_overs(self.folder)
         for old in _in_order(self.folder)[: -self._keep]:
             old.unlink(missing_ok=True)
+
+    def interrupted(self) -> Interrupted:
+        """What to raise where the run was interrupted."""
+        return Interrupted(f"{SAME_CALL} goes on {self.where()}")
 
     def where(self) -> str:
         """Where a run that is started again goes on: 'from ...' or 'from the beginning'."""
