@@ -12,6 +12,7 @@ from moe_bias.mistakes import UserError
 
 EXTRA_OF = {
     "datasets": "data",
+    "gguf": "gguf",
     "pandas": "data",
     "lm_eval": "lm-eval",
     "math_verify": "tasks",

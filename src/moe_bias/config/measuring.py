@@ -39,7 +39,7 @@ TaskOption = Annotated[JsonValue, BeforeValidator(_whole_or_word)]
 class ModelConfig(Config):
     """Which model, where and in which precision."""
 
-    model: str = Field(BUNDLED_MODEL, description="Hub id, folder, or 'bundled' (SmolLM2-135M-Instruct)")
+    model: str = Field(BUNDLED_MODEL, description="Hub id, folder, GGUF file, or 'bundled' (SmolLM2-135M-Instruct)")
     device: str = Field("auto", description="'auto', 'cpu', 'cuda', 'cuda:1'")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="weights' type")
     trust_remote_code: bool = Field(False, description="run code that the model's repository brings")
