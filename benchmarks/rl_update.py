@@ -159,7 +159,7 @@ class Bench:
         return GRPOChoices(steps, options.prompts, options.group, options.max_new_tokens)
 
 
-def rewards(prompts: list[object], completions: list[str]) -> list[float]:
+def rewards(prompts: list[object], completions: list[str], lengths: list[int]) -> list[float]:
     """Something that differs within a group."""
     return [len(text) % 7 / 6 for text in completions]
 

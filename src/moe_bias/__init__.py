@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from moe_bias.api.measuring import analyze, evaluate
     from moe_bias.api.reports import Analysis, ArmsReport, CompareReport, Evaluation, RLReport, SFTReport
     from moe_bias.api.rewarded import Watch, train_rl
+    from moe_bias.api.right_answers import RightAnswers, right_answers
     from moe_bias.api.supervised import train_sft
     from moe_bias.api.tasks import task
     from moe_bias.config import ArmsConfig, CompareConfig, EvalConfig, LayerConfig, RewardConfig, RLConfig, SFTConfig
@@ -70,6 +71,7 @@ __all__ = [
     "RLConfig",
     "RLReport",
     "RewardConfig",
+    "RightAnswers",
     "SFTConfig",
     "SFTReport",
     "Supervised",
@@ -92,6 +94,7 @@ __all__ = [
     "load_layer",
     "load_moe_bias_layer",
     "push_to_hub",
+    "right_answers",
     "save",
     "save_moe_bias_layer",
     "shift_hidden_states",
@@ -122,6 +125,10 @@ _HOMES = {
         "arms",
         "compare",
         "sweep",
+    ),
+    "api.right_answers": (
+        "RightAnswers",
+        "right_answers",
     ),
     "api.adapters": (
         "generate",

@@ -7,10 +7,13 @@ import time
 
 import pytest
 
+import moe_bias as mb
 from helpers.saved import save_adapter
 from helpers.training_processes import ADAPTER, start_command
 from moe_bias.adapter import read_adapter
 from moe_bias.cli import main
+from moe_bias.config import TaskConfig
+from moe_bias.training.problems import task_of
 
 REWARD = """
 def first_letters(prompt, completion, gold):
@@ -87,6 +90,39 @@ def test_record_samples_and_adapter(ground, capsys):
     assert "holds an adapter already" in capsys.readouterr().err
 
 
+def test_length_is_a_reward_of_the_command_of_its_file_and_of_python(ground, capsys):
+    """And the record has accuracy and tokens apart."""
+    shaped = [*REWARDED.split(), "--length-penalty", "5", "--token-budget", "4"]
+    assert main(words_to(ground / "out", reward=" ".join(shaped), steps=2)) == 0
+    said = "".join(capsys.readouterr())
+    record = json.loads((ground / "out" / "record.json").read_text())
+    lengths, tokens = record["lengths"], {name: value["value"] for name, value in record["tokens"].items()}
+    assert tokens == {name: pytest.approx(sum(row) / 4) for name, row in lengths.items()}
+    assert record["tokens_change"]["value"] == pytest.approx(tokens["trained"] - tokens["start"])
+    assert f"{tokens['trained']:.0f} [" in said
+    assert "tokens an answer" in said
+    metrics = [json.loads(line) for line in (ground / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert metrics[-1]["held_out_tokens"] == tokens["trained"]
+    (ground / "moe-bias.toml").write_text("[reward]\nlength_penalty = 5\ntoken_budget = 4")
+    assert main(words_to(ground / "file", steps=2)) == 0
+    base = mb.load("model", device="cpu")
+    task = task_of(TaskConfig(problems="problems.jsonl", gold_column="gold"))
+    rewards = mb.RewardConfig(verdict_weight=0, reward_weight=1, length_penalty=5, token_budget=4)
+    sizes = {"prompts": 3, "group": 4, "max_new_tokens": 5, "batch_tokens": 16, "num_experts": 3}
+    config = mb.RLConfig(steps=2, support="auto:40", **sizes)
+    numbers = {"train_problems": 12, "test_problems": 4}
+    mb.train_rl(
+        base, task, None, config, reward="rewards:first_letters", rewards=rewards, output=ground / "python", **numbers
+    )
+    bytes_of = [(ground / name / ADAPTER).read_bytes() for name in ("out", "file", "python")]
+    assert len(set(bytes_of)) == 1
+    (ground / "moe-bias.toml").unlink()
+    assert main(words_to(ground / "plain", steps=2)) == 0
+    assert (ground / "plain" / ADAPTER).read_bytes() != bytes_of[0]
+    assert main(["report", "out", "--output", "page"]) == 0
+    assert "An answer takes" in (ground / "page" / "report.md").read_text()
+
+
 def test_a_run_starts_from_an_adapter_and_keeps_its_support(ground, capsys):
     adapter = save_adapter(ground / "adapter", "model")
     assert main(words_to(ground / "out", "--adapter", adapter, steps=1)) == 0
@@ -106,6 +142,7 @@ def test_a_run_starts_from_an_adapter_and_keeps_its_support(ground, capsys):
         (["--reward", "rewards:nothing"], "rewards has no nothing"),
         (["--reward", "rewards:too_much"], "too_much gave 7, which is not a number from 0 to 1"),
         (["--form", "(", "--form-weight", "1"], "is not a regular expression"),
+        (["--token-budget", "5"], "--token-budget 5 is not below the limit --max-new-tokens 5, so it would change"),
         (["--train-problems", "99"], "only 20 different problems, 103 were asked for"),
         (["--problems", "empty.jsonl"], "empty.jsonl"),
     ],
@@ -155,7 +192,7 @@ def test_compare_runs_arms_once_and_prints_them(ground, capsys):
     words += ["--warm-epochs", "2", "--arms", "base,first-token,static,moe-bias"]
     assert main(words) == 0
     first = capsys.readouterr().out
-    assert all(name in first for name in ("first-token", "static", "to base", "gained"))
+    assert all(name in first for name in ("first-token", "static", "to base", "gained", "tokens", "by steps"))
     records = sorted(path.name for path in (ground / "out" / "arms").iterdir())
     assert records == ["base-seed0.json", "first-token-seed0.json", "moe-bias-seed0.json", "static-seed0.json"]
     times = [path.stat().st_mtime_ns for path in (ground / "out" / "arms").iterdir()]
@@ -192,6 +229,7 @@ def test_compare_goes_on_from_one_supervised_phase_of_lora(ground, capsys):
     assert arms["lora-seed0"]["sampled_tokens"] > 0
     assert arms["lora-sft-seed0"]["sampled_tokens"] == arms["moe-bias-sft-seed0"]["sampled_tokens"] == 0
     assert all([step for step, _ in arm["curve"]] == [0, 1, 2] for arm in arms.values())
+    assert all(len(arm["tokens"]["held out"]) == len(arm["right"]["held out"]) == 4 for arm in arms.values())
 
 
 @pytest.mark.parametrize(

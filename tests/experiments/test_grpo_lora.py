@@ -2,6 +2,7 @@
 
 import sys
 import tempfile
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
@@ -20,7 +21,7 @@ CHATS = [[{"role": "user", "content": text}] for text in TEXTS]
 TINY = GRPOChoices(steps=2, prompts=2, group=4, max_new_tokens=6, micro_batch=4, rate=1e-2)
 
 
-def share_of_high_words(prompts, texts):
+def share_of_high_words(prompts, texts, lengths):
     """Of each completion's words, those numbered from 60: a good third for a random model."""
     words = [[word for word in text.split() if word.startswith("w")] for text in texts]
     return [sum(int(word[1:]) >= 60 for word in row) / max(len(row), 1) for row in words]
@@ -82,8 +83,8 @@ def test_sampled_tokens_are_counted_with_their_end_tokens():
 
     bar, given, steps = Bar(), [], []
 
-    def reward(prompts, texts):
-        given.append((prompts, texts))
+    def reward(prompts, texts, lengths):
+        given.append((prompts, texts, lengths))
         return [1, 0]
 
     watch = _Watch(reward, bar, torch.device("cpu"), steps.append)
@@ -91,8 +92,29 @@ def test_sampled_tokens_are_counted_with_their_end_tokens():
     assert watch.reward(CHATS[:2], turns, [[5, 6, 2], [2]], trainer_state=None) == [1.0, 0.0]
     watch.on_step_end()
     assert steps == [1]
-    assert given == [(CHATS[:2], ["w5 w6", ""])]
+    assert given == [(CHATS[:2], ["w5 w6", ""], [3, 1])]
     assert (watch.sampled_tokens, watch.mean_rewards, bar.text) == (4, [0.5], "reward 0.500")
+
+
+def test_an_advantage_of_ones_own_takes_the_place_of_trls():
+    """Of advantages that are all 0 nothing is learned, whatever the rewards; and TRL divides them by nothing."""
+    seen = []
+
+    def worthless(reward_N, group):
+        seen.append((reward_N.tolist(), group))
+        return 0 * reward_N, reward_N > 0
+
+    with lora_on(tiny_model(), 2, seed=0) as adapted:
+        once, words = replace(TINY, steps=1), word_tokenizer()
+        report = train_grpo_lora(adapted, words, TEXTS, share_of_high_words, once, advantage=worthless)
+        assert all(tensor.abs().max() == 0 for name, tensor in lora_weights(adapted).items() if "lora_B" in name)
+        for scaled, said in ((True, "group"), (False, "none")):
+            with grpo_trainer(adapted, words, TEXTS, lambda **_: [], replace(TINY, scaled=scaled)) as trainer:
+                assert trainer.scale_rewards == said
+    ((rewards, group),) = seen
+    assert (len(rewards), group) == (8, 4)
+    assert len(set(rewards)) > 1
+    assert report.mean_rewards == pytest.approx([sum(rewards) / 8])
 
 
 def test_same_seed_same_weights_and_the_share_of_tokens_matters():
@@ -106,9 +128,9 @@ def test_same_seed_same_weights_and_the_share_of_tokens_matters():
 def test_a_chats_template_is_applied_and_the_reward_gets_texts():
     seen = []
 
-    def reward(prompts, texts):
+    def reward(prompts, texts, lengths):
         seen.extend(zip(prompts, texts, strict=True))
-        return share_of_high_words(prompts, texts)
+        return share_of_high_words(prompts, texts, lengths)
 
     tokenizer = word_tokenizer()
     tokenizer.chat_template = "{% for turn in messages %}{{ turn['content'] }} w90 {% endfor %}"
@@ -223,7 +245,9 @@ def test_the_bundled_model_is_trained(rho):
     chats = [[{"role": "user", "content": f"What is {number} + {number + 1}?"}] for number in range(6)]
     choices = GRPOChoices(steps=2, prompts=4, group=4, max_new_tokens=16, rho=rho)
     with lora_on(model, 8, seed=0) as adapted:
-        report = train_grpo_lora(adapted, tokenizer, chats, lambda _, texts: [len(t) % 2 for t in texts], choices)
+        report = train_grpo_lora(
+            adapted, tokenizer, chats, lambda _, texts, lengths: [len(t) % 2 for t in texts], choices
+        )
         assert any(tensor.abs().max() > 0 for name, tensor in lora_weights(adapted).items() if "lora_B" in name)
         gap = sampler_trainer_gap(adapted, tokenizer, chats, choices)
     assert 32 <= report.sampled_tokens <= 32 * 16

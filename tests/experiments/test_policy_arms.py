@@ -48,6 +48,20 @@ def test_rows_by_hand():
     assert ours.updating_share == pytest.approx(1 / 15)
 
 
+def test_tokens_stand_beside_accuracy_by_hand():
+    before = {"held out before": [10.0, 20.0]}
+    runs = [
+        replace(arm("moe-bias", seed, [1.0, 0.0]), tokens={"held out": lengths, **before})
+        for seed, lengths in enumerate(([8.0, 4.0], [6.0, 6.0]))
+    ]
+    (row,) = compare_policies(runs)
+    assert row.tokens["held out"].value == 6  # (7 + 5) / 2
+    assert row.tokens_gain["held out"].value == -9  # (7 - 10 + 5 - 20) / 2
+    assert row.accuracy["held out"].value == 0.5
+    (older,) = compare_policies([*runs[:1], arm("moe-bias", 1, [1.0, 0.0])])
+    assert older.tokens == older.tokens_gain == {}  # a record of before does not know
+
+
 def test_arms_of_other_problems_are_refused():
     with pytest.raises(UserError, match="'moe-bias' and 'base' are of different held-out problems"):
         compare_policies([arm("base", 0, [1.0, 0.0]), arm("moe-bias", 0, [1.0])])

@@ -2,6 +2,7 @@ import math
 import sys
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -9,6 +10,7 @@ from moe_bias.mistakes import UserError
 from moe_bias.tasks.rewards import RewardRules, Rewards, load_reward, overlong_penalty
 from moe_bias.tasks.task import Problem
 from moe_bias.tasks.verdict import Verdict, failed, judged
+from moe_bias.training.advantage import LengthAdvantages, group_advantages
 
 PROBLEM = Problem("1 + 1?", "2", "The answer is 2.", {})
 RIGHT, WRONG = judged(True, "2"), judged(False, "3")
@@ -62,6 +64,87 @@ def test_overlong_shaping_by_hand(length, penalty):
 def test_a_longer_answer_is_never_worth_more(length, limit, cache):
     now, longer = overlong_penalty(length, limit, cache), overlong_penalty(length + 1, limit, cache)
     assert -1 <= longer <= now <= 0
+
+
+@pytest.mark.parametrize(
+    ("rules", "length", "worth"),
+    [
+        ({"length_penalty": 0.2}, 0, 1.0),
+        ({"length_penalty": 0.2}, 50, 0.9),  # 1 - 0.2 * 50 / 100
+        ({"length_penalty": 0.2}, 51, 0.898),
+        ({"length_penalty": 2.0}, 50, 0.0),
+        ({"length_penalty": 2.0}, 100, 0.0),  # not -1: no length makes right worse than wrong
+        ({"token_budget": 50}, 50, 1.0),
+        ({"token_budget": 50}, 51, 0.0),
+        ({"token_budget": 50, "length_penalty": 1.0}, 50, 0.5),
+    ],
+)
+def test_length_shapes_right_answers_alone_by_hand(rules, length, worth):
+    rewards = Rewards(RewardRules(**rules))
+    assert shaped(rewards, RIGHT, length=length) == pytest.approx(worth)
+    assert shaped(rewards, WRONG, length=length) == shaped(rewards, failed("unparseable"), length=length) == 0
+
+
+def test_length_beside_other_parts_by_hand(own):
+    rewards = Rewards(RewardRules(form="so", form_weight=0.25, length_penalty=0.4))
+    # 50 tokens leave 0.8 of a right answer: (1 * 0.8 + 0.25) / 1.25 = 0.84; the form alone is 0.2 at any length.
+    assert shaped(rewards, RIGHT, "so", 50) == pytest.approx(0.84)
+    assert shaped(rewards, WRONG, "so", 50) == shaped(rewards, WRONG, "so", 100) == pytest.approx(0.2)
+    assert rewards.rules.earned_share == pytest.approx(0.8)
+    name = own("def half(prompt, completion, gold):\n    return 0.5\n")
+    alone = Rewards(RewardRules(verdict_weight=0, user=f"{name}:half", user_weight=2, length_penalty=0.4))
+    assert shaped(alone, WRONG, length=50) == pytest.approx(0.4)  # the user's reward says what is right: 0.5 * 0.8
+    beside = Rewards(RewardRules(user=f"{name}:half", user_weight=1, length_penalty=0.4))
+    assert shaped(beside, WRONG, length=50) == shaped(beside, WRONG, length=90) == pytest.approx(0.25)
+    assert shaped(beside, RIGHT, length=50) == pytest.approx((0.8 + 0.5) / 2)
+    assert (alone.rules.earned_share, beside.rules.earned_share) == (1.0, 0.5)
+    overlong = Rewards(RewardRules(length_penalty=0.4, overlong_cache=20))
+    assert shaped(overlong, RIGHT, length=90) == pytest.approx(1 - 0.36 - 0.5)
+    assert shaped(overlong, WRONG, length=90) == pytest.approx(-0.5)
+
+
+@given(
+    *(st.integers(0, 300), st.integers(0, 300)),
+    *(st.floats(0, 5), st.integers(0, 200), st.sampled_from([0.0, 0.5, 2.0])),
+)
+def test_among_right_answers_the_shorter_is_worth_no_less_and_no_wrong_one_gains(one, other, penalty, budget, form):
+    rules = RewardRules(form="x" * bool(form), form_weight=form, length_penalty=penalty, token_budget=budget)
+    rewards, short, long = Rewards(rules), *sorted((one, other))
+    right, wrong = ([shaped(rewards, verdict, "", n) for n in (short, long)] for verdict in (RIGHT, WRONG))
+    assert wrong[0] == wrong[1] <= right[1] <= right[0] <= 1
+
+
+@given(st.integers(2, 9), st.data(), st.floats(0.01, 1))
+def test_what_length_teaches_a_group_that_is_all_right_grows_with_the_penalty(group, data, penalty):
+    """Each group divided by its own spread would be taught length as hard by any penalty."""
+    lengths = data.draw(st.lists(st.integers(1, 90), min_size=group, max_size=group, unique=True))
+    found = {}
+    for factor in (penalty / 2, penalty):
+        rewards = Rewards(RewardRules(length_penalty=factor))
+        shaped_N = torch.tensor(
+            rewards.shaped([PROBLEM] * group, [""] * group, [RIGHT] * group, lengths, 100), dtype=torch.float64
+        )
+        found[factor], kept_N = LengthAdvantages()(shaped_N, group)
+        assert kept_N.all()
+    spread = penalty * torch.tensor(lengths, dtype=torch.float64).std() / 100
+    if spread <= group**-0.5:  # else the group's own spread is the larger one
+        torch.testing.assert_close(found[penalty], 2 * found[penalty / 2])
+        expected = penalty / 100 * (sum(lengths) / group - torch.tensor(lengths, dtype=torch.float64)) * group**0.5
+        torch.testing.assert_close(found[penalty], expected)
+
+
+@given(st.integers(2, 9), st.data())
+def test_the_bound_leaves_groups_of_right_and_wrong_as_they_are(group, data):
+    right = data.draw(st.lists(st.booleans(), min_size=3 * group, max_size=3 * group))
+    reward_N = torch.tensor(right, dtype=torch.float64)
+    for bounded, plain in zip(LengthAdvantages()(reward_N, group), group_advantages(reward_N, group), strict=True):
+        torch.testing.assert_close(bounded, plain)
+
+
+def test_a_budget_that_no_answer_could_exceed_is_refused():
+    Rewards(RewardRules(token_budget=99)).check_limit(100)
+    with pytest.raises(UserError, match="`token_budget` 100 is not below the limit `max_new_tokens` 100, so it would"):
+        Rewards(RewardRules(token_budget=100)).check_limit(100)
 
 
 def test_a_users_reward_takes_part_with_its_weight(own):
@@ -131,7 +214,13 @@ def test_a_module_that_fails_is_named(own):
         ({"verdict_weight": -1}, "verdict_weight = -1 is not a weight"),
         ({"verdict_weight": math.nan}, "verdict_weight = nan is not a weight"),
         ({"verdict_weight": 0}, "are all 0"),
-        ({"overlong_cache": -1}, "overlong_cache = -1 is negative"),
+        ({"overlong_cache": -1}, "overlong_cache = -1 is not a number from 0 up"),
+        ({"length_penalty": math.nan}, "length_penalty = nan is not a number from 0 up"),
+        ({"token_budget": -3}, "token_budget = -3 is not a number from 0 up"),
+        (
+            {"length_penalty": 0.5, "verdict_weight": 0, "form": "a", "form_weight": 1},
+            "`length_penalty` 0.5 shapes what a right answer is worth, and nothing says what is right",
+        ),
         ({"form_weight": 1}, "form = '' and form_weight = 1 do not go together"),
         ({"user": "a:b"}, "user = 'a:b' and user_weight = 0.0 do not go together"),
     ],

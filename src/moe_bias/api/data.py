@@ -88,6 +88,12 @@ class Texts:
         return [row for row in rows if self.units[row] in held]
 
 
+class HasTexts:
+    """Base of what has texts of its own to extract from, such as the right answers of an evaluation."""
+
+    texts: Texts
+
+
 def refuse_other_data(data: object, base: Frozen) -> None:
     """Raises UserError where it is no data, or that of another frozen model."""
     if not isinstance(data, Data):
@@ -98,7 +104,7 @@ def refuse_other_data(data: object, base: Frozen) -> None:
 
 def extract(
     base: Frozen,
-    rows: Rows,
+    rows: Rows | HasTexts,
     *,
     held_out: float = 0.05,
     support: str | Sequence[int] = "auto:4096",
@@ -113,8 +119,8 @@ def extract(
     """Hidden states of the answers in the rows, by one pass of the frozen model; or those of a feature store.
 
     `rows` are dicts (`prompt` and `completion`, `question` and `answer`, `messages`, ...), a JSON Lines file, the name
-    of a data set on the Hub (its `split`), a `datasets.Dataset`, a `pandas.DataFrame`, or the folder of a store that
-    `moe-bias extract` made.
+    of a data set on the Hub (its `split`), a `datasets.Dataset`, a `pandas.DataFrame`, the folder of a store that
+    `moe-bias extract` made, or what `right_answers` returns, of which a problem is held out with all its answers.
     `held_out` is the share of the examples, in (0, 1), to measure on, drawn with `seed`. `support` is 'auto:M', 'all',
     a JSON file of token ids, or the ids. `keep`: True keeps the states in the user's cache, where the next call of the
     same model, rows and limits finds them; a path keeps them there; False removes them with what is returned. Of a
@@ -128,7 +134,9 @@ def extract(
     refuse_other_base(base)
     if isinstance(rows, str | Path) and (Path(rows) / MANIFEST).is_file():
         return of_store(base, [str(rows)], held_out, seed)
-    texts = Texts.of(rows, split, train_on, pairs)
+    if isinstance(rows, HasTexts) and pairs:
+        raise UserError("`pairs` needs rows of preferences, and `rows` are right answers without a rejected one")
+    texts = rows.texts if isinstance(rows, HasTexts) else Texts.of(rows, split, train_on, pairs)
     return of_texts(base, texts, Extraction(held_out, seed, support, keep, max_length, batch_size))
 
 

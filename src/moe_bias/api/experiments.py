@@ -182,6 +182,7 @@ def compared(
     _refuse_no_seeds(seeds)
     chosen, settings = chosen_arms(names), config.model_dump(mode="json")
     refuse_other_settings(folder, settings)
+    rewards.check_limit(config.max_new_tokens)
     console, records = console or text_console(), PolicyRecords(folder)
 
     @cache

@@ -65,7 +65,9 @@ def evaluate(
         answering = {name: policy_of(layer, base.head) for name, layer in layers.items()}
         asker.ask(base.model, base.head, answering, range(len(problems.problems)))
         samples = list(ledger.file.read())
-    return Evaluation(problems.name, len(problems.problems), scores(samples, list(layers), {}), samples)
+    found = scores(samples, list(layers), {})
+    asked = {name: protocol.prompt(problem) for name, problem in zip(problems.ids, problems.problems, strict=True)}
+    return Evaluation(problems.name, len(problems.problems), found, samples, asked, protocol.chat)
 
 
 def analyze(

@@ -126,51 +126,63 @@ class SFTReport(Report):
         """Base, adapted and their difference."""
         named = {"base": self.base_nll, "adapted": self.adapted_nll, "change": self.change}
         column = "held-out NLL, nats per token" if self.preferred is None else "NLL of chosen answers, nats per token"
-        return [{"": name, column: _nats(value)} for name, value in named.items()]
+        return [{"": name, column: _plain(value)} for name, value in named.items()]
 
 
 @dataclass(frozen=True, repr=False)
 class RLReport(Report):
-    """What steps of rewards did to greedy answers to held-out problems, as shares with 95% intervals.
+    """What steps of rewards did to greedy answers to held-out problems, with 95% intervals.
 
-    `accuracy` is of the policies "base", "start" and "trained"; `change` is trained less start, paired by problem;
-    `right` says by policy whether each problem was solved.
+    `accuracy` and `tokens`, the length of an answer with its end token, are of the policies "base", "start" and
+    "trained"; `change` and `tokens_change` are trained less start, paired by problem. `right` says by policy whether
+    each problem was solved, `lengths` in how many tokens it was answered.
     """
 
     accuracy: Mapping[str, Estimate]
     change: Estimate
     right: Mapping[str, Sequence[bool]]
+    tokens: Mapping[str, Estimate]
+    tokens_change: Estimate
+    lengths: Mapping[str, Sequence[int]]
     steps: int
     sampled_tokens: int
     seconds: float
     update_seconds: float
     curve: Curve = field(default=(), compare=False)
-    CURVES = ("reward", "held_out_accuracy")
+    CURVES = ("reward", "held_out_accuracy", "tokens_per_answer")
 
     @property
     def title(self) -> str:
         """One sentence of result."""
+        share = self.update_seconds / max(self.seconds, 1e-9)
         return (
-            f"{_points(self.change)} points by {self.steps:,} steps of rewards, {self.sampled_tokens:,} tokens "
-            f"sampled; {self.update_seconds / max(self.seconds, 1e-9):.1%} of {self.seconds:,.0f} s was updating"
+            f"{_points(self.change)} points and {_plain(self.tokens_change, '+,.0f')} tokens an answer by "
+            f"{self.steps:,} steps of rewards, {self.sampled_tokens:,} tokens sampled; {share:.1%} of "
+            f"{self.seconds:,.0f} s was updating"
         )
 
     def rows(self) -> list[dict[str, str]]:
-        """Accuracy of each policy."""
-        return [{"policy": name, "held-out problems solved": _percent(value)} for name, value in self.accuracy.items()]
+        """Accuracy of each policy, and how long its answers are."""
+        return [
+            {"policy": name, "held-out problems solved": _percent(value), "tokens": _plain(self.tokens[name], ",.0f")}
+            for name, value in self.accuracy.items()
+        ]
 
 
 @dataclass(frozen=True, repr=False)
 class Evaluation(Report):
     """Policies on the same problems, compared in pairs; `scores` are in the order in which policies were given.
 
-    `samples` are all answers with their verdicts.
+    `samples` are all answers with their verdicts, `prompts` the user's turns by the problems' ids; `chat` says whether
+    they were put into the model's chat template.
     """
 
     problems: str
     count: int
     scores: Sequence[Score]
     samples: Sequence[Sample]
+    prompts: Mapping[str, str]
+    chat: bool
     curve: Curve = field(default=(), compare=False)
 
     @property
@@ -258,9 +270,9 @@ class ArmsReport(Report):
             {
                 "arm": arm.name,
                 "parameters": f"{arm.parameters:,}",
-                "NLL": _nats(arm.nll["all"]) if "all" in arm.nll else "",
+                "NLL": _plain(arm.nll["all"]) if "all" in arm.nll else "",
                 **{
-                    f"to {self.base}, {stratum}": _nats(arm.change[stratum], "+.3f")
+                    f"to {self.base}, {stratum}": _plain(arm.change[stratum], "+.3f")
                     if arm.change and stratum in arm.change
                     else ""
                     for stratum in ("all", "high")
@@ -295,7 +307,7 @@ class CompareReport(Report):
         return {arm.name: arm for arm in self.arms}[name]
 
     def rows(self) -> list[dict[str, str]]:
-        """Accuracy of each arm, what its steps gained, and its paired changes against others, in points."""
+        """Accuracy of each arm, what its steps gained, its paired changes against others, in points; and its tokens."""
         others = list(dict.fromkeys(other for arm in self.arms for other in arm.change))
         return [
             {
@@ -304,6 +316,7 @@ class CompareReport(Report):
                 "solved": _percent(arm.accuracy[HELD_OUT]),
                 "gained by the steps": _points(arm.gain[HELD_OUT]) if HELD_OUT in arm.gain else "",
                 **{f"to {other}": _points(arm.change[other]) if other in arm.change else "" for other in others},
+                "tokens": _plain(arm.tokens[HELD_OUT], ",.0f") if HELD_OUT in arm.tokens else "",
             }
             for arm in self.arms
         ]
@@ -321,7 +334,7 @@ def _stratum(name: str, stratum: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _nats(value: Estimate, form: str = ".3f") -> str:
+def _plain(value: Estimate, form: str = ".3f") -> str:
     return f"{value.value:{form}} [{value.low:{form}}, {value.high:{form}}]"
 
 

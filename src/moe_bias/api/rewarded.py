@@ -29,18 +29,18 @@ from moe_bias.rollout.sampler import Sampler
 from moe_bias.tasks.catalogue import make_task
 from moe_bias.tasks.rewards import Rewards
 from moe_bias.tasks.task import Task, of_bad_golds
-from moe_bias.training.advantage import Advantage, group_advantages
+from moe_bias.training.advantage import Advantage
 from moe_bias.training.checkpoint import Checkpoints
 from moe_bias.training.collect import Selection
 from moe_bias.training.loop import Callback, Watching
-from moe_bias.training.metrics import MetricsLog, SampleLog, read_metrics
+from moe_bias.training.metrics import HELD_OUT_ACCURACY, HELD_OUT_TOKENS, MetricsLog, SampleLog, read_metrics
 from moe_bias.training.objectives import Objective, make_objective
 from moe_bias.training.problems import (
     Beginning,
     TaskData,
     collector_of,
     fresh_policy_layer,
-    greedy_verdicts,
+    graded_answers,
     policy_of,
     rewards_of,
     task_data,
@@ -68,7 +68,7 @@ def train_rl(
     *,
     reward: Any = None,
     objective: Objective | str | None = None,
-    advantage: Advantage = group_advantages,
+    advantage: Advantage | None = None,
     selection: Selection | None = None,
     callbacks: Sequence[Callback] = (),
     rewards: RewardConfig | None = None,
@@ -82,7 +82,8 @@ def train_rl(
     It is a copy of `layer`, such as one that supervised training made; without one a fresh layer of the config's
     choices, its support chosen on the frozen model's own samples. An answer's reward is its verdict (1 where it is
     right, else 0); or what `reward(prompt, completion, gold)` says, from 0 to 1; or what `rewards` weighs. A step
-    samples, verifies and updates: `advantage` says what each sample is worth among those of its problem, `selection`
+    samples, verifies and updates: `advantage` says what each sample is worth among those of its problem (None: its
+    reward less their mean, over their standard deviation), `selection`
     which tokens are learnt from (None: those of highest entropy, the config's `rho`), `objective` what is minimised
     on them (None: `DAPO` with the config's terms). `watch` says how often the run is looked at; `callbacks` are told
     of every step, and may end the run. In `output` it leaves metrics, samples
@@ -98,6 +99,7 @@ def train_rl(
     config, watch, task = config_of(config, RLConfig), watch or Watch(), make_task(task, {}, small=True)
     seams = Seams(make_objective(objective), advantage, selection, callbacks)
     weighed = rewards_of(rewards or RewardConfig(**({} if reward is None else REWARD_ALONE)), reward)
+    weighed.check_limit(config.max_new_tokens)
     data = task_data(base, task, task.problems(train_problems + test_problems, config.seed), train_problems)
     made_with = {
         **config.model_dump(mode="json"),
@@ -133,10 +135,10 @@ def begin_run(folder: Path, data: TaskData, made_with: Mapping[str, Any]) -> Non
 
 @dataclass(frozen=True)
 class Seams:
-    """What Python may put in place of the method's own parts."""
+    """What Python may put in place of the method's own parts; None leaves them."""
 
     objective: Objective | None = None
-    advantage: Advantage = group_advantages
+    advantage: Advantage | None = None
     selection: Selection | None = None
     callbacks: Sequence[Callback] = ()
 
@@ -174,7 +176,7 @@ class Run:
         after = saved[1].step if saved else 0
         log, samples = MetricsLog(self.folder, after), SampleLog(self.folder, self.watch.show_every, after)
         watching = Watching(
-            self._accuracy,
+            self._held_out,
             self.watch.evaluate_every,
             self.checkpoints,
             log,
@@ -183,11 +185,9 @@ class Run:
         )
         try:
             with closing(log), closing(samples):
-                collector = replace(
-                    collector_of(self.data, self.rewards, self.config, sampler, self.margin),
-                    advantage=self.seams.advantage,
-                    selection=self.seams.selection,
-                )
+                usual = collector_of(self.data, self.rewards, self.config, sampler, self.margin)
+                advantage = self.seams.advantage or usual.advantage
+                collector = replace(usual, advantage=advantage, selection=self.seams.selection)
                 trainer = PolicyTrainer(
                     self.beginning.layer, self.data.head, collector, self.config, watching, self.seams.objective
                 )
@@ -198,27 +198,33 @@ class Run:
             if self.rewards.failures.failures:
                 say(self.console or text_console(), str(self.rewards.failures))
 
-    def _accuracy(self, layer: MoEBiasLayer) -> float:
+    def _held_out(self, layer: MoEBiasLayer) -> dict[str, float]:
+        """Accuracy and length of greedy answers."""
         policies = [policy_of(layer, self.data.head)]
-        verdicts = greedy_verdicts(self.data, self.data.test, policies, self.config, "held-out problems")[0]
-        return float(np.mean([verdict.is_correct for verdict in verdicts]))
+        answers = graded_answers(self.data, self.data.test, policies, self.config, "held-out problems")[0]
+        return {
+            HELD_OUT_ACCURACY: float(np.mean([answer.verdict.is_correct for answer in answers])),
+            HELD_OUT_TOKENS: float(np.mean([answer.tokens for answer in answers])),
+        }
 
     def _report(self, started_with: MoEBiasLayer, position: PolicyPosition) -> RLReport:
         layers = {"base": None, "start": started_with, "trained": self.beginning.layer}
         policies = [policy_of(layer, self.data.head) for layer in layers.values()]
-        verdicts = greedy_verdicts(self.data, self.data.test, policies, self.config, "base, start and trained policy")
-        right = {
-            name: np.array([verdict.is_correct for verdict in column], float)
-            for name, column in zip(layers, verdicts, strict=True)
-        }
-        held_out = zip(self.data.test.problems, verdicts[0], strict=True)
-        unread = [problem.gold for problem, verdict in held_out if verdict.outcome == "bad gold"]
+        columns = graded_answers(self.data, self.data.test, policies, self.config, "base, start and trained policy")
+        answers = dict(zip(layers, columns, strict=True))
+        right = {name: np.array([one.verdict.is_correct for one in column], float) for name, column in answers.items()}
+        tokens = {name: np.array([one.tokens for one in column], float) for name, column in answers.items()}
+        held_out = zip(self.data.test.problems, answers["base"], strict=True)
+        unread = [problem.gold for problem, answer in held_out if answer.verdict.outcome == "bad gold"]
         if unread:
             say(self.console or text_console(), f"{of_bad_golds(unread, len(self.data.test.problems))}.")
         return RLReport(
             accuracy={name: wilson(int(values.sum()), len(values)) for name, values in right.items()},
             change=mean(right["trained"] - right["start"]),
             right={name: [bool(value) for value in values] for name, values in right.items()},
+            tokens={name: mean(values) for name, values in tokens.items()},
+            tokens_change=mean(tokens["trained"] - tokens["start"]),
+            lengths={name: [int(value) for value in values] for name, values in tokens.items()},
             steps=position.step,
             sampled_tokens=position.sampled_tokens,
             seconds=position.seconds,
@@ -235,6 +241,9 @@ class Run:
             "accuracy": {name: asdict(value) for name, value in report.accuracy.items()},
             "change": asdict(report.change),
             "right": {name: [float(value) for value in values] for name, values in report.right.items()},
+            "tokens": {name: asdict(value) for name, value in report.tokens.items()},
+            "tokens_change": asdict(report.tokens_change),
+            "lengths": report.lengths,
             "position": asdict(position),
         }
         write_json(self.folder / "record.json", record)

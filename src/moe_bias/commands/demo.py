@@ -45,6 +45,7 @@ def run(settings: DemoSettings) -> None:
     """
     started = time.perf_counter()
     console = report_console()
+    rewards_of(settings).check_limit(settings.max_new_tokens)
     ground = prepare_task(settings, settings, settings.seed)
     refuse_impossible(settings, ground.head)
     announce(console, settings, ground.head, ground.model.num_parameters())

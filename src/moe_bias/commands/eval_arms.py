@@ -22,6 +22,7 @@ from safetensors import safe_open
 from torch import nn
 
 from moe_bias.adapter.saved import MOE_BIAS, WEIGHTS_FILE, adapter_of_any_method, read_saved
+from moe_bias.api.right_answers import BASE
 from moe_bias.backbone import Head, output_embedding
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.mistakes import UserError, as_kind, read_json, reading, reason_of
@@ -29,7 +30,6 @@ from moe_bias.records import write_json
 from moe_bias.rollout.policy import Policy, base_policy
 from moe_bias.training.problems import policy_of, saved_layer
 
-BASE = "base"
 FILE = "arms.json"
 
 

@@ -18,7 +18,7 @@ from moe_bias.commands.eval_model import answer_by_model
 from moe_bias.commands.eval_table import print_scores
 from moe_bias.commands.looking_settings import EvalSettings
 from moe_bias.evaluation.ledger import Ledger
-from moe_bias.evaluation.samples import SampleFile, write_prompts
+from moe_bias.evaluation.samples import RECORD_FILE, SampleFile, write_prompts
 from moe_bias.evaluation.scores import GROUPS, Score, scores
 from moe_bias.mistakes import Interrupted, UserError
 from moe_bias.progress import meter, say
@@ -28,7 +28,6 @@ from moe_bias.tasks.benchmarks import ProblemSet, Protocol, problem_set, protoco
 from moe_bias.tasks.task import of_bad_golds
 from moe_bias.training.run_folder import begin, refuse_other_settings
 
-RECORD_FILE = "record.json"
 _DECIDING = {
     *("model", "dtype", "endpoint", "benchmark", "data", "split", "question_column"),
     *("task", "task_options", "easy", "train_problems", "limit"),

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_bias.evaluation.statistics import Estimate
-from moe_bias.experiments.policy_arms import AGAINST, PolicyRow, measured_after, percent_by_seed
+from moe_bias.experiments.policy_arms import AGAINST, HELD_OUT, PolicyRow, measured_after, percent_by_seed
 
 
 def print_policies(console: Console, rows: Sequence[PolicyRow]) -> None:
@@ -35,17 +35,20 @@ def _accuracies(rows: Sequence[PolicyRow]) -> Table:
     sets = measured_after(rows[0].accuracy)
     table = Table(
         title="Problems solved by greedy answers, % [95% interval over problems]; 'gained' by the steps, in points.\n"
-        "'by seed' is 'held out' of each training. Last columns: its paired change against other arms, in points",
+        "'by seed' is 'held out' of each training. Last columns: its paired change against other arms, in points; and\n"
+        "tokens of an answer to a held-out problem, with their change by the steps",
         title_justify="left",
     )
     table.add_column("arm", overflow="fold")
     against = [name for name in AGAINST if any(name in row.change for row in rows)]
     solved = [heading for name in sets for heading in (name, "gained")]
-    for heading in ("by seed", *solved, *(f"to {name}" for name in against)):
+    for heading in ("by seed", *solved, *(f"to {name}" for name in against), "tokens", "by steps"):
         table.add_column(heading, justify="right")
     for row in rows:
         cells = [cell for name in sets for cell in (_interval(row.accuracy[name], "{:.1f}"), _change(row.gain, name))]
-        table.add_row(row.name, percent_by_seed(row.by_seed), *cells, *(_change(row.change, name) for name in against))
+        cells += [_change(row.change, name) for name in against]
+        cells += [_tokens(row.tokens, "{:.0f}"), _tokens(row.tokens_gain, "{:+.0f}") if row.gain else "-"]
+        table.add_row(row.name, percent_by_seed(row.by_seed), *cells)
     return table
 
 
@@ -53,6 +56,10 @@ def _change(found: Mapping[str, Estimate], name: str) -> str:
     return _interval(found[name], "{:+.1f}") if name in found else "-"
 
 
-def _interval(estimate: Estimate, form: str) -> str:
-    value, low, high = (form.format(100 * part) for part in (estimate.value, estimate.low, estimate.high))
+def _tokens(found: Mapping[str, Estimate], form: str) -> str:
+    return _interval(found[HELD_OUT], form, 1) if HELD_OUT in found else "-"
+
+
+def _interval(estimate: Estimate, form: str, scale: float = 100) -> str:
+    value, low, high = (form.format(scale * part) for part in (estimate.value, estimate.low, estimate.high))
     return f"{value}\n[{low}, {high}]"

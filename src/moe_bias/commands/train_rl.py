@@ -43,6 +43,7 @@ def run(settings: TrainRLSettings) -> None:
 def _run(settings: TrainRLSettings, checkpoints: Checkpoints) -> None:
     console = text_console(highlight=False, soft_wrap=True)
     rewards, made_with = rewards_of(settings), settings.model_dump(mode="json")
+    rewards.check_limit(settings.max_new_tokens)
     seams = Seams(make_objective(settings.objective))
     data = prepare_task(settings, settings, settings.seed)
     if settings.adapter is None:
@@ -86,12 +87,18 @@ def _announce(console: Console, beginning: Beginning, data: TaskData) -> None:
 
 def _print(console: Console, report: RLReport) -> None:
     for name, value in report.accuracy.items():
-        console.print(f"held-out accuracy, {name:<8} {_percent(value)}")
-    console.print(f"trained less start          {_percent(report.change)}")
+        console.print(f"held-out accuracy, {name:<8} {_percent(value)}, {_tokens(report.tokens[name], '.0f')} tokens")
+    console.print(
+        f"trained less start          {_percent(report.change)}, {_tokens(report.tokens_change, '+.0f')} tokens"
+    )
     console.print(
         f"{report.sampled_tokens:,} tokens sampled; {report.update_seconds / max(report.seconds, 1e-9):.1%} "
         f"of {report.seconds:,.0f} s was updating"
     )
+
+
+def _tokens(estimate: Estimate, form: str) -> str:
+    return f"{estimate.value:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]"
 
 
 def _percent(estimate: Estimate) -> str:

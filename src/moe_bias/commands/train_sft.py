@@ -9,9 +9,9 @@ from rich.console import Console
 
 from moe_bias.adapter.saved import refuse_overwriting
 from moe_bias.api.reports import SFTReport
+from moe_bias.api.right_answers import BASE, RightAnswers
 from moe_bias.api.supervised import Extra, save_run, train_on
 from moe_bias.commands.material import opened
-from moe_bias.commands.right_answers import RightAnswers
 from moe_bias.commands.training_settings import TrainSFTSettings
 from moe_bias.evaluation.statistics import Estimate
 from moe_bias.layer import MoEBiasLayer
@@ -46,7 +46,7 @@ def _run(settings: TrainSFTSettings, made_with: Mapping[str, Any], checkpoints: 
     processes = Processes.join(settings.device)
     console = text_console(quiet=not processes.is_first)
     objective = make_objective(settings.objective)
-    answers = None if settings.samples is None else RightAnswers.of(settings.samples, settings.samples_of)
+    answers = _answers(settings)
     if answers is not None:
         say(console, f"{answers.summary()}; measure the adapter on other problems")
     texts, pairs = None if answers is None else answers.texts, objective is not None and objective.unit == "pair"
@@ -63,6 +63,13 @@ def _run(settings: TrainSFTSettings, made_with: Mapping[str, Any], checkpoints: 
             save_run(settings.output, layer, report, data, prepared, made_with, more)
             console.print(f"Saved in {settings.output}.")
         processes.wait()
+
+
+def _answers(settings: TrainSFTSettings) -> RightAnswers | None:
+    """The samples to learn from, where there are any."""
+    if settings.samples is None:
+        return None
+    return RightAnswers.of_folder(settings.samples, settings.samples_of or BASE, settings.samples_take)
 
 
 def _announce(console: Console, layer: MoEBiasLayer, prepared: Prepared, model_parameters: int) -> None:

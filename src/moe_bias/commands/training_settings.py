@@ -20,6 +20,7 @@ from moe_bias.config import (
     RewardConfig,
     RLConfig,
     SFTConfig,
+    Take,
     TaskConfig,
     TaskOption,
     TrainOn,
@@ -131,6 +132,10 @@ class TrainSFTSettings(SupervisedSettings):
     samples_of: str | None = Field(
         None, min_length=1, description="whose samples those are, a row's name; none: the model's own, 'base'"
     )
+    samples_take: Take = Field(
+        "all",
+        description="which right answers of a problem: 'all', the 'shortest', or the 'shorter', up to their median",
+    )
     output: Path = Field(description="folder of the adapter; an unfinished run in it is gone on with")
     checkpoint_every: int = Field(200, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="how many of the last checkpoints are kept")
@@ -141,10 +146,13 @@ class TrainSFTSettings(SupervisedSettings):
     @model_validator(mode="after")
     def _of_samples(self) -> Self:
         """Errors' contexts name the fields, so that a command can say where they came from."""
-        if self.samples_of and not self.samples:
-            raise PydanticCustomError(
-                "source", "--samples-of {samples_of} needs --samples; give both", {"samples_of": self.samples_of}
-            )
+        for name in ("samples_of", "samples_take"):
+            if name in self.model_fields_set and not self.samples:
+                raise PydanticCustomError(
+                    "source",
+                    f"{option(name)} {{{name}}} needs --samples; give both",
+                    {name: str(getattr(self, name))},
+                )
         for name in ("split", "train_on") if self.samples else ():
             if name in self.model_fields_set:
                 raise PydanticCustomError(

@@ -28,6 +28,7 @@ from moe_bias.config.training import (
     RLConfig,
     SamplingConfig,
     SFTConfig,
+    Take,
     TrainOn,
 )
 
@@ -55,6 +56,7 @@ __all__ = [
     "SFTConfig",
     "SamplingConfig",
     "StartOptions",
+    "Take",
     "TaskConfig",
     "TaskOption",
     "TrainOn",

@@ -23,6 +23,8 @@ from moe_bias.limits import (
 Optimizer = Literal["adamw", "sgd"]
 TrainOn = Literal["last-turn", "all-turns"]
 """Which of a conversation's turns of the assistant are answers to learn."""
+Take = Literal["all", "shortest", "shorter"]
+"""Which of a problem's right answers are learned: all that differ, the shortest, those up to their median length."""
 TRAIN_ON = "which of the assistant's turns in messages are answers to learn: 'last-turn', or 'all-turns'"
 
 
@@ -88,7 +90,13 @@ class RewardConfig(Config):
         description="your own reward(prompt, completion, gold), from 0 to 1: module:function, or an installed name",
     )
     reward_weight: float = Field(0.0, ge=0, description="weight of your own reward")
-    overlong_cache: int = Field(0, ge=0, description="tokens before the limit in which the reward falls by 1; 0: none")
+    length_penalty: float = Field(
+        0.0, ge=0, description="what a right answer, worth 1, loses with every 100 tokens; a wrong one loses nothing"
+    )
+    token_budget: int = Field(0, ge=0, description="tokens beyond which a right answer is worth nothing; 0: none")
+    overlong_cache: int = Field(
+        0, ge=0, description="tokens before the limit in which any answer's reward falls by 1; 0: none"
+    )
 
 
 class SamplingConfig(Config):

@@ -21,6 +21,8 @@ from moe_bias.records import write_parts
 from moe_bias.tasks.verdict import Outcome
 
 FILE = "samples.jsonl"
+RECORD_FILE = "record.json"
+"""What a finished run has beside them."""
 PROMPTS_FILE = "problems.jsonl"
 _REMEDY = "remove the line to have its problem answered again"
 

@@ -12,7 +12,8 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,9 +23,11 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from moe_bias.experiments.grpo_trainer import GRPOChoices, Prompt, grpo_trainer
 from moe_bias.progress import Meter, meter
 from moe_bias.records import peak_bytes
+from moe_bias.training.advantage import Advantage
 
-RewardFunction = Callable[[list[Prompt], list[str]], Sequence[float]]
-"""From prompts and completion texts of a step's samples, special tokens left out, to one reward for each."""
+RewardFunction = Callable[[list[Prompt], list[str], list[int]], Sequence[float]]
+"""From prompts, completion texts, special tokens left out, and tokens, end token included, of a step's samples to one
+reward for each."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +68,12 @@ def train_grpo_lora(
     choices: GRPOChoices,
     description: str = "LoRA by GRPO",
     after_step: Callable[[int], None] | None = None,
+    advantage: Advantage | None = None,
 ) -> GRPOReport:
     """Trains the LoRA weights of `adapted` (see `lora.lora_on`) in place.
 
-    `after_step` is called with the count of steps taken; its time is not counted.
+    `after_step` is called with the count of steps taken; its time is not counted. `advantage` says what samples are
+    worth among those of their prompt (None: TRL does): TRL is given that in place of rewards, and scales nothing.
     Raises UserError where TRL is missing or there are fewer prompts than one step takes. Sets the
     global random seeds, as TRL does.
     """
@@ -77,7 +82,9 @@ def train_grpo_lora(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with meter(description, choices.steps, "steps") as bar:
-        watch = _Watch(reward_function, bar, device, after_step)
+        worth = None if advantage is None else partial(_advantages, advantage, choices.group)
+        watch = _Watch(reward_function, bar, device, after_step, worth)
+        choices = choices if advantage is None else replace(choices, scaled=False)
         started = watch.now()
         with grpo_trainer(adapted, tokenizer, prompts, watch.reward, choices) as trainer:
             trainer.add_callback(watch)
@@ -154,6 +161,12 @@ def _kept_scores(adapted: Any) -> Iterator[list[Any]]:
         del adapted.generate
 
 
+def _advantages(advantage: Advantage, group: int, rewards: Sequence[float]) -> list[float]:
+    """In TRL's order, in which the samples of a prompt follow each other; their mean is 0, so TRL leaves them."""
+    found: list[float] = advantage(torch.tensor(rewards, dtype=torch.float64), group)[0].tolist()
+    return found
+
+
 class _Watch(TrainerCallback):
     """Stands where TRL passes by in each step: its begin, the reward function, its end; keeps times and counts."""
 
@@ -163,6 +176,7 @@ class _Watch(TrainerCallback):
         bar: Meter,
         device: torch.device,
         after_step: Callable[[int], None] | None,
+        worth: Callable[[Sequence[float]], list[float]] | None = None,
     ) -> None:
         self.seconds = {"sampling": 0.0, "reward": 0.0, "updating": 0.0}
         self.sampled_tokens = 0
@@ -171,6 +185,7 @@ class _Watch(TrainerCallback):
         self._bar = bar
         self._device = device
         self._after_step = after_step
+        self._worth = worth
         self._last = 0.0
         self.paused = 0.0
 
@@ -190,11 +205,12 @@ class _Watch(TrainerCallback):
         """What TRL calls between sampling and updating; a chat's completion comes as a list of one turn."""
         self._book("sampling")
         texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
-        rewards = [float(reward) for reward in self._reward_function(prompts, texts)]
-        self.sampled_tokens += sum(len(ids) for ids in completion_ids)
+        lengths = [len(ids) for ids in completion_ids]
+        rewards = [float(reward) for reward in self._reward_function(prompts, texts, lengths)]
+        self.sampled_tokens += sum(lengths)
         self.mean_rewards.append(sum(rewards) / max(len(rewards), 1))
         self._book("reward")
-        return rewards
+        return rewards if self._worth is None else self._worth(rewards)
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """The optimiser has made its step."""

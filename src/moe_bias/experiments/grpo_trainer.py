@@ -42,7 +42,7 @@ class GRPOChoices:
     """How long and how large: `steps` of `prompts` x `group` samples of at most `max_new_tokens` tokens.
 
     `rho` is the share of the tokens, those of highest entropy, that are learnt from, 1.0 for all; `micro_batch`
-    samples are in one forward and backward pass.
+    samples are in one forward and backward pass. `scaled`: whether TRL divides by a group's standard deviation.
     """
 
     steps: int
@@ -54,6 +54,7 @@ class GRPOChoices:
     rate: float = 1e-4
     micro_batch: int = 8
     seed: int = 0
+    scaled: bool = True
 
     def __post_init__(self) -> None:
         if self.group < 2:
@@ -108,6 +109,7 @@ def _arguments(adapted: Any, choices: GRPOChoices) -> dict[str, Any]:
         "epsilon": EPS_LOW,
         "epsilon_high": EPS_HIGH,
         "beta": 0.0,
+        "scale_rewards": "group" if choices.scaled else "none",
         "mask_truncated_completions": False,
         "top_entropy_quantile": choices.rho,
         "temperature": choices.temperature,

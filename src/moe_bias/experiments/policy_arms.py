@@ -21,9 +21,9 @@ seeds for each held-out problem, then resampled by problem, paired with another 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -69,7 +69,8 @@ class PolicyArm:
 
     The sets are `held out`, where there is one `shifted`, and each of them also `... before`, after the
     supervised phase and before the first step. `curve` has accuracy by step and set of problems. `peak_bytes` is
-    the most memory the process has held (on a GPU: that was allocated), the frozen model included.
+    the most memory the process has held (on a GPU: that was allocated), the frozen model included. `tokens` holds, as
+    `right` does, how long each answer is; records of before have none.
     """
 
     name: str
@@ -82,6 +83,7 @@ class PolicyArm:
     peak_bytes: int
     right: dict[str, list[float]]
     curve: list[tuple[int, dict[str, float]]]
+    tokens: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,8 @@ class PolicyRow:
     """An arm over its seeds: accuracy by set of problems, and by other arm the paired change of the held-out one.
 
     Intervals are over problems, of means over seeds. `by_seed` is held-out accuracy in the order of seeds: how far
-    trainings differ is no part of the intervals. `gain` is the paired change of accuracy by the arm's steps.
+    trainings differ is no part of the intervals. `gain` is the paired change of accuracy by the arm's steps. `tokens`
+    are those of an answer, by set of problems, and `tokens_gain` their paired change by the steps.
     """
 
     name: str
@@ -103,6 +106,8 @@ class PolicyRow:
     accuracy: dict[str, Estimate]
     gain: dict[str, Estimate]
     change: dict[str, Estimate]
+    tokens: dict[str, Estimate]
+    tokens_gain: dict[str, Estimate]
 
 
 @dataclass(frozen=True)
@@ -154,7 +159,7 @@ def compare_policies(arms: Sequence[PolicyArm]) -> list[PolicyRow]:
     groups: dict[str, list[PolicyArm]] = {}
     for arm in arms:
         groups.setdefault(arm.name, []).append(arm)
-    right = {name: _mean_right(group) for name, group in groups.items()}
+    right = {name: _means(group, "right") for name, group in groups.items()}
     return [_row(group, right) for group in groups.values()]
 
 
@@ -191,7 +196,7 @@ def percent_by_seed(by_seed: Iterable[float]) -> str:
 def _row(group: Sequence[PolicyArm], right: Mapping[str, Mapping[str, Floats]]) -> PolicyRow:
     """`right` has by arm and set of problems the mean over seeds of each problem."""
     first = group[0]
-    own = right[first.name]
+    own, length = right[first.name], _means(group, "tokens") if all(arm.tokens for arm in group) else {}
     seconds = float(np.mean([arm.seconds for arm in group]))
     return PolicyRow(
         name=first.name,
@@ -209,9 +214,11 @@ def _row(group: Sequence[PolicyArm], right: Mapping[str, Mapping[str, Floats]]) 
             for other in AGAINST
             if other in right and other != first.name
         },
+        tokens={name: mean(values) for name, values in length.items()},
+        tokens_gain={name: mean(length[name] - length[name + BEFORE]) for name in measured_after(length)},
     )
 
 
-def _mean_right(group: Sequence[PolicyArm]) -> dict[str, Floats]:
+def _means(group: Sequence[PolicyArm], quantity: Literal["right", "tokens"]) -> dict[str, Floats]:
     """By set of problems and problem, the mean over seeds."""
-    return {name: np.mean([arm.right[name] for arm in group], axis=0) for name in group[0].right}
+    return {name: np.mean([getattr(arm, quantity)[name] for arm in group], axis=0) for name in group[0].right}

@@ -46,10 +46,12 @@ from moe_bias.tasks.task import Problem, Task
 from moe_bias.training.collect import Curriculum
 from moe_bias.training.loop import Watching
 from moe_bias.training.problems import (
+    GradedAnswer,
     TaskData,
+    advantage_of,
     collector_of,
     fresh_policy_layer,
-    greedy_verdicts,
+    graded_answers,
     policy_of,
 )
 from moe_bias.training.rl import PolicyTrainer
@@ -117,9 +119,9 @@ class Stage:
     def run(self, name: str, settings: CompareConfig) -> PolicyArm:
         """One arm with the settings' seed."""
         if name == BASE:
-            accuracy = self._right([policy_of(None, self.ground.head)], settings)[0]
+            points = [(0, self._answers([policy_of(None, self.ground.head)], settings)[0])]
             memory = peak_bytes(self.ground.head.device)
-            return PolicyArm(BASE, 0, 0, 0, 0.0, 0.0, 0.0, memory, _before_and_after([(0, accuracy)]), [])
+            return PolicyArm(BASE, 0, 0, 0, 0.0, 0.0, 0.0, memory, _right(points), [], _tokens(points))
         if name in LORA_ARMS:
             return self._lora(name, settings)
         return self._layer(name, with_changes(settings, LAYER_ARMS[name]))
@@ -142,7 +144,7 @@ class Stage:
             position = PolicyTrainer(layer, self.ground.head, collector, settings, watching).run()
             sampled, seconds, updating = position.sampled_tokens, position.seconds, position.update_seconds
         steps = evaluated_steps(settings)
-        measured = self._right([policy_of(layer, self.ground.head) for layer in copies.layers], settings)
+        measured = self._answers([policy_of(layer, self.ground.head) for layer in copies.layers], settings)
         points = list(zip(steps, measured, strict=True))
         return PolicyArm(
             name,
@@ -153,8 +155,9 @@ class Stage:
             warm_seconds,
             updating,
             peak_bytes(self.ground.head.device),
-            _before_and_after(points),
+            _right(points),
             _curve(points),
+            _tokens(points),
         )
 
     def _beginning(self, settings: CompareConfig) -> MoEBiasLayer:
@@ -189,11 +192,11 @@ class Stage:
             # LoRA leaves the output embedding alone, so the head is the same.
             on_lora = replace(self, ground=replace(self.ground, answering=adapted))
             start = self._lora_start(adapted, on_lora, settings)
-            points = [(0, start.right)]
+            points = [(0, start.answers)]
 
             def measure(step: int) -> None:
                 if step in evaluated_steps(settings):
-                    points.append((step, on_lora._right([policy_of(None, self.ground.head)], settings)[0]))
+                    points.append((step, on_lora._answers([policy_of(None, self.ground.head)], settings)[0]))
 
             train = self._lora_supervised if name == LORA_SUPERVISED else self._lora_rewarded
             parameters, sampled, seconds, updating = train(name, adapted, settings, measure)
@@ -206,8 +209,9 @@ class Stage:
             start.seconds,
             updating,
             peak_bytes(self.ground.head.device),
-            _before_and_after(points),
+            _right(points),
             _curve(points),
+            _tokens(points),
         )
 
     def _lora_start(self, adapted: Any, on_lora: Stage, settings: CompareConfig) -> _LoRAStart:
@@ -219,8 +223,8 @@ class Stage:
                 self._supervise_lora(adapted, warm, settings.lora_warm_epochs, settings)
             seconds = time.perf_counter() - started
             weights = {key: value.clone() for key, value in get_peft_model_state_dict(adapted).items()}
-            right = on_lora._right([policy_of(None, self.ground.head)], settings)[0]
-            self.lora_starts[settings.seed] = _LoRAStart(weights, right, seconds)
+            answers = on_lora._answers([policy_of(None, self.ground.head)], settings)[0]
+            self.lora_starts[settings.seed] = _LoRAStart(weights, answers, seconds)
         start = self.lora_starts[settings.seed]
         set_peft_model_state_dict(adapted, start.weights)
         return start
@@ -250,24 +254,24 @@ class Stage:
         prompts = [[{"role": "user", "content": problem.question}] for problem in ground.train.problems]
         gold = {problem.question: problem for problem in ground.train.problems}
 
-        def reward(turns: list[Any], completions: list[str]) -> list[float]:
+        def reward(turns: list[Any], completions: list[str], lengths: list[int]) -> list[float]:
             problems = [gold[turn[0]["content"]] for turn in turns]
-            lengths = [len(ids) for ids in ground.tokenizer(completions, add_special_tokens=False).input_ids]
             verdicts = ground.task.verify(problems, completions)
             return rewards.shaped(problems, completions, verdicts, lengths, settings.max_new_tokens)
 
         choices = _grpo_choices(name, settings)
-        report = train_grpo_lora(adapted, ground.tokenizer, prompts, reward, choices, name, measure)
+        shaped = advantage_of(rewards) if rewards.rules.length_penalty else None
+        report = train_grpo_lora(adapted, ground.tokenizer, prompts, reward, choices, name, measure, shaped)
         return report.parameters, report.sampled_tokens, report.seconds, report.updating_seconds
 
-    def _right(self, policies: Sequence[Policy], settings: CompareConfig) -> list[dict[str, list[float]]]:
-        """By policy and set of problems, which greedy answers are right. All policies share one pass of the model."""
-        found: list[dict[str, list[float]]] = [{} for _ in policies]
+    def _answers(self, policies: Sequence[Policy], settings: CompareConfig) -> list[_Answers]:
+        """By policy and set of problems the greedy answers. All policies share one pass of the model."""
+        found: list[_Answers] = [{} for _ in policies]
         for name, (task, curriculum) in self.tests.items():
             ground = replace(self.ground, task=task)
-            columns = greedy_verdicts(ground, curriculum, policies, settings, f"{name} problems")
-            for right, verdicts in zip(found, columns, strict=True):
-                right[name] = [float(verdict.is_correct) for verdict in verdicts]
+            columns = graded_answers(ground, curriculum, policies, settings, f"{name} problems")
+            for answers, column in zip(found, columns, strict=True):
+                answers[name] = column
         return found
 
 
@@ -298,16 +302,18 @@ def _grpo_choices(name: str, settings: CompareConfig) -> GRPOChoices:
     )
 
 
-_Point = tuple[int, dict[str, list[float]]]
-"""A step, and by set of problems which greedy answers are right after it."""
+_Answers = dict[str, list[GradedAnswer]]
+"""Greedy answers by set of problems."""
+_Point = tuple[int, _Answers]
+"""A step, and the answers after it."""
 
 
 @dataclass(frozen=True)
 class _LoRAStart:
-    """LoRA weights after the supervised phase, what their greedy answers solve, and the seconds it took."""
+    """LoRA weights after the supervised phase, their greedy answers, and the seconds it took."""
 
     weights: dict[str, Tensor]
-    right: dict[str, list[float]]
+    answers: _Answers
     seconds: float
 
 
@@ -327,9 +333,20 @@ class _Copies:
         self.layers.append(copy.deepcopy(layer))
 
 
-def _before_and_after(points: Sequence[_Point]) -> dict[str, list[float]]:
-    return {name + BEFORE: right for name, right in points[0][1].items()} | points[-1][1]
+def _right(points: Sequence[_Point]) -> dict[str, list[float]]:
+    """Which answers are right, before the first step and after the last."""
+    sets = {name + BEFORE: answers for name, answers in points[0][1].items()} | points[-1][1]
+    return {name: [float(answer.verdict.is_correct) for answer in answers] for name, answers in sets.items()}
+
+
+def _tokens(points: Sequence[_Point]) -> dict[str, list[float]]:
+    """How long they are."""
+    sets = {name + BEFORE: answers for name, answers in points[0][1].items()} | points[-1][1]
+    return {name: [float(answer.tokens) for answer in answers] for name, answers in sets.items()}
 
 
 def _curve(points: Sequence[_Point]) -> list[tuple[int, dict[str, float]]]:
-    return [(step, {name: float(np.mean(right)) for name, right in sets.items()}) for step, sets in points]
+    return [
+        (step, {name: float(np.mean([one.verdict.is_correct for one in answers])) for name, answers in sets.items()})
+        for step, sets in points
+    ]

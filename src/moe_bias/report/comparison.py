@@ -8,7 +8,19 @@ from typing import Any
 
 from moe_bias.experiments.policy_arms import HELD_OUT, measured_after, percent_by_seed
 from moe_bias.report import figures
-from moe_bias.report.content import Block, Note, Plot, Table, Topic, estimate_of, percent, points, slug, with_interval
+from moe_bias.report.content import (
+    Block,
+    Note,
+    Plot,
+    Table,
+    Topic,
+    estimate_of,
+    percent,
+    points,
+    slug,
+    with_interval,
+    without_empty_columns,
+)
 from moe_bias.report.record import Record
 
 _NLL = "nats per token"
@@ -129,6 +141,7 @@ def _sets(record: Record, rows: Sequence[Mapping[str, Any]]) -> Table:
     others = list(dict.fromkeys(other for row in rows for other in row["change"]))
     solved = [heading for name in sets for heading in (f"{name}, %", "gained by the steps, points")]
     headings = ["arm", "held out by seed, %", *solved, *(f"to {other}, points" for other in others)]
+    headings += [f"tokens, {name}" for name in sets]
     body = [
         [
             row["name"],
@@ -139,11 +152,19 @@ def _sets(record: Record, rows: Sequence[Mapping[str, Any]]) -> Table:
                 for cell in (percent(estimate_of(row["accuracy"][name])), _points(row["gain"], name))
             ),
             *(_points(row["change"], other) for other in others),
+            *(_tokens(row.get("tokens", {}), name) for name in sets),
         ]
         for row in rows
     ]
-    caption = "Problems solved, means over seeds [95% interval over problems]; changes are paired by problem"
-    return Table(slug(record.name, "sets"), caption, headings, body)
+    caption = (
+        "Problems solved and tokens of an answer, means over seeds [95% interval over problems]; changes are paired by "
+        "problem"
+    )
+    return without_empty_columns(Table(slug(record.name, "sets"), caption, headings, body))
+
+
+def _tokens(found: Mapping[str, Any], name: str) -> str:
+    return with_interval(estimate_of(found[name]), "{:,.0f}") if name in found else ""
 
 
 def demo(record: Record) -> Iterator[Block]:

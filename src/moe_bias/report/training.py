@@ -80,6 +80,7 @@ def policy(record: Record) -> Iterator[Block]:
     lead = (
         f"Greedy answers to {problems:,} held-out problems: {percent(accuracy['trained'])}% right, "
         f"{points(change)} points against the start, paired by problem ({_verdict(change)})."
+        f"{_length(record.content)}"
     )
     drawn = figures.intervals(list(accuracy.items()), "% of the held-out problems", "{:.1f}", scale=100)
     plot = Plot(
@@ -113,6 +114,15 @@ def _samples(record: Record) -> Table:
 def _line(metrics: Sequence[Mapping[str, Any]], name: str) -> figures.Line | None:
     points = [(line["step"], line[name]) for line in metrics if name in line]
     return None if not points else ([step for step, _ in points], [value for _, value in points])
+
+
+def _length(content: Mapping[str, Any]) -> str:
+    """A sentence on how long answers are; none of records of before, which do not know."""
+    if "tokens_change" not in content:
+        return ""
+    start, trained = (estimate_of(content["tokens"][name]).value for name in ("start", "trained"))
+    change = with_interval(estimate_of(content["tokens_change"]), "{:+,.0f}")
+    return f" An answer takes {trained:,.0f} tokens, {start:,.0f} at the start (change {change})."
 
 
 def _verdict(change: Estimate) -> str:

@@ -5,12 +5,18 @@ function of the user's; each is from 0 to 1, and so is their weighted mean
 
     R = (w_verdict r_verdict + w_format r_format + w_user r_user) / (w_verdict + w_format + w_user).
 
-DAPO's overlong shaping (2503.14476) is added, for completions of n tokens under a limit of L and a
-cache of C tokens before it:
+Length, for completions of n tokens, end token included, under a limit of L. What a right answer is worth falls
+by lambda with every 100 tokens, and beyond a budget of B tokens to nothing:
+
+    r_verdict  is multiplied by  worth(n) = max(0, 1 - lambda n / 100) [n <= B],
+
+r_user in its place where the verdict has no weight, and the form never. So only what an answer has earned is
+shaped: a wrong one is worth 0 at any length, and no length makes a right one worth less than it. DAPO's overlong
+shaping (2503.14476) is added for all completions, right or wrong, with a cache of C tokens before the limit:
 
     R_length = -clip((n - (L - C)) / C, 0, 1).
 
-So a shaped reward is from -1 to 1, below 0 through its length alone. It is not clipped at 0: a wrong
+So a shaped reward is from -1 to 1, below 0 through this alone. It is not clipped at 0: a wrong
 answer that is too long must stay worse than a wrong one that is not.
 
 A user's function that raises makes that sample's shaped reward 0, and is counted in `RewardFailures`;
@@ -40,10 +46,11 @@ REWARDS = Kind("reward")
 
 @dataclass(frozen=True)
 class RewardRules:
-    """The weights of the parts, what `user` and `form` (a regular expression) are, the cache C.
+    """The weights of the parts, what `user` and `form` (a regular expression) are; of length the cache C, lambda and B.
 
     `user` is a function, `module:function`, or the name of an installed package's. `form` may match anywhere in the
-    completion, `.` matches a line's end too; anchor it with `^` and `$`.
+    completion, `.` matches a line's end too; anchor it with `^` and `$`. `length_penalty` is lambda, per 100 tokens;
+    `token_budget` is B in tokens, 0 for none.
     """
 
     verdict_weight: float = 1.0
@@ -52,6 +59,8 @@ class RewardRules:
     user: str | UserReward = ""
     user_weight: float = 0.0
     overlong_cache: int = 0
+    length_penalty: float = 0.0
+    token_budget: int = 0
 
     def __post_init__(self) -> None:
         for name in ("verdict_weight", "form_weight", "user_weight"):
@@ -60,10 +69,30 @@ class RewardRules:
                 raise UserError(f"{name} = {weight} is not a weight; give a finite number from 0 up")
         if self.verdict_weight + self.form_weight + self.user_weight == 0:
             raise UserError("verdict_weight, form_weight and user_weight are all 0; give one of them a weight")
-        if self.overlong_cache < 0:
-            raise UserError(f"overlong_cache = {self.overlong_cache} is negative; give tokens, or 0 for no shaping")
+        for name in ("overlong_cache", "length_penalty", "token_budget"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise UserError(f"{name} = {value} is not a number from 0 up; give 0 for no shaping")
+        for name in ("length_penalty", "token_budget"):
+            if getattr(self, name) and not self.verdict_weight + self.user_weight:
+                raise UserError(
+                    f"`{name}` {getattr(self, name):g} shapes what a right answer is worth, and nothing says what is "
+                    "right: give `verdict_weight` or `reward_weight`"
+                )
         _check_pair("form", self.form, self.form_weight)
         _check_pair("user", self.user, self.user_weight)
+
+    @property
+    def earned_share(self) -> float:
+        """What of a reward, from 0 to 1, the part that length shapes makes up."""
+        earned = self.verdict_weight or self.user_weight
+        return earned / (self.verdict_weight + self.form_weight + self.user_weight)
+
+    def worth(self, length: int) -> float:
+        """What an answer of so many tokens keeps, from 0 to 1, of what it earned."""
+        if self.token_budget and length > self.token_budget:
+            return 0.0
+        return max(1 - self.length_penalty * length / 100, 0.0)
 
 
 def _check_pair(name: str, value: str | UserReward, weight: float) -> None:
@@ -113,6 +142,14 @@ class Rewards:
             raise UserError(f"{self.failures.name} failed on a first sample with {told(error)}") from error
         _checked(value, self.failures.name)
 
+    def check_limit(self, limit: int) -> None:
+        """Raises UserError where the token budget is no tighter than the limit of an answer's tokens."""
+        if self.rules.token_budget >= limit:
+            raise UserError(
+                f"`token_budget` {self.rules.token_budget} is not below the limit `max_new_tokens` {limit}, so it "
+                "would change nothing; lower the one or raise the other"
+            )
+
     def shaped(
         self,
         problems: Sequence[Problem],
@@ -126,15 +163,15 @@ class Rewards:
         return [self._shaped(*row, limit) for row in rows]
 
     def _shaped(self, problem: Problem, completion: str, verdict: Verdict, length: int, limit: int) -> float:
-        rules = self.rules
-        total = rules.verdict_weight * verdict.reward
+        rules, worth = self.rules, self.rules.worth(length)
+        total = rules.verdict_weight * verdict.reward * worth
         if self._form is not None:
             total += rules.form_weight * bool(self._form.search(completion))
         if self._user is not None:
             mark = self._asked(self._user, problem, completion)
             if mark is None:
                 return 0.0
-            total += rules.user_weight * mark
+            total += rules.user_weight * mark * (1.0 if rules.verdict_weight else worth)
         mean = total / (rules.verdict_weight + rules.form_weight + rules.user_weight)
         return mean + overlong_penalty(length, limit, rules.overlong_cache)
 

@@ -23,8 +23,9 @@ from moe_bias.training.metrics import Metrics, SampleLog
 from moe_bias.training.optimisation import Optimisation
 from moe_bias.training.processes import ALONE, Processes
 
-Evaluate = Callable[[MoEBiasLayer], float | None]
-"""What a layer is worth on held-out data; None where it only took a copy, to be measured later."""
+Evaluate = Callable[[MoEBiasLayer], float | Mapping[str, float] | None]
+"""What a layer is worth on held-out data, alone or by its name among other metrics; None where it only took a copy, to
+be measured later."""
 
 
 class Callback(Protocol):
@@ -103,8 +104,8 @@ class Loop(ABC, Generic[Where]):
         """Takes a step, moves the position on, and says what the step was like."""
 
     @abstractmethod
-    def _note(self, value: float, bar: Meter) -> None:
-        """Remembers the value of an evaluation."""
+    def _note(self, values: Mapping[str, float], bar: Meter) -> None:
+        """Remembers an evaluation: its `measure`, among others."""
 
     @abstractmethod
     def _end(self, metrics: Metrics, bar: Meter) -> None:
@@ -136,11 +137,12 @@ class Loop(ABC, Generic[Where]):
                 self._end(metrics, bar)
 
     def _evaluated(self, metrics: Metrics, bar: Meter) -> Metrics:
-        value = None if self._watching.evaluate is None else self._watching.evaluate(self._layer)
-        if value is None:
+        found = None if self._watching.evaluate is None else self._watching.evaluate(self._layer)
+        if found is None:
             return metrics
-        self._note(value, bar)
-        return {**metrics, self.measure: value}
+        values = found if isinstance(found, Mapping) else {self.measure: found}
+        self._note(values, bar)
+        return {**metrics, **values}
 
     def _watched(self, metrics: Metrics) -> bool:
         """Writes the step down; whether a callback ends the run."""

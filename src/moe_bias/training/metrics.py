@@ -24,6 +24,8 @@ Reinforcement learning has in place of `nll` and `held_out_nll`:
     correct, wrong, unparseable, timed_out, bad_gold, cut
                         shares of the samples; `cut` reached the token limit
     tokens_per_answer   end token included; `samples` how many there were
+    tokens_per_right_answer
+                        the same of the right answers alone, where there are any
     entropy             of the sampling policy at its temperature, in nats, over `tokens`, those of the kept groups
     threshold           tau in nats; `selected` tokens have an entropy from it up
     kl                  exact mean KL to the base over the selected tokens, in nats, after the step
@@ -34,7 +36,8 @@ Reinforcement learning has in place of `nll` and `held_out_nll`:
     sampler_gap         largest |log-probability in training - in sampling| in the first minibatch
     updates             optimiser steps
     *seconds            of the step, and within it of sampling, of judging and of updating
-    held_out_accuracy   of greedy answers, where this step was followed by an evaluation
+    held_out_accuracy   of greedy answers, where this step was followed by an evaluation, and their mean length
+    held_out_tokens     in tokens, end token included
 """
 
 from __future__ import annotations
@@ -58,7 +61,11 @@ from moe_bias.training.processes import Processes
 FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 Metrics = dict[str, float]
-_RESERVED = ("step", "loss", "tokens", "tokens_per_second", "held_out_nll", "held_out_loss", "held_out_accuracy")
+HELD_OUT_ACCURACY, HELD_OUT_TOKENS = "held_out_accuracy", "held_out_tokens"
+_RESERVED = (
+    *("step", "loss", "tokens", "tokens_per_second"),
+    *("held_out_nll", "held_out_loss", HELD_OUT_ACCURACY, HELD_OUT_TOKENS),
+)
 
 
 def step_metrics(

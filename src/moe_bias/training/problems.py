@@ -26,6 +26,7 @@ from moe_bias.tasks.mathematics import Columns, data_task
 from moe_bias.tasks.rewards import RewardRules, Rewards
 from moe_bias.tasks.task import Problem, Task
 from moe_bias.tasks.verdict import Verdict
+from moe_bias.training.advantage import Advantage, LengthAdvantages, group_advantages
 from moe_bias.training.collect import Collector, Curriculum, Judge, Judged
 from moe_bias.training.sft import fresh_layer, parse_support, start
 
@@ -119,12 +120,18 @@ def rewards_of(settings: RewardConfig, own: Any = None) -> Rewards:
             settings.reward if own is None else own,
             settings.reward_weight,
             settings.overlong_cache,
+            settings.length_penalty,
+            settings.token_budget,
         )
     )
 
 
 def judge_of(data: TaskData, rewards: Rewards, limit: int) -> Judge:
-    """Decodes samples, has the task verify them, and rewards them."""
+    """Decodes samples, has the task verify them, and rewards them.
+
+    Raises UserError where the rewards cannot be of answers of at most `limit` tokens.
+    """
+    rewards.check_limit(limit)
 
     def judge(problems: Sequence[Problem], rollouts: Rollouts) -> list[Judged]:
         texts = [data.tokenizer.decode(answer.token_ids) for answer in rollouts.answers]
@@ -146,7 +153,14 @@ def collector_of(
 ) -> Collector:
     """What collects the samples of each step, by the frozen model itself where no other sampler is given."""
     judge, choices = judge_of(data, rewards, settings.max_new_tokens), sampling_choices(settings, data)
-    return Collector(sampler or sampler_of(settings, data), data.train, judge, settings, choices, margin)
+    return Collector(
+        sampler or sampler_of(settings, data), data.train, judge, settings, choices, margin, advantage_of(rewards)
+    )
+
+
+def advantage_of(rewards: Rewards) -> Advantage:
+    """What a sample of these rewards is worth among those of its prompt, where nobody says otherwise."""
+    return LengthAdvantages(rewards.rules.earned_share) if rewards.rules.length_penalty else group_advantages
 
 
 def policy_of(layer: MoEBiasLayer | None, head: Head) -> Policy:
@@ -154,10 +168,18 @@ def policy_of(layer: MoEBiasLayer | None, head: Head) -> Policy:
     return base_policy if layer is None else layer_policy(layer, head.transform)
 
 
-def greedy_verdicts(
+@dataclass(frozen=True)
+class GradedAnswer:
+    """The verdict on an answer, and its tokens, end token included."""
+
+    verdict: Verdict
+    tokens: int
+
+
+def graded_answers(
     data: TaskData, curriculum: Curriculum, policies: Sequence[Policy], settings: RLConfig, description: str
-) -> list[list[Verdict]]:
-    """Verdicts on greedy answers, by policy, then by problem."""
+) -> list[list[GradedAnswer]]:
+    """Greedy answers with their verdicts, by policy, then by problem."""
     later = [base_policy] * len(policies) if settings.first_token_only else None
     answers = greedy_answers(
         data.model,
@@ -171,7 +193,11 @@ def greedy_verdicts(
         description=description,
     )
     texts = [[data.tokenizer.decode(answer.token_ids) for answer in column] for column in answers]
-    return [data.task.verify(curriculum.problems, column) for column in texts]
+    graded = [data.task.verify(curriculum.problems, column) for column in texts]
+    return [
+        [GradedAnswer(verdict, len(answer.all_ids)) for verdict, answer in zip(*columns, strict=True)]
+        for columns in zip(graded, answers, strict=True)
+    ]
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ from moe_bias.training.collect import Collected, Collector
 from moe_bias.training.gradients import Loss, gradients
 from moe_bias.training.loop import NOTHING_ELSE, Loop
 from moe_bias.training.loop import Watching as Watching
-from moe_bias.training.metrics import Metrics, beside, router_use
+from moe_bias.training.metrics import HELD_OUT_ACCURACY, HELD_OUT_TOKENS, Metrics, beside, router_use
 from moe_bias.training.objectives import DAPO, Objective, Sampled, check_objective
 from moe_bias.training.optimisation import Optimisation
 from moe_bias.training.processes import ALONE
@@ -75,7 +75,7 @@ class PolicyPosition(Standing):
 class PolicyTrainer(Loop[PolicyPosition]):
     """One run of reinforcement learning. The layer is trained in place."""
 
-    measure = "held_out_accuracy"
+    measure = HELD_OUT_ACCURACY
 
     def __init__(
         self,
@@ -135,12 +135,14 @@ class PolicyTrainer(Loop[PolicyPosition]):
         share = collected.taught if self._settings.shrink_steps else 1.0
         return self._update.learn(collected.batch, collected.sampled, step, share)
 
-    def _note(self, value: float, bar: Meter) -> None:
+    def _note(self, values: Mapping[str, float], bar: Meter) -> None:
+        value = values[self.measure]
         position = replace(self._position, accuracy=value)
         if position.best_accuracy is None or value > position.best_accuracy:
             position = replace(position, best_accuracy=value, best_step=position.step)
         self._position = position
-        bar.say(f"step {position.step}: {value:.1%} of the held-out problems right")
+        length = f", {values[HELD_OUT_TOKENS]:.0f} tokens an answer" if HELD_OUT_TOKENS in values else ""
+        bar.say(f"step {position.step}: {value:.1%} of the held-out problems right{length}")
 
     def _end(self, metrics: Metrics, bar: Meter) -> None:
         bar.advance(1)
@@ -309,6 +311,12 @@ def objective_of(settings: RLConfig, objective: Objective | None) -> Objective:
     return objective
 
 
+def _of_right(collected: Collected) -> Metrics:
+    """How long right answers are, where there are any: wrong ones may grow shorter by themselves."""
+    tokens = [one.tokens for one in collected.judged if one.verdict.is_correct]
+    return {"tokens_per_right_answer": sum(tokens) / len(tokens)} if tokens else {}
+
+
 def _metrics(collected: Collected, update: Metrics) -> Metrics:
     """What the samples of a step were like, and what the update was."""
     samples, outcomes = len(collected.judged), collected.outcomes
@@ -320,6 +328,7 @@ def _metrics(collected: Collected, update: Metrics) -> Metrics:
         **shares,
         "cut": sum(not one.finished for one in collected.judged) / samples,
         "tokens_per_answer": sum(one.tokens for one in collected.judged) / samples,
+        **_of_right(collected),
         "samples": float(samples),
         "entropy": collected.entropy,
         "tokens": float(collected.tokens),

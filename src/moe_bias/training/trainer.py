@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -143,8 +144,9 @@ class Trainer(Loop[Position]):
             message += "; there is no checkpoint yet" if path is None else f"; the last good checkpoint is {path}"
         raise UserError(message)
 
-    def _note(self, value: float, bar: Meter) -> None:
+    def _note(self, values: Mapping[str, float], bar: Meter) -> None:
         """Remembers the layer where it is the best yet and the best is wanted."""
+        value = values[self.measure]
         position = replace(self._position, last_nll=value)
         if position.best_nll is not None and value >= position.best_nll:
             self._position = replace(position, worse=position.worse + 1)

@@ -1,21 +1,25 @@
-"""`moe-bias train sft --samples`: right samples of an evaluation, with their prompts, problems held out whole."""
+"""`moe-bias train sft --samples`, `right_answers`: right samples, their very prompts, problems held out whole."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+import moe_bias as mb
 from helpers.calls import counted
 from helpers.complaints import complaint
 from helpers.evaluations import SAMPLED, lines, words_to, write
 from helpers.saved import save_adapter
 from helpers.training_processes import ADAPTER
 from moe_bias.api.data import Texts
+from moe_bias.api.right_answers import Asked, RightAnswers
 from moe_bias.cli import main
-from moe_bias.commands.right_answers import RightAnswers
 from moe_bias.evaluation import answering
 from moe_bias.evaluation.samples import Sample, SampleFile, write_prompts
 from moe_bias.features import build
@@ -37,8 +41,8 @@ def train_words(output, *more, source=("--samples", "measured")):
     return [*COMMON.split(), *source, "--output", str(output), *more]
 
 
-def sample(problem, number, text, outcome="correct", arm="base", finished=True):
-    return Sample(problem, arm, number, outcome, "1", 3, finished, text)
+def sample(problem, number, text, outcome="correct", arm="base", finished=True, tokens=3):
+    return Sample(problem, arm, number, outcome, "1", tokens, finished, text)
 
 
 def measured(samples, problems=20, chat=True):
@@ -86,7 +90,7 @@ def test_answers_are_learned_after_the_very_prompts_that_they_were_sampled_from(
     assert main(words_to("measured", *SAMPLED, "--samples", "8", *LONGER, "--adapter", "adapter", *asked)) == 0
     said = [{**line, "outcome": "correct"} for line in lines(Path("measured"))]
     Path("measured/samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in said))
-    found = RightAnswers.of(Path("measured"), "adapter")
+    found = RightAnswers.of_folder(Path("measured"), "adapter")
     examples = [encode(conversation, tokenizer, 100) for conversation in found.texts.conversations]
     learned = {(tuple(example.prompt_ids), tuple(example.completion_ids)) for example in examples}
     expected = {(prompt, (*ids, 2)) for prompt, texts in seen.items() for ids in texts}
@@ -102,10 +106,10 @@ def test_the_right_answers_of_each_problem_are_taken_once(folder, capsys):
     wrong = [sample("p18", n, "w1", "unparseable") for n in range(4)]
     others = [sample("p18", 0, "w60", arm="adapter"), sample("p3", 0, "w61", arm="adapter")]
     measured([*(each for n in range(17, -1, -1) for each in answers_to(n)), *wrong, cut, *others])
-    found = RightAnswers.of(Path("measured"), None)
+    found = RightAnswers.of_folder(Path("measured"), "base")
     assert found.texts.conversations[:2] == [sampled("w5 w6", "w9 w20"), sampled("w5 w6", "w40")]
     assert found.texts.units == [n for n in range(18) for _ in range(2)]
-    assert RightAnswers.of(Path("measured"), "adapter").texts.conversations == [
+    assert RightAnswers.of_folder(Path("measured"), "adapter").texts.conversations == [
         sampled("w8 w6", "w61"),
         sampled("w23 w6", "w60"),
     ]
@@ -117,10 +121,115 @@ def test_the_right_answers_of_each_problem_are_taken_once(folder, capsys):
     ) in said
     assert record_of("out")["samples"] == {
         **{"arm": "base", "problems": {"name": "words", "count": 20, "digest": "d"}, "answers": 36},
-        **{"problems_answered": 18, "sampled": 77, "cut": 1},
+        **{"problems_answered": 18, "sampled": 77, "cut": 1, "take": "all", "tokens": {"taken": 3.0, "right": 3.0}},
     }
     assert Path("out", ADAPTER).exists()
     assert main(["report", "out", "--output", "page"]) == 0
+
+
+def lengths_of(*tokens, problem="p0", **more):
+    """Right answers of these lengths, whose texts say in which order they were sampled."""
+    return [sample(problem, n, f"w{10 + n}", tokens=length, **more) for n, length in enumerate(tokens)]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shortest", "shorter"),
+    [
+        ((9, 4, 7), [1], [1, 2]),  # the median is 7
+        ((9, 4, 7, 6), [1], [1, 3]),  # it lies between 6 and 7
+        ((5, 5, 8), [0], [0, 1]),  # the first of the equally short ones
+        ((6,), [0], [0]),
+    ],
+)
+def test_which_right_answers_are_taken_by_hand(folder, tokens, shortest, shorter):
+    wrong = sample("p0", 90, "w1", "wrong", tokens=1)
+    cut = sample("p0", 91, "w2", finished=False, tokens=2)
+    again = sample("p0", 92, "w10", tokens=tokens[0])
+    others = [each for n in (1, 2, 3) for each in lengths_of(8, problem=f"p{n}")]
+    measured([wrong, cut, *reversed(lengths_of(*tokens)), again, *others])
+    for take, kept in (("all", range(len(tokens))), ("shortest", shortest), ("shorter", shorter)):
+        found = RightAnswers.of_folder(Path("measured"), "base", take)
+        texts = zip(found.texts.conversations, found.texts.units, strict=True)
+        own = [text.completion for text, unit in texts if unit == 0]
+        assert own == [f"w{10 + n}" for n in kept]
+        taken = [tokens[n] for n in kept]
+        expected = ((sum(taken) / len(taken) + 24) / 4, (sum(tokens) / len(tokens) + 24) / 4)
+        assert found.tokens == pytest.approx(expected)
+        assert found.record()["tokens"] == {"taken": found.tokens[0], "right": found.tokens[1]}
+        assert (found.sampled, found.cut) == (len(tokens) + 6, 1)
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=9))
+def test_the_shortest_is_among_the_shorter_which_are_half_or_more(tokens):
+    asked = Asked("w", {"name": "words", "count": 1}, {"p0": "w5"}, True)
+    taken = {
+        take: {
+            text.completion for text in RightAnswers.of(asked, lengths_of(*tokens), "base", take).texts.conversations
+        }
+        for take in ("all", "shorter", "shortest")
+    }
+    assert len(taken["all"]) == len(tokens)
+    assert len(taken["shortest"]) == 1
+    assert taken["shortest"] <= taken["shorter"] <= taken["all"]
+    assert 2 * len(taken["shorter"]) >= len(tokens)
+
+
+def test_the_shortest_are_learned_by_the_command_and_by_python_alike(folder, capsys):
+    measured([each for n in range(18) for each in lengths_of(9, 4 + n % 3, 7, problem=f"p{n}")])
+    assert main(train_words("out", "--samples-take", "shortest")) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "18 right answers, the shortest of each problem, to 18 of 20 problems of words, among 54 samples" in said
+    assert "they have 5 tokens on average, all right answers 7; measure the adapter on other problems" in said
+    assert record_of("out")["samples"]["take"] == record_of("out")["settings"]["samples_take"] == "shortest"
+    base = mb.load("model", device="cpu")
+    answers = mb.right_answers("measured", samples_take="shortest")
+    data = mb.extract(base, answers, support="auto:40")
+    config = mb.SFTConfig(support="auto:40", batch_tokens=8, epochs=2)
+    mb.train_sft(base, data, config, output="python")
+    assert Path("python", ADAPTER).read_bytes() == Path("out", ADAPTER).read_bytes()
+    assert main(train_words("all")) == 0
+    assert Path("all", ADAPTER).read_bytes() != Path("out", ADAPTER).read_bytes()
+
+
+def test_right_answers_come_of_an_evaluation_in_memory_as_of_its_folder(folder, grader):
+    write(folder / "problems.jsonl", [{"id": f"p{n}", "problem": f"w{5 + n} w6", "answer": str(n)} for n in range(5)])
+    base = mb.load("model", device="cpu")
+    config = {"samples": 8, "temperature": 4, "max_new_tokens": 30, "batch_size": 6}
+    found = mb.evaluate(base, {"base": None}, None, mb.EvalConfig(data="problems.jsonl", **config))
+    assert main(words_to("measured", "--samples", "8", *LONGER)) == 0
+    kept = [replace(each, outcome="correct") for each in found.samples]
+    Path("measured/samples.jsonl").unlink()
+    SampleFile(Path("measured"), 1).append(kept)
+    for take in ("all", "shorter", "shortest"):
+        of_memory = mb.right_answers(replace(found, samples=kept), samples_take=take)
+        of_folder = mb.right_answers("measured", samples_take=take)
+        assert of_memory.texts.conversations == of_folder.texts.conversations
+        assert of_memory.texts.units == of_folder.texts.units
+        assert of_memory.tokens == of_folder.tokens
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (
+            lambda: mb.right_answers("measured", samples_take="short"),
+            "`samples_take` is 'short'; give one of 'all', 'sh",
+        ),
+        (lambda: mb.right_answers(["w1"]), "`samples` is a list; give what evaluate returned, or the folder of a moe"),
+        (
+            lambda: mb.right_answers("measured", samples_take="shortest"),
+            "`samples_take` 'shortest' needs to know how long answers are, which the server that 'measured' was",
+        ),
+        (
+            lambda: mb.extract(mb.load("model", device="cpu"), mb.right_answers("measured"), pairs=True),
+            "`pairs` needs rows of preferences, and `rows` are right answers",
+        ),
+    ],
+)
+def test_what_python_gives_wrong_is_told(folder, call, sentence):
+    measured(lengths_of(None, None))
+    with pytest.raises(mb.UserError, match=re.escape(sentence)):
+        call()
 
 
 def test_one_answer_a_problem_trains_what_its_rows_would_and_finds_their_hidden_states(folder, monkeypatch):
@@ -182,7 +291,7 @@ def test_held_out_sums_are_those_of_problems():
         ),
         (
             "--samples measured --samples-of mine",
-            "'measured/samples.jsonl' has no samples of 'mine'; name one with --samples-of: 'adapter', 'base'",
+            "'measured' has no samples of 'mine'; name one with --samples-of: 'adapter', 'base'",
         ),
         (
             "--samples measured --samples-of adapter",
@@ -198,6 +307,7 @@ def test_held_out_sums_are_those_of_problems():
         ("--samples m --store s", "--store s and --samples m exclude each other; give one"),
         ("", "one of --data, --store and --samples is required"),
         ("--data d --samples-of base", "--samples-of base needs --samples; give both (samples_of comes from --samp"),
+        ("--data d --samples-take shortest", "--samples-take shortest needs --samples; give both (samples_take comes"),
         ("--samples m --split test", "--split test does not apply to --samples; leave it out"),
     ],
 )
