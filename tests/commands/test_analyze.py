@@ -122,6 +122,32 @@ def test_a_store_gives_the_same_and_has_no_continuations_without_its_texts(adapt
         assert [flip[side] for flip in ours["flips"]] == [flip[side] for flip in theirs["flips"]]
 
 
+def test_the_features_that_training_kept_are_read(adapter, folder, capsys, monkeypatch):
+    common = "--model model --data rows.jsonl --device cpu --held-out 0.3 --seed 4"
+    kept = ["--features", "features"]
+    training = f"train sft {common} --support auto:40 --epochs 1 --batch-tokens 16 --batch-size 4 --output run"
+    assert main([*training.split(), *kept]) == 0
+    save_adapter(folder / "other", "model", support=[3, 4, 9])
+    before = Path("features/manifest.json").read_bytes()
+    both = words(*kept, "--held-out", "0.3", "--seed", "4", adapters="run,other")
+    with monkeypatch.context() as patch:
+        patch.setattr(analysis_text, "stored", None)
+        assert main(both) == 0
+    assert "hidden states found in features" in printed(capsys)
+    assert Path("features/manifest.json").read_bytes() == before
+    assert main(words("--held-out", "0.3", "--seed", "4", adapters="run,other", output="again")) == 0
+    for ours, theirs in zip(record_of()["adapters"], record_of("again")["adapters"], strict=True):
+        for quantity, estimate in ours["strata"]["all"]["means"].items():
+            expected = theirs["strata"]["all"]["means"][quantity]["value"]
+            assert estimate["value"] == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    said = complaint(capsys, *words(*kept, "--max-length", "6", output="shorter"))
+    assert said.startswith("'features' holds another feature store: it is of other examples, or of these cut elsewhere")
+    extraction = "extract --model model --device cpu --data rows.jsonl --support all --keep-top 0.5 --output part"
+    assert main(extraction.split()) == 0
+    said = complaint(capsys, *words("--features", "part", output="in-part"))
+    assert said.startswith("'part' holds another feature store: its keep_top is 0.5, here it is None")
+
+
 def test_the_examples_that_training_kept_out_are_read_alone(adapter):
     common = "--model model --data rows.jsonl --device cpu --held-out 0.3 --seed 4"
     training = f"train sft {common} --support auto:40 --epochs 1 --batch-tokens 16 --output run"

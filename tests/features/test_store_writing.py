@@ -103,26 +103,26 @@ def test_an_interrupt_says_what_is_whole(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("changes", "field"),
+    ("changes", "difference"),
     [
-        ({"corpus": corpus_of(seed=1)}, "corpus"),
-        ({"facts": FACTS.model_copy(update={"head": "x"})}, "model.head"),
-        ({"facts": FACTS.model_copy(update={"compute_dtype": "bfloat16"})}, "model.compute_dtype"),
-        ({"part": (1, 2)}, "part"),
-        ({"support": 5}, "support"),
-        ({"support": [2, 8, 11]}, "support"),
-        ({"keep_top": 0.5}, "keep_top"),
-        ({"hidden_dtype": torch.bfloat16}, "hidden_dtype"),
-        ({"batch_size": 3}, "batch_size"),
-        ({"shard_tokens": 10}, "shard_tokens"),
+        ({"corpus": corpus_of(seed=1)}, "it is of other examples, or of these cut elsewhere, from "),
+        ({"facts": FACTS.model_copy(update={"head": "x"})}, "its model.head is .*, here it is "),
+        ({"facts": FACTS.model_copy(update={"compute_dtype": "bfloat16"})}, "its model.compute_dtype is .*, here "),
+        ({"part": (1, 2)}, "its part is .*, here it is "),
+        ({"support": 5}, "its support is .*, here it is "),
+        ({"support": [2, 8, 11]}, "its support is .*, here it is "),
+        ({"keep_top": 0.5}, "its keep_top is .*, here it is "),
+        ({"hidden_dtype": torch.bfloat16}, "its hidden_dtype is .*, here it is "),
+        ({"batch_size": 3}, "its batch_size is .*, here it is "),
+        ({"shard_tokens": 10}, "its shard_tokens is .*, here it is "),
     ],
 )
 @pytest.mark.parametrize("file", ["manifest.json", "unfinished.json"])
-def test_another_store_is_not_overwritten(tmp_path, changes, field, file):
+def test_another_store_is_not_overwritten(tmp_path, changes, difference, file):
     make_store(tmp_path)
     (tmp_path / "manifest.json").rename(tmp_path / file)
     before = contents(tmp_path)
-    with pytest.raises(UserError, match=f"holds another feature store: its {field} is .*, here it is .*; name another"):
+    with pytest.raises(UserError, match=f"holds another feature store: {difference}.*; name another"):
         make_store(tmp_path, **changes)
     assert contents(tmp_path) == before
 

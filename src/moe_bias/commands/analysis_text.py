@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -21,11 +22,11 @@ from moe_bias.api.data import stored, texts_of
 from moe_bias.backbone import Head
 from moe_bias.commands.looking_settings import AnalyzeSettings
 from moe_bias.commands.material import keep, texts_named
-from moe_bias.features.build import Choices, make_plan
+from moe_bias.features.build import Choices, Plan, make_plan
 from moe_bias.features.examples import encoded, length_limit, split
 from moe_bias.features.extract import run_backbone, with_scalars
 from moe_bias.features.fingerprint import model_facts
-from moe_bias.features.manifest import TEMPERATURE
+from moe_bias.features.manifest import MANIFEST, TEMPERATURE, first_difference, other_store, read_manifest
 from moe_bias.features.store import FeatureStore
 from moe_bias.frozen import frozen
 from moe_bias.layer import MoEBiasLayer
@@ -40,6 +41,8 @@ from moe_bias.training.processes import ALONE
 from moe_bias.training.run_folder import begin, digest
 
 BASE_ANSWERS = "base-answers.json"
+_OF_NO_CONCERN = frozenset({"support", "held_out", "shard_tokens", "batch_size"})
+"""Fields of a recipe that analysis asks nothing of: it reads tokens on any support, all of them or those held out."""
 
 
 @dataclass(frozen=True)
@@ -142,9 +145,27 @@ def _extracted(settings: AnalyzeSettings, console: Console) -> Iterator[Matter]:
     choices = Choices(_support(layers[0]), (), head.dtype, batch_size=settings.batch_size)
     plan = make_plan(corpus, settings.data, model_facts(model, head, tokenizer), choices)
     with ExitStack() as folder:
-        store = stored(base, plan, keep(settings), folder, ALONE, console)
+        found = _found(settings.features, plan, console)
+        store = stored(base, plan, keep(settings), folder, ALONE, console) if found is None else found
         text = _text(store, held_out)
         yield Matter(model, tokenizer, head, layers, text, "data", settings.data, examples=_by_row(corpus))
+
+
+def _found(folder: Path | None, plan: Plan, console: Console) -> FeatureStore | None:
+    """A whole store of the same texts that was made otherwise, such as by training on them; None where there is none.
+
+    Raises UserError where the folder's is of another model or other texts, or lacks tokens.
+    """
+    if folder is None or not (folder / MANIFEST).is_file():
+        return None
+    manifest = read_manifest(folder)
+    if first_difference(manifest.recipe, plan.recipe) is None:
+        return None
+    wrong = first_difference(manifest.recipe, plan.recipe, _OF_NO_CONCERN)
+    if wrong is not None:
+        raise other_store(folder, manifest, wrong)
+    say(console, f"hidden states found in {folder}: the model is not run for them")
+    return FeatureStore.open(folder)
 
 
 def _sampled(settings: AnalyzeSettings) -> Matter:

@@ -247,6 +247,15 @@ def _first(error: ValidationError) -> str:
     return f"{first.field[:80]}: {first.reason}" if first.field else first.reason
 
 
+def other_store(folder: Path, manifest: Manifest, wrong: tuple[str, str, str]) -> UserError:
+    """The error to raise where a folder holds a store that differs from what is wanted in this."""
+    name, theirs, ours = wrong
+    what = f"its {name} is {theirs}, here it is {ours}"
+    if name == "corpus":  # hashes, which say nothing to a reader
+        what = f"it is of other examples, or of these cut elsewhere, from {shown(manifest.recipe.source)}"
+    return UserError(f"{str(folder)!r} holds another feature store: {what}; name another folder or remove it")
+
+
 def first_difference(
     ours: BaseModel, theirs: BaseModel, apart_from: frozenset[str] = frozenset()
 ) -> tuple[str, str, str] | None:

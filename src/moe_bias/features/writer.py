@@ -27,6 +27,7 @@ from moe_bias.features.manifest import (
     Shard,
     first_difference,
     load_manifest,
+    other_store,
     sealed,
     seconds_spent,
     shard_file,
@@ -62,10 +63,7 @@ class StoreFolder:
         manifest = load_manifest(found)
         wrong = first_difference(manifest.recipe, recipe)
         if wrong is not None:
-            raise UserError(
-                f"{str(folder)!r} holds another feature store: its {wrong[0]} is {wrong[1]}, here it is "
-                f"{wrong[2]}; name another folder or remove it"
-            )
+            raise other_store(folder, manifest, wrong)
         wrong_files = {shard.file for shard in damaged(folder, manifest.shards)}
         whole = [shard for shard in manifest.shards if shard.file not in wrong_files]
         return cls(folder, manifest.model_copy(update={"shards": whole}))
