@@ -9,13 +9,27 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from moe_bias.analysis.quantities import QUANTITIES
-from moe_bias.experiments.policy_arms import AGAINST, measured_after, percent_by_seed
+from moe_bias.evaluation.statistics import estimate_of, percent
+from moe_bias.report.table import Column, Table
+from moe_bias.report.tables import (
+    ARM,
+    PARAMETERS,
+    SEEDS,
+    costs_of_arms,
+    costs_of_cells,
+    likelihoods,
+    percents,
+    points,
+    scores,
+    solved,
+    strata,
+)
 
 RECORDS = Path(__file__).parent.parent / "records"
 _MARKED = re.compile(r"(<!-- from records: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -30,8 +44,19 @@ def demo_tasks() -> str:
     """What the demonstration found on each task, best gain in accuracy first."""
     records = [_read(path) for path in sorted(RECORDS.glob("demo/*.json"))]
     records.sort(key=lambda record: -record["arms"][2]["accuracy"]["value"] + record["arms"][0]["accuracy"]["value"])
-    headings = ["task", "base NLL", "static", "moe-bias", "change to static", "base accuracy", "static", "moe-bias"]
-    return _table([*headings, "tokens, base", "moe-bias"], (_demo_row(record) for record in records))
+    columns = [
+        Column("task", ("settings", "task"), "`{}`"),
+        Column("base NLL", ("arms", 0, "nll"), "{:.3f}", bare=True),
+        Column("static", ("arms", 1, "nll"), "{:.3f}", bare=True),
+        Column("moe-bias", ("arms", 2, "nll"), "{:.3f}", bare=True),
+        Column("change to static", ("arms", 2, "nll_change"), "{:+.3f}"),
+        Column("base accuracy", ("arms", 0, "accuracy"), "{:.0%}"),
+        Column("static", ("arms", 1, "accuracy"), "{:.0%}"),
+        Column("moe-bias", ("arms", 2, "accuracy"), "{:.0%}"),
+        Column("tokens, base", ("arms", 0, "tokens"), "{:.0f}", bare=True),
+        Column("moe-bias", ("arms", 2, "tokens"), "{:.0f}", bare=True),
+    ]
+    return _shown(Table("", "", columns, records))
 
 
 def demo_output() -> str:
@@ -41,30 +66,32 @@ def demo_output() -> str:
 
 def sweep_products() -> str:
     """Held-out NLL of each cell of the sweep on products, by stratum, with changes against its base cell."""
-    table = _read(RECORDS / "sweeps" / "products.json")
-    headings = ["cell", "parameters", "all tokens", "change", "high entropy", "low entropy", "spread over seeds"]
-    return _table(headings, (_sweep_row(row) for row in table["rows"]))
+    return _cells(_read(RECORDS / "sweeps" / "products.json"))
 
 
 def defaults(stem: str) -> str:
     """A sweep on one of the two texts behind the defaults, or the arms on it."""
     record = _read(RECORDS / "defaults" / f"{stem}.json")
-    headings = ["cell", "parameters", "all tokens", f"change against `{record['base']}`", "high entropy"]
-    arms = stem.endswith("-arms")
-    rows = (_cell_row(row, arms) for row in record["rows"])
-    last = ["tokens trained on", "seconds"] if arms else ["seeds", "spread over seeds"]
-    return _table([*headings, "low entropy", *last], rows) + f"\n{_machine(record)}.\n"
+    more = ["tokens trained on", "seconds"] if stem.endswith("-arms") else ["seeds", "spread"]
+    return _cells(record, *more) + f"\n{_machine(record)}.\n"
+
+
+def _cells(record: dict[str, Any], *more: str) -> str:
+    base, took = record["base"], costs_of_cells(record["rows"])
+    measured = likelihoods(record["rows"], base)
+    table = replace(took, columns=[*took.columns, *measured.columns[1:]])
+    shown = ["arm", "parameters", "all tokens", f"change to {base}", "high entropy", "low entropy", *more]
+    return _shown(table.only(*shown))
 
 
 def sft() -> str:
     """Held-out NLL before and after a run of `train sft`."""
     record = _read(RECORDS / "sft" / "gsm8k.json")
-    rows = [
-        [name.replace("_nll", ""), _interval(record[name], ".4f")] for name in ("base_nll", "adapted_nll", "change")
-    ]
+    found = {name.removesuffix("_nll"): record[name] for name in ("base_nll", "adapted_nll", "change")}
+    columns = [Column("held out", (0,)), Column("NLL in nats per token", (1,), "{:.4f}")]
     steps = record["training"]
     return (
-        _table(["held out", "NLL in nats per token"], rows)
+        _shown(Table("", "", columns, list(found.items())))
         + f"\nThe layer of step {steps['layer_step']:,} of {steps['steps']:,}; {_machine(record)}.\n"
     )
 
@@ -72,24 +99,27 @@ def sft() -> str:
 def evaluation(folder: str) -> str:
     """What `eval` measured of each arm on each set of problems, in the records of a folder."""
     records = [_read(path) for path in sorted(RECORDS.glob(f"{folder}/*.json"))]
-    headings = [
-        "problems",
-        "samples",
-        "arm",
-        "accuracy",
-        "change to base",
-        "one of all",
-        "majority",
-        "tokens",
-        "cut off",
+    rows = [_of_problems(record, arm) for record in records for arm in record["arms"]]
+    more = [
+        Column("problems", ("of",)),
+        Column("samples", ("samples",)),
+        points("to the first, points", "to the first"),
+        percents("one of all, %", "one of all"),
     ]
-    arms = [(record, arm) for record in records for arm in record["arms"]]
-    if any("looping" in arm for _, arm in arms):
-        headings += ["loops", "distinct-4"]
-    return (
-        _table(headings, (_arm_row(record, arm)[: len(headings)] for record, arm in arms))
-        + f"\n% with 95% intervals over problems; {_machine(records[0])}.\n"
-    )
+    shown = ["problems", "samples", "arm", "right, %", "to the first, points", "one of all, %", "majority, %"]
+    table = scores(rows, more=more).only(*shown, "tokens", "cut, %", "loops, %", "distinct-4, %")
+    return _shown(table) + f"\n% with 95% intervals over problems; {_machine(records[0])}.\n"
+
+
+def _of_problems(record: dict[str, Any], arm: dict[str, Any]) -> dict[str, Any]:
+    """An arm of an evaluation with what it answered, its change to the first arm, and whether one of all was right."""
+    problems, samples = record["problems"], record["protocol"]["samples"]
+    return arm | {
+        "of": f"{problems['count']} of `{Path(problems['name']).stem}`",
+        "samples": samples,
+        "to the first": arm["change"].get(record["arms"][0]["name"]),
+        "one of all": arm["pass_at"].get(str(samples)),
+    }
 
 
 def extraction() -> str:
@@ -116,12 +146,8 @@ def rl_update() -> str:
 def policies(task: str) -> str:
     """Accuracy of the arms of reinforcement learning on one task, and changes against other arms, in %."""
     record = _read(RECORDS / "compare" / task / "table.json")
-    rows = record["rows"]
-    sets = measured_after(rows[0]["accuracy"])
-    others = [name for name in AGAINST if any(name in row["change"] for row in rows)]
-    solved = [heading for name in sets for heading in (name, "gained by the steps")]
-    headings = ["arm", "parameters", "held out by seed", *solved, *(f"held out, to `{name}`" for name in others)]
-    return _table(headings, (_policy_row(row, sets, others) for row in rows)) + f"\n{_machine(record)}.\n"
+    table = solved(record["rows"])
+    return _shown(replace(table, columns=[ARM, PARAMETERS, *table.columns[1:]])) + f"\n{_machine(record)}.\n"
 
 
 def policy_variants(task: str) -> str:
@@ -132,23 +158,21 @@ def policy_variants(task: str) -> str:
         for name in records[0]["settings"]
         if name != "output" and len({str(one["settings"][name]) for one in records}) > 1
     ]
-    sets = measured_after(records[0]["rows"][0]["accuracy"])
-    headings = [*(f"`{name}`" for name in different), "seeds"]
-    headings += [heading for name in sets for heading in (name, "gained by the steps")]
     rows = []
     for record in records:
         (row,) = [row for row in record["rows"] if row["name"] == "moe-bias"]
-        solved = _policy_row(row, sets, [])[3:]
-        rows.append([*(str(record["settings"][name]) for name in different), str(row["seeds"]), *solved])
-    return _table(headings, rows) + f"\n{_machine(records[0])}.\n"
+        rows.append(row | {"settings": record["settings"]})
+    varied = [Column(f"`{name}`", ("settings", name)) for name in different]
+    table = solved([row | {"change": {}} for row in rows])
+    return _shown(replace(table, columns=[*varied, SEEDS, *table.columns[2:]])) + f"\n{_machine(records[0])}.\n"
 
 
 def policy_costs(task: str) -> str:
     """What the arms of reinforcement learning took, on one task."""
     record = _read(RECORDS / "compare" / task / "table.json")
-    headings = ["arm", "tokens sampled", "seconds", "of it updating", "process's peak memory"]
-    rows = [row for row in record["rows"] if row["seconds"]]
-    return _table(headings, (_policy_costs_row(row) for row in rows)) + f"\nMeans over seeds; {_machine(record)}.\n"
+    table = costs_of_arms([row for row in record["rows"] if row["seconds"]])
+    shown = table.only("arm", "tokens sampled", "seconds", "of it updating", "peak MiB")
+    return _shown(shown) + f"\nMeans over seeds; {_machine(record)}.\n"
 
 
 def rl_signal() -> str:
@@ -173,19 +197,11 @@ def analysis(stem: str) -> str:
     """What an adapter does to the tokens of high and of low base entropy."""
     record = _read(RECORDS / "analysis" / f"{stem}.json")
     adapter, text = record["adapters"][0], record["text"]
-    strata = adapter["strata"]
-    rows = [["tokens", *(f"{stratum['tokens']:,}" for stratum in strata.values())]]
-    for name, row in QUANTITIES.items():
-        means = [stratum["means"][name] for stratum in strata.values()]
-        cells = [_interval({key: row.factor * mean[key] for key in mean}, row.form[2:-1]) for mean in means]
-        rows.append([row.heading.strip().replace("|", "\\|"), *cells])
-    rows.append(["largest \\|b\\|", *(f"{stratum['bias_max']:.1f}" for stratum in strata.values())])
-    rows.append(["entropy of expert use", *(f"{stratum['expert_entropy']:.3f}" for stratum in strata.values())])
     known = adapter["mutual_information"]
     told = ", ".join(f"{name} {value['nats']:.3f} of at most {value['at_most']:.3f}" for name, value in known.items())
-    overlap = _percent(adapter["overlap"], ".1f")
+    overlap = percent(estimate_of(adapter["overlap"]))
     return (
-        _table(["means over tokens", *(f"{name} tokens" for name in strata)], rows)
+        _shown(strata(adapter))
         + f"\n{text['examples']:,} examples; high: base entropy of at least {text['threshold']:.2f} nats. "
         f"Overlap of the top {text['rho']:.0%}: {overlap}%.\n"
         f"Nats that the expert of a routed slot tells of its token: {told}. {_machine(record)}.\n"
@@ -278,8 +294,8 @@ def gains() -> str:
     for task in ("products", "gcd", "general-points"):
         ours, before = (_read(RECORDS / "compare" / name / "table.json") for name in (f"{task}-linear", task))
         arms = {row["name"]: row for row in before["rows"]} | {row["name"]: row for row in ours["rows"]}
-        solved = [_percent(arms[name]["accuracy"]["held out"], ".1f") for name in _GAINS]
-        rows.append([f"`{task}`", *solved])
+        shares = [percent(estimate_of(arms[name]["accuracy"]["held out"])) for name in _GAINS]
+        rows.append([f"`{task}`", *shares])
     headings = [f"{title}, {_trained(arms[name])}" if name != "base" else title for name, title in _GAINS.items()]
     return (
         _table(["held-out problems solved, %", *headings], rows) + f"\n95% intervals over problems; {_machine(ours)}.\n"
@@ -349,88 +365,11 @@ def _by_kind_and_count(tenants: str) -> tuple[int, int]:
     return ("plain", "ours", "lora").index(kind), int(count or 0)
 
 
-def _demo_row(record: dict[str, Any]) -> list[str]:
-    base, static, moe_bias = record["arms"]
-    return [
-        f"`{record['settings']['task']}`",
-        *(f"{arm['nll']['value']:.3f}" for arm in (base, static, moe_bias)),
-        _interval(moe_bias["nll_change"], "+.3f"),
-        *(_interval(arm["accuracy"], ".0%") for arm in (base, static, moe_bias)),
-        *(f"{arm['tokens']['value']:.0f}" for arm in (base, moe_bias)),
-    ]
-
-
-def _arm_row(record: dict[str, Any], arm: dict[str, Any]) -> list[str]:
-    problems, samples = record["problems"], record["protocol"]["samples"]
-    change = arm["change"].get(record["arms"][0]["name"])
-    return [
-        f"{problems['count']} of `{Path(problems['name']).stem}`",
-        str(samples),
-        f"`{arm['name']}`",
-        _percent(arm["accuracy"], ".1f"),
-        "" if change is None else _percent(change, "+.1f"),
-        "" if samples == 1 else _percent(arm["pass_at"][str(samples)], ".1f"),
-        "" if samples == 1 else _percent(arm["majority"], ".1f"),
-        f"{arm['tokens']['value']:.0f}",
-        f"{arm['cut']:.0%}",
-        _percent(arm["looping"], ".1f") if "looping" in arm else "",
-        _percent(arm["distinct"], ".1f") if "distinct" in arm else "",
-    ]
-
-
-def _percent(estimate: dict[str, float], form: str) -> str:
-    return _interval({key: 100 * estimate[key] for key in ("value", "low", "high")}, form)
-
-
-def _sweep_row(row: dict[str, Any]) -> list[str]:
-    nll, change = row["nll"], row["change"]
-    return [
-        f"`{row['name']}`",
-        f"{row['parameters']:,}",
-        f"{nll['all']['value']:.3f}",
-        "" if change is None else _interval(change["all"], "+.3f"),
-        f"{nll['high']['value']:.3f}",
-        f"{nll['low']['value']:.3f}",
-        f"{row['spread']:.3f}",
-    ]
-
-
-def _cell_row(row: dict[str, Any], arms: bool) -> list[str]:
-    nll, change = row["nll"], row["change"]
-    values = [_interval(nll[stratum], ".3f") for stratum in ("all", "high", "low")]
-    changed = "" if change is None else _interval(change["all"], "+.3f")
-    spread = f"{row['spread']:.3f}" if row["seeds"] > 1 else ""
-    last = [f"{row['train_tokens']:,}", f"{row['seconds']:,.0f}"] if arms else [str(row["seeds"]), spread]
-    return [f"`{row['name']}`", f"{row['parameters']:,}", values[0], changed, *values[1:], *last]
-
-
-def _policy_row(row: dict[str, Any], sets: Sequence[str], others: Sequence[str]) -> list[str]:
-    changes = [_percent(row["change"][name], "+.1f") if name in row["change"] else "" for name in others]
-    gains = {name: _percent(change, "+.1f") for name, change in row["gain"].items()}
-    accuracies = [cell for name in sets for cell in (_percent(row["accuracy"][name], ".1f"), gains.get(name, ""))]
-    by_seed = percent_by_seed(row["by_seed"])
-    return [f"`{row['name']}`", f"{row['parameters']:,}", by_seed, *accuracies, *changes]
-
-
-def _policy_costs_row(row: dict[str, Any]) -> list[str]:
-    return [
-        f"`{row['name']}`",
-        f"{row['sampled_tokens']:,}",
-        f"{row['seconds']:,.0f}",
-        f"{row['updating_share']:.1%}",
-        f"{row['peak_bytes'] / 2**20:,.0f} MiB",
-    ]
-
-
 def _trial_row(record: dict[str, Any]) -> list[str]:
     settings, arm = record["settings"], record["arm"]
     curve = ", ".join(f"{step}: {sets['held out']:.1%}" for step, sets in arm["curve"])
     made_up = f"{settings['prompts']} problems x {settings['group']} samples"
     return [made_up, f"{settings['router_rate']:g}", f"{arm['sampled_tokens']:,}", curve]
-
-
-def _percent(estimate: dict[str, float], form: str) -> str:
-    return _interval({key: 100 * value for key, value in estimate.items()}, form)
 
 
 _GAINS = {
@@ -526,11 +465,6 @@ def _seconds(value: float | None) -> str:
     return "not kept" if value is None else f"{value:.3g}"
 
 
-def _interval(estimate: dict[str, float], form: str) -> str:
-    value, low, high = (format(estimate[key], form) for key in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
-
-
 def _times(ratio: dict[str, float]) -> str:
     digits = 3 if ratio["median"] < 3 else 1
     return f"{ratio['median']:.{digits}f}x [{ratio['low']:.{digits}f}, {ratio['high']:.{digits}f}]"
@@ -544,6 +478,13 @@ def _machine(record: dict[str, Any]) -> str:
     machine = record["provenance"]["machine"]
     hardware = machine["accelerator"] or f"{machine['processor']}, {machine['threads']} threads"
     return f"{hardware}; torch {record['provenance']['versions']['torch']}"
+
+
+def _shown(table: Table) -> str:
+    """A record's table; the names of arms are shown as code."""
+    columns = [replace(column, form="`{}`") if column is ARM else column for column in table.columns]
+    rows = replace(table, columns=columns).cells
+    return _table(table.headings, ([cell.strip().replace("|", "\\|") for cell in row] for row in rows))
 
 
 def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

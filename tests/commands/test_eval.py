@@ -247,8 +247,8 @@ def test_bad_golds_are_in_the_table_and_named(ground, monkeypatch, capsys):
     write(ground / "problems.jsonl", [{**rows[0], "answer": "\\frac{1}{"}, *rows[1:]])
     assert main(words_to("out")) == 0
     said = capsys.readouterr().out
-    assert re.search(r"avg@1 . +unread . +bad gold", said)
-    assert re.search(r"base .* 80% . +20%", said)
+    assert re.search(r"right, % . +unread, % . +bad gold, %", said)
+    assert re.search(r"base .* 80\.0 . +20\.0", said)
     assert "1 of 5 problems have a gold answer that the grader cannot read ('p0'): every answer to them" in said
     write(ground / "problems.jsonl", rows)
     monkeypatch.setattr(eval_model, "load_model", None)

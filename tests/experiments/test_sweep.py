@@ -142,7 +142,7 @@ def test_sweep_from_the_command(folder, capsys, monkeypatch):
     assert main([*words, "--grid", "num_experts=4,8 support=auto:40,all", "--base", "num_experts=8 support=all"]) == 0
     assert (len(extracted), len(run)) == (1, 8)
     printed = capsys.readouterr().out
-    assert "paired change against num_experts=8 support=all" in printed.replace("\n", " ")
+    assert "changes to num_experts=8 support=all are paired (second lines)" in " ".join(printed.split())
     table = json.loads((folder / "out" / "table.json").read_text())
     rows = {row["name"]: row for row in table["rows"]}
     assert next(iter(rows)) == "base model"

@@ -15,14 +15,15 @@ from helpers.complaints import complaint
 from helpers.inspections import SCRIPT
 from helpers.reports import RECORDS, analysis, evaluation, policy, supervised, write
 from moe_bias.cli import main
-from moe_bias.evaluation.statistics import Estimate
+from moe_bias.evaluation.statistics import Estimate, with_interval
 from moe_bias.mistakes import UserError
 from moe_bias.records import RecordKind
 from moe_bias.report.build import build
-from moe_bias.report.content import Table, Topic, with_interval, without_empty_columns
+from moe_bias.report.content import Topic
 from moe_bias.report.latex import escaped, latex
 from moe_bias.report.markdown import markdown
 from moe_bias.report.record import read_records
+from moe_bias.report.table import Table
 
 
 @pytest.fixture(scope="module")
@@ -153,8 +154,8 @@ def test_what_a_record_lacks_is_not_told(tmp_path):
     assert "Model: not recorded" in text
     assert "says neither settings nor provenance" in text
     assert "## Training" not in text
-    table = without_empty_columns(Table("t", "", ["a", "b"], [["1", ""], ["2", ""]]))
-    assert (table.headings, table.rows) == (["a"], [["1"], ["2"]])
+    table = Table.of_texts("t", "", ["a", "b"], [["1", ""], ["2", ""]]).without_empty_columns()
+    assert (table.headings, table.cells) == (["a"], [["1"], ["2"]])
     assert with_interval(Estimate(0.5, float("nan"), float("nan")), "{:.1f}") == "0.5"
 
 
@@ -208,7 +209,7 @@ def test_records_of_different_models_are_refused(tmp_path, capsys):
 def test_latex_leaves_no_special_letter(text):
     written = re.sub(r"\\(text\w+\{\}|[{}&%$#_])", "", escaped(text))
     assert not set(written) & set("\\{}&%$#_~^<>|\n")
-    assert latex(Table("t", "c", ["h"], [[text]])).count(r"\\") == 2
+    assert latex(Table.of_texts("t", "c", ["h"], [[text]])).count(r"\\") == 2
 
 
 @pytest.mark.browser

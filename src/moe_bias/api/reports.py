@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from io import StringIO
 from typing import Any
 
-from rich.table import Table
-
 from moe_bias.evaluation.samples import Sample
 from moe_bias.evaluation.scores import Score
-from moe_bias.evaluation.statistics import Estimate
+from moe_bias.evaluation.statistics import Estimate, with_interval
+from moe_bias.evaluation.statistics import points as points_of
 from moe_bias.experiments.cells import Row
-from moe_bias.experiments.policy_arms import HELD_OUT, PolicyRow
+from moe_bias.experiments.policy_arms import PolicyRow
 from moe_bias.extras import need
 from moe_bias.progress import text_console
+from moe_bias.report.table import Column, Table
+from moe_bias.report.tables import costs_of_arms, costs_of_cells, likelihoods, points, solved
+from moe_bias.report.terminal import terminal_table
 
 Curve = Sequence[Mapping[str, float]]
 """Metrics by name of each step, as `moe_bias.training.metrics` describes them, `step` among them."""
@@ -40,40 +42,39 @@ class Report:
         """One sentence above the table."""
         raise NotImplementedError
 
-    def rows(self) -> list[dict[str, str]]:
-        """The table: a row for each thing that was measured, by column."""
+    @property
+    def table(self) -> Table:
+        """A row for each thing that was measured."""
         raise NotImplementedError
 
+    def rows(self) -> list[dict[str, str]]:
+        """The table as texts: a row for each thing that was measured, by column."""
+        table = self.table
+        return [dict(zip(table.headings, row, strict=True)) for row in table.cells]
+
     def frame(self) -> Any:
-        """The curve as a `pandas.DataFrame`, a row for each step; the table where there is no curve.
+        """The curve as a `pandas.DataFrame`, a row for each step; where there is no curve the table, in numbers.
 
         Raises UserError where pandas is not installed.
         """
         need("pandas", "a data frame")
         import pandas
 
-        return pandas.DataFrame(list(self.curve) or self.rows())
+        return pandas.DataFrame(list(self.curve) or self.table.values())
 
     def __repr__(self) -> str:
-        rows = self.rows()
-        table = Table()
-        for name in rows[0]:
-            table.add_column(name, justify="left" if name == next(iter(rows[0])) else "right")
-        for row in rows:
-            table.add_row(*row.values())
         text = StringIO()
         # A console in a notebook draws on the page, whatever its file is, unless it is told not to.
         console = text_console(file=text, width=WIDTH, color_system=None, highlight=False, force_jupyter=False)
         console.print(self.title)
-        console.print(table)
+        console.print(terminal_table(self.table))
         return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
     def _repr_html_(self) -> str:
         """The table, and the curves where matplotlib is installed."""
-        rows = self.rows()
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in rows[0])
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in self.table.headings)
         body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(value)}</td>" for value in row.values()) + "</tr>" for row in rows
+            "<tr>" + "".join(f"<td>{html.escape(value)}</td>" for value in row) + "</tr>" for row in self.table.cells
         )
         return f"<p>{html.escape(self.title)}</p><table><tr>{head}</tr>{body}</table>{self._drawn()}"
 
@@ -118,15 +119,16 @@ class SFTReport(Report):
         verb = "falls" if self.change.value < 0 else "rises"
         what = f"Held-out NLL {verb} by {abs(self.change.value):.3f} nats per token"
         if self.preferred is not None:
-            what = f"The chosen answer gains more in {_percent(self.preferred)} of the held-out pairs"
+            what = f"The chosen answer gains more in {with_interval(self.preferred, '{:.1%}')} of the held-out pairs"
         made = f"{self.steps:,} steps on {self.train_tokens:,} tokens ({self.parameters:,} parameters)"
         return f"{what} {'in' if self.preferred is None else 'after'} {made}"
 
-    def rows(self) -> list[dict[str, str]]:
+    @property
+    def table(self) -> Table:
         """Base, adapted and their difference."""
+        heading = "held-out NLL, nats per token" if self.preferred is None else "NLL of chosen answers, nats per token"
         named = {"base": self.base_nll, "adapted": self.adapted_nll, "change": self.change}
-        column = "held-out NLL, nats per token" if self.preferred is None else "NLL of chosen answers, nats per token"
-        return [{"": name, column: _plain(value)} for name, value in named.items()]
+        return _table([Column("", (0,), words=True), Column(heading, (1,), "{:.3f}")], list(named.items()))
 
 
 @dataclass(frozen=True, repr=False)
@@ -156,17 +158,21 @@ class RLReport(Report):
         """One sentence of result."""
         share = self.update_seconds / max(self.seconds, 1e-9)
         return (
-            f"{_points(self.change)} points and {_plain(self.tokens_change, '+,.0f')} tokens an answer by "
+            f"{points_of(self.change)} points and {with_interval(self.tokens_change, '{:+,.0f}')} tokens an answer by "
             f"{self.steps:,} steps of rewards, {self.sampled_tokens:,} tokens sampled; {share:.1%} of "
             f"{self.seconds:,.0f} s was updating"
         )
 
-    def rows(self) -> list[dict[str, str]]:
+    @property
+    def table(self) -> Table:
         """Accuracy of each policy, and how long its answers are."""
-        return [
-            {"policy": name, "held-out problems solved": _percent(value), "tokens": _plain(self.tokens[name], ",.0f")}
-            for name, value in self.accuracy.items()
+        rows = [(name, value, self.tokens[name]) for name, value in self.accuracy.items()]
+        columns = [
+            Column("policy", (0,), words=True),
+            Column("held-out problems solved", (1,), "{:.1%}"),
+            Column("tokens", (2,), "{:,.0f}"),
         ]
+        return _table(columns, rows)
 
 
 @dataclass(frozen=True, repr=False)
@@ -194,19 +200,18 @@ class Evaluation(Report):
         """The score of the policy of this name. Raises KeyError where there is none."""
         return {score.name: score for score in self.scores}[name]
 
-    def rows(self) -> list[dict[str, str]]:
+    @property
+    def table(self) -> Table:
         """Accuracy of each policy, its change to the first, and how its answers are written."""
         first = self.scores[0].name
-        return [
-            {
-                "policy": score.name,
-                "solved": _percent(score.accuracy),
-                f"to {first}, points": _points(score.change[first]) if first in score.change else "",
-                "tokens": "" if score.tokens is None else f"{score.tokens.value:,.0f}",
-                "loops": f"{score.looping.value:.0%}",
-            }
-            for score in self.scores
+        columns = [
+            Column("policy", ("name",), words=True),
+            Column("solved", ("accuracy",), "{:.1%}"),
+            points(f"to {first}, points", "change", first),
+            Column("tokens", ("tokens",), "{:,.0f}", bare=True),
+            Column("loops", ("looping",), "{:.0%}", bare=True),
         ]
+        return _table(columns if len(self.scores) > 1 else [*columns[:2], *columns[3:]], self.scores)
 
 
 @dataclass(frozen=True, repr=False)
@@ -235,9 +240,22 @@ class Analysis(Report):
         cards: Sequence[Mapping[str, Any]] = self.record["experts"]
         return cards
 
-    def rows(self) -> list[dict[str, str]]:
+    @property
+    def table(self) -> Table:
         """Tokens, entropies, KL to the base, share of changed choices and change of log-probability by stratum."""
-        return [_stratum(name, self.record["strata"][name]) for name in ("all", "high", "low")]
+        strata = self.record["strata"]
+        means = {name: {key: mean["value"] for key, mean in strata[name]["means"].items()} for name in strata}
+        columns = [
+            Column("tokens of entropy", ("stratum",), words=True),
+            Column("tokens", ("tokens",), "{:,}"),
+            Column("entropy, nats", ("base_entropy",), "{:.3f}"),
+            Column("adapted, nats", ("adapted_entropy",), "{:.3f}"),
+            Column("KL, nats", ("kl",), "{:.3f}"),
+            Column("flipped", ("flipped",), "{:.1%}"),
+            Column("log-probability", ("log_prob_change",), "{:+.3f}"),
+        ]
+        rows = [{"stratum": name, "tokens": strata[name]["tokens"], **means[name]} for name in ("all", "high", "low")]
+        return _table(columns, rows)
 
 
 @dataclass(frozen=True, repr=False)
@@ -264,22 +282,18 @@ class ArmsReport(Report):
         """The arm of this name. Raises KeyError where there is none."""
         return {arm.name: arm for arm in self.arms}[name]
 
-    def rows(self) -> list[dict[str, str]]:
+    @property
+    def tables(self) -> Sequence[Table]:
+        """What each arm took, and its NLL and paired changes."""
+        rows = [asdict(arm) for arm in self.arms]
+        return costs_of_cells(rows), likelihoods(rows, self.base, held_out=self.held_out_tokens)
+
+    @property
+    def table(self) -> Table:
         """Parameters and NLL of each arm, and its paired changes against one of them."""
-        return [
-            {
-                "arm": arm.name,
-                "parameters": f"{arm.parameters:,}",
-                "NLL": _plain(arm.nll["all"]) if "all" in arm.nll else "",
-                **{
-                    f"to {self.base}, {stratum}": _plain(arm.change[stratum], "+.3f")
-                    if arm.change and stratum in arm.change
-                    else ""
-                    for stratum in ("all", "high")
-                },
-            }
-            for arm in self.arms
-        ]
+        costs, measured = self.tables
+        whole = _table([*costs.columns, *measured.columns[1:]], self.arms)
+        return whole.only("arm", "parameters", "all tokens", f"change to {self.base}", f"high, to {self.base}")
 
 
 @dataclass(frozen=True, repr=False)
@@ -306,41 +320,19 @@ class CompareReport(Report):
         """The arm of this name. Raises KeyError where there is none."""
         return {arm.name: arm for arm in self.arms}[name]
 
-    def rows(self) -> list[dict[str, str]]:
-        """Accuracy of each arm, what its steps gained, its paired changes against others, in points; and its tokens."""
-        others = list(dict.fromkeys(other for arm in self.arms for other in arm.change))
-        return [
-            {
-                "arm": arm.name,
-                "parameters": f"{arm.parameters:,}",
-                "solved": _percent(arm.accuracy[HELD_OUT]),
-                "gained by the steps": _points(arm.gain[HELD_OUT]) if HELD_OUT in arm.gain else "",
-                **{f"to {other}": _points(arm.change[other]) if other in arm.change else "" for other in others},
-                "tokens": _plain(arm.tokens[HELD_OUT], ",.0f") if HELD_OUT in arm.tokens else "",
-            }
-            for arm in self.arms
-        ]
+    @property
+    def tables(self) -> Sequence[Table]:
+        """What each arm took, and what it solves with its paired changes."""
+        rows = [asdict(arm) for arm in self.arms]
+        return costs_of_arms(rows), solved(rows)
+
+    @property
+    def table(self) -> Table:
+        """Accuracy of each arm, what its steps gained, and its paired changes against others, in points."""
+        measured = self.tables[1]
+        others = [heading for heading in measured.headings if heading.startswith("to ")]
+        return replace(measured.only("arm", "held out, %", "gained, points", *others, "tokens, held out"), caption="")
 
 
-def _stratum(name: str, stratum: Mapping[str, Any]) -> dict[str, str]:
-    means = {quantity: value["value"] for quantity, value in stratum["means"].items()}
-    return {
-        "tokens of entropy": name,
-        "tokens": f"{stratum['tokens']:,}",
-        "entropy, nats": f"{means['base_entropy']:.3f} -> {means['adapted_entropy']:.3f}",
-        "KL, nats": f"{means['kl']:.3f}",
-        "flipped": f"{means['flipped']:.1%}",
-        "log-probability": f"{means['log_prob_change']:+.3f}",
-    }
-
-
-def _plain(value: Estimate, form: str = ".3f") -> str:
-    return f"{value.value:{form}} [{value.low:{form}}, {value.high:{form}}]"
-
-
-def _percent(value: Estimate) -> str:
-    return f"{value.value:.1%} [{value.low:.1%}, {value.high:.1%}]"
-
-
-def _points(value: Estimate) -> str:
-    return f"{100 * value.value:+.1f} [{100 * value.low:+.1f}, {100 * value.high:+.1f}]"
+def _table(columns: Sequence[Column], rows: Sequence[Any]) -> Table:
+    return Table("", "", columns, rows)

@@ -10,8 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_bias.analysis import ExpertView, any_off_support, strongest, view_of_record
-from moe_bias.analysis.quantities import QUANTITIES
 from moe_bias.commands.expert_table import OFF_SUPPORT, moved, readings_table
+from moe_bias.evaluation.statistics import estimate_of, with_interval
+from moe_bias.report.tables import strata
+from moe_bias.report.terminal import terminal_table
 
 SHOWN_FLIPS = 6
 SHOWN_TOKENS = 4
@@ -27,7 +29,8 @@ def print_analysis(console: Console, record: Mapping[str, Any]) -> None:
         highlight=False,
     )
     for adapter in record["adapters"]:
-        console.print(_strata(adapter))
+        caption = f"{adapter['name']}: means over tokens, 95% intervals over examples"
+        console.print(terminal_table(strata(adapter, caption=caption)))
         console.print(Text(_sentences(adapter)))
         _print_experts(console, adapter["experts"])
         if adapter["answers"] is not None:
@@ -37,41 +40,22 @@ def print_analysis(console: Console, record: Mapping[str, Any]) -> None:
             console.print(_flips(flips))
 
 
-def interval(estimate: Mapping[str, float | None], form: str, factor: float = 1) -> str:
-    """'value [low, high]', the brackets left out where there is no interval."""
-    value, low, high = (estimate[key] for key in ("value", "low", "high"))
-    assert value is not None
-    if low is None or high is None:
-        return form.format(factor * value)
-    return f"{form.format(factor * value)} [{form.format(factor * low)}, {form.format(factor * high)}]"
-
-
 def _table(title: str, headings: Sequence[str]) -> Table:
     table = Table(*headings, title=title)
     table.title_justify = "left"
     return table
 
 
-def _strata(adapter: Mapping[str, Any]) -> Table:
-    strata = adapter["strata"]
-    table = _table(f"{adapter['name']}: means over tokens, 95% intervals over examples", ["", *strata])
-    table.add_row("tokens", *(f"{stratum['tokens']:,}" for stratum in strata.values()))
-    for name, row in QUANTITIES.items():
-        means = (stratum["means"][name] for stratum in strata.values())
-        table.add_row(row.heading, *(interval(mean, row.form, row.factor) for mean in means))
-    table.add_row("largest |b|", *(f"{stratum['bias_max']:.2f}" for stratum in strata.values()))
-    table.add_row("entropy of expert use", *(f"{stratum['expert_entropy']:.3f}" for stratum in strata.values()))
-    return table
+def _share(found: Mapping[str, float | None], form: str = "{:.1f}") -> str:
+    return with_interval(estimate_of(found), form, 100)
 
 
 def _sentences(adapter: Mapping[str, Any]) -> str:
     known = adapter["mutual_information"]
     told = ", ".join(f"{name} {value['nats']:.3f} of at most {value['at_most']:.3f}" for name, value in known.items())
-    series = "".join(
-        f"; {interval(point['overlap'], '{:.1f}', 100)} at step {point['step']:,}" for point in adapter["checkpoints"]
-    )
+    series = "".join(f"; {_share(point['overlap'])} at step {point['step']:,}" for point in adapter["checkpoints"])
     return (
-        f"Of the base's high-entropy tokens, {interval(adapter['overlap'], '{:.1f}', 100)}% are the adapted model's too"
+        f"Of the base's high-entropy tokens, {_share(adapter['overlap'])}% are the adapted model's too"
         f"{series}.\nNats that the expert tells of a token's ... {told}."
     )
 
@@ -111,7 +95,7 @@ def _answers(answers: Mapping[str, Any]) -> Table:
     )
     for arm, share in answers["accuracy"].items():
         change = answers["change"].get(arm)
-        table.add_row(arm, interval(share, "{:.1f}", 100), "" if change is None else interval(change, "{:+.1f}", 100))
+        table.add_row(arm, _share(share), "" if change is None else _share(change, "{:+.1f}"))
     return table
 
 

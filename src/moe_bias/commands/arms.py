@@ -5,12 +5,12 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 from moe_bias.api.experiments import TABLE_FILE, compared_arms
-from moe_bias.commands.cell_table import print_cells
 from moe_bias.commands.demo_report import report_console
 from moe_bias.commands.material import opened
 from moe_bias.commands.training_settings import ArmsSettings
 from moe_bias.experiments.arms import LORA_ARMS
 from moe_bias.progress import say
+from moe_bias.report.terminal import terminal_table
 
 
 def run(settings: ArmsSettings) -> None:
@@ -31,5 +31,6 @@ def run(settings: ArmsSettings) -> None:
             settings.lora and bool(settings.data),
             settings.batch_size,
         )
-    print_cells(console, report.arms, report.base, report.held_out_tokens)
+    for table in report.tables:
+        console.print(terminal_table(table))
     console.print(f"Records and {TABLE_FILE} are in {settings.output}.")

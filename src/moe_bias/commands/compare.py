@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from moe_bias.api.experiments import TABLE_FILE, compared
 from moe_bias.commands.demo_report import report_console
-from moe_bias.commands.policy_table import print_policies
 from moe_bias.commands.training_settings import CompareSettings
 from moe_bias.experiments.rewarded import Shifted
+from moe_bias.report.terminal import terminal_table
 from moe_bias.training.problems import TaskData, prepare_task, rewards_of, task_of
 
 
@@ -23,7 +23,8 @@ def run(settings: CompareSettings) -> None:
 
     console, rewards = report_console(), rewards_of(settings)
     report = compared(settings, settings.arms, settings.seeds, settings.output, drawn, rewards, console)
-    print_policies(console, report.arms)
+    for table in report.tables:
+        console.print(terminal_table(table, stacked=True))
     console.print(f"Records and {TABLE_FILE} are in {settings.output}.")
 
 

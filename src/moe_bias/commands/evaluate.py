@@ -59,9 +59,10 @@ def run(settings: EvalSettings) -> None:
         _answer(settings, protocol, arms, ledger)
     seconds = time.perf_counter() - started
     found = scores(ledger.file.read(), ledger.arms, _groups(problems))
-    _record(settings, protocol, problems, arms, found, seconds)
+    record = _record(settings, protocol, problems, arms, found, seconds)
+    write_json(settings.output / RECORD_FILE, record)
     console = report_console()
-    print_scores(console, found, protocol, problems)
+    print_scores(console, record)
     unread = {sample.problem for sample in ledger.file.read() if sample.outcome == "bad gold"}
     if unread:
         named = of_bad_golds([name for name in problems.ids if name in unread], len(problems.ids))
@@ -126,9 +127,9 @@ def _record(
     arms: Sequence[EvalArm],
     found: Sequence[Score],
     seconds: float,
-) -> None:
+) -> dict[str, Any]:
     """`seconds` are those of this call: what was answered before is not in them."""
-    record: dict[str, Any] = {
+    return {
         "kind": RecordKind.EVALUATION,
         "problems": {"name": problems.name, "count": len(problems.problems), "digest": problems.digest()},
         "protocol": asdict(protocol),
@@ -137,4 +138,3 @@ def _record(
         "seconds": seconds,
         "provenance": provenance(),
     }
-    write_json(settings.output / RECORD_FILE, record)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 from moe_bias.api.experiments import TABLE_FILE, swept
-from moe_bias.commands.cell_table import print_cells
 from moe_bias.commands.demo_report import report_console
 from moe_bias.commands.material import opened
 from moe_bias.commands.training_settings import SweepSettings
+from moe_bias.report.terminal import terminal_table
 
 
 def run(settings: SweepSettings) -> None:
@@ -27,5 +27,6 @@ def run(settings: SweepSettings) -> None:
             settings.output,
             lambda: open_data.enter_context(opened(settings, console)),
         )
-    print_cells(console, report.arms, report.base, report.held_out_tokens)
+    for table in report.tables:
+        console.print(terminal_table(table))
     console.print(f"Records and {TABLE_FILE} are in {settings.output}.")

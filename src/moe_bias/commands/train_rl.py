@@ -9,7 +9,7 @@ from moe_bias.api.reports import RLReport
 from moe_bias.api.rewarded import Run, Seams, Watch, begin_run
 from moe_bias.commands.sampling_engine import opened_sampler, refuse_unusable_engine
 from moe_bias.commands.training_settings import TrainRLSettings
-from moe_bias.evaluation.statistics import Estimate
+from moe_bias.evaluation.statistics import with_interval
 from moe_bias.mistakes import Interrupted
 from moe_bias.progress import text_console
 from moe_bias.training.checkpoint import Checkpoints
@@ -87,19 +87,11 @@ def _announce(console: Console, beginning: Beginning, data: TaskData) -> None:
 
 def _print(console: Console, report: RLReport) -> None:
     for name, value in report.accuracy.items():
-        console.print(f"held-out accuracy, {name:<8} {_percent(value)}, {_tokens(report.tokens[name], '.0f')} tokens")
-    console.print(
-        f"trained less start          {_percent(report.change)}, {_tokens(report.tokens_change, '+.0f')} tokens"
-    )
+        tokens = with_interval(report.tokens[name], "{:.0f}")
+        console.print(f"held-out accuracy, {name:<8} {with_interval(value, '{:.1%}')}, {tokens} tokens")
+    change, tokens = with_interval(report.change, "{:.1%}"), with_interval(report.tokens_change, "{:+.0f}")
+    console.print(f"trained less start          {change}, {tokens} tokens")
     console.print(
         f"{report.sampled_tokens:,} tokens sampled; {report.update_seconds / max(report.seconds, 1e-9):.1%} "
         f"of {report.seconds:,.0f} s was updating"
     )
-
-
-def _tokens(estimate: Estimate, form: str) -> str:
-    return f"{estimate.value:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]"
-
-
-def _percent(estimate: Estimate) -> str:
-    return f"{estimate.value:.1%} [{estimate.low:.1%}, {estimate.high:.1%}]"

@@ -13,7 +13,7 @@ from moe_bias.api.right_answers import BASE, RightAnswers
 from moe_bias.api.supervised import Extra, save_run, train_on
 from moe_bias.commands.material import opened
 from moe_bias.commands.training_settings import TrainSFTSettings
-from moe_bias.evaluation.statistics import Estimate
+from moe_bias.evaluation.statistics import with_interval
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.mistakes import Interrupted
 from moe_bias.progress import say, text_console
@@ -88,8 +88,4 @@ def _print(console: Console, report: SFTReport, settings: TrainSFTSettings) -> N
         ("adapted NLL per token", report.adapted_nll),
         ("change", report.change),
     ):
-        console.print(f"held-out {name:<24} {_interval(estimate)}", highlight=False)
-
-
-def _interval(estimate: Estimate) -> str:
-    return f"{estimate.value:.4f} [{estimate.low:.4f}, {estimate.high:.4f}]"
+        console.print(f"held-out {name:<24} {with_interval(estimate, '{:.4f}')}", highlight=False)

@@ -1,8 +1,10 @@
-"""Intervals: Wilson for a share, paired bootstrap over problems for everything else (scipy)."""
+"""Intervals, and how they are written: Wilson for a share, paired bootstrap over problems for all else (scipy)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isnan, nan
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +27,35 @@ class Estimate:
     def excludes_zero(self) -> bool:
         """Whether zero lies outside the interval."""
         return self.low > 0 or self.high < 0
+
+
+def estimate_of(found: Mapping[str, float | None]) -> Estimate:
+    """An estimate of a record, where an interval that there is not has null for its ends.
+
+    Raises TypeError on anything but numbers: texts would be drawn, and long ones searched for dates.
+    """
+    for name, value in found.items():
+        if not isinstance(value, int | float | None):
+            raise TypeError(f"{name} is a {type(value).__name__}, not a number")
+    return Estimate(**{name: nan if value is None else value for name, value in found.items()})
+
+
+def with_interval(estimate: Estimate, form: str, scale: float = 1.0) -> str:
+    """`0.956 [0.914, 1.000]`, or the value alone where it has no interval."""
+    if isnan(estimate.low):
+        return form.format(scale * estimate.value)
+    value, low, high = (form.format(scale * part) for part in (estimate.value, estimate.low, estimate.high))
+    return f"{value} [{low}, {high}]"
+
+
+def percent(estimate: Estimate) -> str:
+    """A share in percent, without the sign."""
+    return with_interval(estimate, "{:.1f}", 100)
+
+
+def points(estimate: Estimate) -> str:
+    """A change of a share in percentage points."""
+    return with_interval(estimate, "{:+.1f}", 100)
 
 
 def wilson(successes: int, trials: int) -> Estimate:

@@ -11,7 +11,7 @@ from typing import Any
 
 from moe_bias.analysis import ExpertView, Reading, any_off_support, strongest, view_of_record
 from moe_bias.analysis.answers import BASE
-from moe_bias.analysis.quantities import QUANTITIES, Quantity
+from moe_bias.evaluation.statistics import estimate_of, percent
 from moe_bias.report import figures
 from moe_bias.report.content import (
     Block,
@@ -20,14 +20,12 @@ from moe_bias.report.content import (
     Note,
     Part,
     Plot,
-    Table,
     Topic,
-    estimate_of,
-    percent,
     slug,
-    with_interval,
 )
 from moe_bias.report.record import Record
+from moe_bias.report.table import Table
+from moe_bias.report.tables import strata
 
 FLIPS, CONTEXT = 12, 70
 TOKENS, READ_TOKENS, CONTEXTS = 6, 4, 3
@@ -80,7 +78,8 @@ def _entropy(one: _Adapter) -> Iterator[Part]:
     yield Plot(one.file("entropy"), "Tokens by entropy of the base and the adapted model, logarithmic", drawn)
     if found["checkpoints"]:
         yield from _series(one)
-    yield _strata(one)
+    caption = "Means over tokens [95% interval over examples], by the base's entropy"
+    yield strata(found, one.file("strata"), caption)
 
 
 def _overlap(found: Mapping[str, Any]) -> str:
@@ -97,28 +96,9 @@ def _series(one: _Adapter) -> Iterator[Plot]:
         yield Plot(one.file(f"{key}-along"), f"{title} at each checkpoint, with 95% intervals", drawn)
 
 
-def _strata(one: _Adapter) -> Table:
-    strata = one.found["strata"]
-    rows = [["tokens", *(f"{stratum['tokens']:,}" for stratum in strata.values())]]
-    rows += [
-        [row.heading.strip(), *(_mean(stratum["means"][name], row) for stratum in strata.values())]
-        for name, row in QUANTITIES.items()
-    ]
-    rows.append(["largest |b|", *(f"{stratum['bias_max']:.2f}" for stratum in strata.values())])
-    rows.append(
-        ["entropy of the experts' shares, nats", *(f"{stratum['expert_entropy']:.3f}" for stratum in strata.values())]
-    )
-    caption = "Means over tokens [95% interval over examples], by the base's entropy"
-    return Table(one.file("strata"), caption, ["", *strata], rows)
-
-
-def _mean(found: Mapping[str, Any], row: Quantity) -> str:
-    return with_interval(estimate_of(found), row.form, row.factor)
-
-
 def _routing(one: _Adapter) -> Iterator[Part]:
-    strata, classes = one.found["strata"], one.found["expert_share_by_class"]
-    rows = {f"{name} entropy": strata[name]["expert_share"] for name in ("high", "low")} | classes
+    found, classes = one.found["strata"], one.found["expert_share_by_class"]
+    rows = {f"{name} entropy": found[name]["expert_share"] for name in ("high", "low")} | classes
     experts = [str(number) for number in range(one.found["num_experts"])]
     drawn = figures.heat_map(list(rows.values()), list(rows), experts, "expert")
     title = "Share of the routed slots that each expert has, in % of its row: by stratum and by class of token"
@@ -128,7 +108,7 @@ def _routing(one: _Adapter) -> Iterator[Part]:
         for name, value in one.found["mutual_information"].items()
     ]
     caption = "Mutual information between the expert of a routed slot and what is known of the token, in nats"
-    yield Table(one.file("information"), caption, ["with", "nats", "at most"], information)
+    yield Table.of_texts(one.file("information"), caption, ["with", "nats", "at most"], information)
 
 
 def _cards(one: _Adapter) -> Cards:
@@ -170,7 +150,7 @@ def _flips(one: _Adapter) -> Iterator[Part]:
     rows = [[*_flip(flip), f"{flip['base_entropy']:.2f}", f"{flip['kl']:.2f}"] for flip in shown]
     if rows:
         caption = f"The {len(shown)} flips of largest KL: where the base and the adapted model go on differently"
-        yield Table(one.file("flips"), caption, [*_FLIP, "entropy, nats", "KL, nats"], rows, words=3)
+        yield Table.of_texts(one.file("flips"), caption, [*_FLIP, "entropy, nats", "KL, nats"], rows, words=3)
 
 
 def _turning_flips(one: _Adapter) -> Iterator[Part]:
@@ -183,7 +163,7 @@ def _turning_flips(one: _Adapter) -> Iterator[Part]:
     if rows:
         caption = f"The first {len(rows)} of {len(flips)} problems whose answer changed, at the flip"
         headings = ["problem", "gold answer", *_FLIP, "outcome"]
-        yield Table(one.file("turning-flips"), caption, headings, rows, words=len(headings), folded=True)
+        yield Table.of_texts(one.file("turning-flips"), caption, headings, rows, words=len(headings), folded=True)
 
 
 def _flip(flip: Mapping[str, Any]) -> list[str]:
@@ -216,4 +196,4 @@ def _accuracy(one: _Adapter) -> Plot:
 def _answers(one: _Adapter) -> Table:
     turns: Mapping[str, int] = one.found["answers"]["turns"]
     rows: Sequence[Sequence[str]] = [[name, f"{count:,}"] for name, count in turns.items()]
-    return Table(one.file("turns"), "Problems by what became of the base's answer", ["", "problems"], rows)
+    return Table.of_texts(one.file("turns"), "Problems by what became of the base's answer", ["", "problems"], rows)

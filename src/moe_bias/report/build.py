@@ -7,10 +7,11 @@ from typing import Any
 
 from moe_bias.records import RecordKind
 from moe_bias.report import analysis, comparison, evaluation, training
-from moe_bias.report.content import Block, Note, Report, Table, Topic, slug
+from moe_bias.report.content import Block, Note, Report, Topic, slug
 from moe_bias.report.cost import cost_block
 from moe_bias.report.inspector import read_inspection
 from moe_bias.report.record import Record
+from moe_bias.report.table import Table
 
 NOT_RECORDED = "not recorded"
 
@@ -49,9 +50,8 @@ def _settings(record: Record) -> Iterator[Block]:
     rows = [*_flat("", record.settings), *_flat("", record.provenance)]
     if rows:
         caption = f"Settings and provenance of {record.name}"
-        yield Block(
-            Topic.SETTINGS, "", [Table(slug(record.name, "settings"), caption, ["name", "value"], rows, 2, folded=True)]
-        )
+        table = Table.of_texts(slug(record.name, "settings"), caption, ["name", "value"], rows, 2, folded=True)
+        yield Block(Topic.SETTINGS, "", [table])
     else:
         yield Block(Topic.SETTINGS, "", [Note(f"The record of {record.name} says neither settings nor provenance.")])
 

@@ -6,22 +6,13 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from moe_bias.experiments.policy_arms import HELD_OUT, measured_after, percent_by_seed
+from moe_bias.evaluation.statistics import estimate_of, percent, points, with_interval
+from moe_bias.experiments.policy_arms import HELD_OUT
 from moe_bias.report import figures
-from moe_bias.report.content import (
-    Block,
-    Note,
-    Plot,
-    Table,
-    Topic,
-    estimate_of,
-    percent,
-    points,
-    slug,
-    with_interval,
-    without_empty_columns,
-)
+from moe_bias.report.content import Block, Note, Plot, Topic, slug
 from moe_bias.report.record import Record
+from moe_bias.report.table import Table
+from moe_bias.report.tables import likelihoods, solved
 
 _NLL = "nats per token"
 MAIN = "moe-bias"
@@ -37,8 +28,9 @@ def cells(record: Record) -> Iterator[Block]:
         "Held-out NLL of each arm, with 95% intervals over examples",
         figures.intervals(total, _NLL),
     )
+    table = likelihoods(rows, base, slug(record.name, "strata"))
     yield Block(Topic.RESULT, record.name, [Note(_cells_lead(rows, base), lead=True), plot])
-    yield Block(Topic.ACCURACY, record.name, [_strata(record, rows, base), *_changes(record, rows, base)])
+    yield Block(Topic.ACCURACY, record.name, [table, *_changes(record, rows, base)])
 
 
 def _cells_lead(rows: Sequence[Mapping[str, Any]], base: str) -> str:
@@ -50,24 +42,6 @@ def _cells_lead(rows: Sequence[Mapping[str, Any]], base: str) -> str:
     changes = ", ".join(f"{row['name']} {with_interval(estimate_of(row['change']['all']), '{:+.3f}')}" for row in named)
     lead = f"{base}: held-out NLL {with_interval(estimate_of(main['nll']['all']), '{:.3f}')} {_NLL}"
     return f"{lead}. Against it, paired by example: {changes}." if changes else f"{lead}."
-
-
-def _strata(record: Record, rows: Sequence[Mapping[str, Any]], base: str) -> Table:
-    strata = list(rows[0]["nll"])
-    headings = ["arm", *(f"{name}, NLL" for name in strata), *(f"{name}, change" for name in strata)]
-    body = [
-        [
-            row["name"],
-            *(_cell(row["nll"], s, "{:.3f}") for s in strata),
-            *(_cell(row["change"], s, "{:+.3f}") for s in strata),
-        ]
-        for row in rows
-    ]
-    caption = (
-        f"Held-out NLL, {_NLL} [95% interval over examples], on all, high- and low-entropy tokens; changes are "
-        f"paired, against {base}"
-    )
-    return Table(slug(record.name, "strata"), caption, headings, body)
 
 
 def _changes(record: Record, rows: Sequence[Mapping[str, Any]], base: str) -> Iterator[Plot]:
@@ -85,14 +59,6 @@ def _changes(record: Record, rows: Sequence[Mapping[str, Any]], base: str) -> It
 
 def _of(stratum: str) -> str:
     return "all tokens" if stratum == "all" else f"{stratum}-entropy tokens"
-
-
-def _cell(estimates: Mapping[str, Any] | None, name: str, form: str) -> str:
-    return with_interval(estimate_of(estimates[name]), form) if estimates and name in estimates else ""
-
-
-def _points(estimates: Mapping[str, Any], name: str) -> str:
-    return points(estimate_of(estimates[name])) if name in estimates else ""
 
 
 def arms(record: Record) -> Iterator[Block]:
@@ -120,7 +86,7 @@ def arms(record: Record) -> Iterator[Block]:
     ]
     if plots:
         yield Block(Topic.TRAINING, record.name, plots)
-    yield Block(Topic.ACCURACY, record.name, [_sets(record, rows)])
+    yield Block(Topic.ACCURACY, record.name, [solved(rows, slug(record.name, "sets"))])
 
 
 def _curves(record: Record) -> dict[str, dict[str, figures.Line]]:
@@ -134,37 +100,6 @@ def _curves(record: Record) -> dict[str, dict[str, figures.Line]]:
     for (name, arm), steps in seen.items():
         curves[name][arm] = (list(steps), [sum(values) / len(values) for values in steps.values()])
     return curves
-
-
-def _sets(record: Record, rows: Sequence[Mapping[str, Any]]) -> Table:
-    sets = measured_after(rows[0]["accuracy"])
-    others = list(dict.fromkeys(other for row in rows for other in row["change"]))
-    solved = [heading for name in sets for heading in (f"{name}, %", "gained by the steps, points")]
-    headings = ["arm", "held out by seed, %", *solved, *(f"to {other}, points" for other in others)]
-    headings += [f"tokens, {name}" for name in sets]
-    body = [
-        [
-            row["name"],
-            percent_by_seed(row["by_seed"]),
-            *(
-                cell
-                for name in sets
-                for cell in (percent(estimate_of(row["accuracy"][name])), _points(row["gain"], name))
-            ),
-            *(_points(row["change"], other) for other in others),
-            *(_tokens(row.get("tokens", {}), name) for name in sets),
-        ]
-        for row in rows
-    ]
-    caption = (
-        "Problems solved and tokens of an answer, means over seeds [95% interval over problems]; changes are paired by "
-        "problem"
-    )
-    return without_empty_columns(Table(slug(record.name, "sets"), caption, headings, body))
-
-
-def _tokens(found: Mapping[str, Any], name: str) -> str:
-    return with_interval(estimate_of(found[name]), "{:,.0f}") if name in found else ""
 
 
 def demo(record: Record) -> Iterator[Block]:
@@ -207,4 +142,4 @@ def _answers(record: Record, names: Sequence[str]) -> Table:
     ]
     headings = ["problem", "gold answer", *names]
     caption = f"The first {len(shown)} of {len(record.content['samples']):,} held-out problems"
-    return Table(slug(record.name, "answers"), caption, headings, rows, words=len(headings), folded=True)
+    return Table.of_texts(slug(record.name, "answers"), caption, headings, rows, words=len(headings), folded=True)

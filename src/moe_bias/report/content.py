@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from enum import Enum
-from math import isnan, nan
 
 from matplotlib.figure import Figure
 
 from moe_bias.analysis import ExpertView
-from moe_bias.evaluation.statistics import Estimate
 from moe_bias.report.inspector import Inspection
+from moe_bias.report.table import Table
 
 
 class Topic(Enum):
@@ -36,18 +35,6 @@ class Note:
 
     text: str
     lead: bool = False
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of text cells. `name` is that of its file; the first `words` columns hold words, the others numbers."""
-
-    name: str
-    caption: str
-    headings: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    words: int = 1
-    folded: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,39 +98,3 @@ class Report:
 def slug(run: str, what: str) -> str:
     """The name of a figure's or table's files: the run's with what it shows, in letters that any system takes."""
     return re.sub(r"[^a-z0-9]+", "-", f"{run} {what}".lower()).strip("-")
-
-
-def estimate_of(found: Mapping[str, float | None]) -> Estimate:
-    """An estimate of a record, where an interval that there is not has null for its ends.
-
-    Raises TypeError on anything but numbers: texts would be drawn, and long ones searched for dates.
-    """
-    for name, value in found.items():
-        if not isinstance(value, int | float | None):
-            raise TypeError(f"{name} is a {type(value).__name__}, not a number")
-    return Estimate(**{name: nan if value is None else value for name, value in found.items()})
-
-
-def with_interval(estimate: Estimate, form: str, scale: float = 1.0) -> str:
-    """`0.956 [0.914, 1.000]`, or the value alone where it has no interval."""
-    if isnan(estimate.low):
-        return form.format(scale * estimate.value)
-    value, low, high = (form.format(scale * part) for part in (estimate.value, estimate.low, estimate.high))
-    return f"{value} [{low}, {high}]"
-
-
-def without_empty_columns(table: Table) -> Table:
-    """The table without the columns that have no cell filled in."""
-    kept = [column for column in range(len(table.headings)) if any(row[column] for row in table.rows)]
-    rows = [[row[column] for column in kept] for row in table.rows]
-    return replace(table, headings=[table.headings[column] for column in kept], rows=rows)
-
-
-def percent(estimate: Estimate) -> str:
-    """A share in percent, without the sign."""
-    return with_interval(estimate, "{:.1f}", 100)
-
-
-def points(estimate: Estimate) -> str:
-    """A change of a share in percentage points."""
-    return with_interval(estimate, "{:+.1f}", 100)

@@ -7,16 +7,32 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from moe_bias.config import LayerConfig
 from moe_bias.records import RecordKind
-from moe_bias.report.content import Block, Table, Topic, without_empty_columns
+from moe_bias.report.content import Block, Topic
 from moe_bias.report.record import Record
+from moe_bias.report.table import Column, Table
+from moe_bias.report.tables import PARAMETERS
 
 _WEIGHTS = "adapter_model.safetensors"
 _ROWS = {RecordKind.CELLS: "rows", RecordKind.ARMS: "rows", RecordKind.EVALUATION: "arms", RecordKind.DEMO: "arms"}
 """Where a record of many arms has them. What a kind does not measure of an arm is not in its rows."""
+
+
+_COLUMNS = [
+    Column("run", ("run",), words=True),
+    Column("arm", ("arm",), words=True),
+    PARAMETERS,
+    Column("adapter, KiB", ("file_bytes",), "{:,.0f}", 1 / 1024),
+    Column("tokens", ("tokens",), "{:,.0f}"),
+    Column("seconds", ("seconds",), "{:,.1f}"),
+    Column("peak, MiB", ("peak_bytes",), "{:,.0f}", 1 / 2**20),
+    Column("of LoRA's parameters", ("of_parameters",), "{:.1%}"),
+    Column("of LoRA's seconds", ("of_seconds",), "{:.1%}"),
+]
 
 
 @dataclass(frozen=True)
@@ -37,12 +53,9 @@ def cost_block(records: Sequence[Record]) -> Block | None:
     groups = [costs for record in records if (costs := list(_costs(record)))]
     if not groups:
         return None
-    headings = ["run", "arm", "parameters", "adapter, KiB", "tokens", "seconds", "peak, MiB"]
     caption = "Tokens trained on or sampled, seconds of training, memory with the frozen model; empty: not recorded"
-    if any(_lora(group) for group in groups):
-        headings += ["of LoRA's parameters", "of LoRA's seconds"]
-    rows = [_row(cost, _lora(group), len(headings)) for group in groups for cost in group]
-    return Block(Topic.COST, "", [without_empty_columns(Table("cost", caption, headings, rows, words=2))])
+    rows = [row for group in groups for row in _beside_lora(group)]
+    return Block(Topic.COST, "", [Table("cost", caption, _COLUMNS, rows).without_empty_columns()])
 
 
 def _costs(record: Record) -> Iterator[Cost]:
@@ -80,24 +93,9 @@ def _size(record: Record) -> int | None:
     return path.stat().st_size if path.is_file() else None
 
 
-def _lora(group: Sequence[Cost]) -> Cost | None:
-    return next((cost for cost in group if cost.arm.startswith("lora")), None)
-
-
-def _row(cost: Cost, lora: Cost | None, width: int) -> list[str]:
-    cells = [
-        cost.run,
-        cost.arm,
-        _shown(cost.parameters, 1, "{:,.0f}"),
-        _shown(cost.file_bytes, 1024, "{:,.0f}"),
-        _shown(cost.tokens, 1, "{:,.0f}"),
-        _shown(cost.seconds, 1, "{:,.1f}"),
-        _shown(cost.peak_bytes, 2**20, "{:,.0f}"),
-    ]
-    if lora is not None:
-        cells += [_shown(cost.parameters, lora.parameters, "{:.1%}"), _shown(cost.seconds, lora.seconds, "{:.1%}")]
-    return cells + [""] * (width - len(cells))
-
-
-def _shown(value: float | None, unit: float | None, form: str) -> str:
-    return form.format(value / unit) if value is not None and unit else ""
+def _beside_lora(group: Sequence[Cost]) -> Iterator[dict[str, Any]]:
+    """The arms of a run, with their shares of what LoRA took where it was run."""
+    lora = next((cost for cost in group if cost.arm.startswith("lora")), Cost("", ""))
+    for cost in group:
+        shares = {"of_parameters": (cost.parameters, lora.parameters), "of_seconds": (cost.seconds, lora.seconds)}
+        yield asdict(cost) | {name: a / b if a is not None and b else None for name, (a, b) in shares.items()}

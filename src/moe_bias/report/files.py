@@ -6,11 +6,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from moe_bias.report.content import Plot, Report, Table
+from moe_bias.report.content import Plot, Report
 from moe_bias.report.figures import file_pdf, file_svg
 from moe_bias.report.latex import latex
 from moe_bias.report.markdown import markdown
 from moe_bias.report.page import page
+from moe_bias.report.table import Table
 
 
 def report_files(report: Report) -> dict[str, Callable[[], bytes]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moe_bias.report.content import Table
+from moe_bias.report.table import Table
 
 _SPECIAL = str.maketrans(
     {
@@ -27,14 +27,14 @@ _SPECIAL = str.maketrans(
 
 def latex(table: Table) -> str:
     """The file's text; the caption is a comment in it."""
-    columns = "".join("l" if column < table.words else "r" for column in range(len(table.headings)))
+    columns = "".join("l" if column.words else "r" for column in table.columns)
     lines = [
         f"% {' '.join(table.caption.split())}",
         rf"\begin{{tabular}}{{{columns}}}",
         r"\toprule",
         _row(table.headings),
         r"\midrule",
-        *(_row(row) for row in table.rows),
+        *(_row(row) for row in table.cells),
         r"\bottomrule",
         r"\end{tabular}",
     ]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from moe_bias.analysis import Reading, TokenBias, marked, spelled
-from moe_bias.report.content import Cards, Note, Part, Plot, Report, Table
+from moe_bias.report.content import Cards, Note, Part, Plot, Report
 from moe_bias.report.inspector import InspectedToken, Inspection
+from moe_bias.report.table import Table
 
 _SPECIAL = str.maketrans({letter: f"\\{letter}" for letter in "\\`*_[]<>|#"})
 
@@ -33,17 +34,17 @@ def _part(part: Part) -> Iterator[str]:
         if part.caption:
             yield from ("", _escaped(part.caption))
     elif isinstance(part, Table):
-        yield from (f"{_escaped(part.caption)}:", "", *_table(part.headings, part.rows, part.words))
+        yield from (f"{_escaped(part.caption)}:", "", *_table(part))
     elif isinstance(part, Cards):
         yield from _cards(part)
     else:
         yield from _inspection(part)
 
 
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> Iterator[str]:
-    yield _row(headings)
-    yield _row(["---" if column < words else "---:" for column in range(len(headings))], escape=False)
-    for row in rows:
+def _table(table: Table) -> Iterator[str]:
+    yield _row(table.headings)
+    yield _row(["---" if column.words else "---:" for column in table.columns], escape=False)
+    for row in table.cells:
         yield _row(row)
 
 
@@ -65,7 +66,8 @@ def _cards(part: Cards) -> Iterator[str]:
         for card in part.cards
     ]
     yield from (_escaped(part.caption), "")
-    yield from _table(["expert", *names, "raises", "lowers", *(["reads"] if reads else []), "fires most in"], rows, 1)
+    headings = ["expert", *names, "raises", "lowers", *(["reads"] if reads else []), "fires most in"]
+    yield from _table(Table.of_texts("", "", headings, rows))
 
 
 def _moved(tokens: Sequence[TokenBias]) -> str:
@@ -100,7 +102,7 @@ def _inspection(part: Inspection) -> Iterator[str]:
         "",
     )
     headings = ["in", "token", "base entropy", "KL", "base's likeliest", "adapter's likeliest"]
-    yield from _table(headings, [_flip(name, place, token) for name, place, token in flips], 2)
+    yield from _table(Table.of_texts("", "", headings, (_flip(*flip) for flip in flips), words=2))
 
 
 def _flip(name: str, place: int, token: InspectedToken) -> list[str]:

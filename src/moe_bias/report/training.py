@@ -5,22 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from moe_bias.evaluation.statistics import Estimate
+from moe_bias.evaluation.statistics import Estimate, estimate_of, percent, points, with_interval
 from moe_bias.report import figures
 from moe_bias.report.content import (
     Block,
     Note,
     Part,
     Plot,
-    Table,
     Topic,
-    estimate_of,
-    percent,
-    points,
     slug,
-    with_interval,
 )
 from moe_bias.report.record import Record
+from moe_bias.report.table import Table
 
 SAMPLES = 8
 """Samples of the last step that were kept are shown so many."""
@@ -108,7 +104,7 @@ def _samples(record: Record) -> Table:
     rows = [[s["question"], s["completion"], s["gold"], s["outcome"], f"{s['reward']:.2f}"] for s in shown]
     caption = f"The first {len(shown)} samples that were kept of step {last:,}"
     headings = ["problem", "completion", "gold answer", "outcome", "reward"]
-    return Table(slug(record.name, "samples"), caption, headings, rows, words=4, folded=True)
+    return Table.of_texts(slug(record.name, "samples"), caption, headings, rows, words=4, folded=True)
 
 
 def _line(metrics: Sequence[Mapping[str, Any]], name: str) -> figures.Line | None:

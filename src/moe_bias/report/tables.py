@@ -1,0 +1,183 @@
+"""The tables of each kind of record that compares arms, for a terminal, a page, Markdown, LaTeX and the documentation.
+
+Rows are those of the record, read or about to be written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from moe_bias.analysis.quantities import QUANTITIES
+from moe_bias.evaluation.scores import CUT, DISTINCT, LOOPING, TOKENS
+from moe_bias.evaluation.statistics import estimate_of, with_interval
+from moe_bias.experiments.policy_arms import AGAINST, HELD_OUT, measured_after, percent_by_seed
+from moe_bias.report.table import Column, Row, Table
+
+_STRATA = {"all": "all tokens", "high": "high entropy", "low": "low entropy"}
+ARM = Column("arm", ("name",), words=True)
+PARAMETERS = Column("parameters", ("parameters",), "{:,}")
+SEEDS = Column("seeds", ("seeds",))
+
+
+def percents(heading: str, *place: str, **more: Any) -> Column:
+    """A share, in percent."""
+    return Column(heading, place, "{:.1f}", 100, **more)
+
+
+def points(heading: str, *place: str, **more: Any) -> Column:
+    """The change of a share, in percentage points."""
+    return Column(heading, place, "{:+.1f}", 100, **more)
+
+
+def costs_of_cells(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """What the cells of a sweep, or arms on the same tokens, took; of one seed there is no spread."""
+    rows = [{**row, "spread": row["spread"] if row["seeds"] > 1 else None} for row in rows]
+    caption = "Spread: largest less smallest NLL of a seed. Seconds: features and training"
+    spread = Column("spread", ("spread",), "{:.4f}")
+    tokens, seconds = Column("tokens trained on", ("train_tokens",), "{:,}"), Column("seconds", ("seconds",), "{:,.1f}")
+    return Table("costs", caption, [ARM, PARAMETERS, SEEDS, spread, tokens, seconds], rows)
+
+
+def likelihoods(rows: Sequence[Row], base: str, name: str = "", held_out: int | None = None) -> Table:
+    """Held-out NLL of cells and its change against `base`, by stratum, on so many `held_out` tokens."""
+    nll = [Column(heading, ("nll", stratum), "{:.3f}") for stratum, heading in _STRATA.items()]
+    to = {"all": f"change to {base}", "high": f"high, to {base}", "low": f"low, to {base}"}
+    changes = [
+        Column(to[stratum], ("change", stratum), "{:+.3f}", below=heading) for stratum, heading in _STRATA.items()
+    ]
+    caption = (
+        f"Held-out NLL{'' if held_out is None else f' of {held_out:,} tokens'}, nats per token [95% interval over "
+        f"examples]; high entropy: the 20% of highest base entropy; changes to {base} are paired"
+    )
+    return Table(name, caption, [ARM, *nll, *changes], rows)
+
+
+def costs_of_arms(rows: Sequence[Row]) -> Table:
+    """What the arms of reinforcement learning took."""
+    caption = "Cost of an arm: means over seeds; memory is the process's peak, model included"
+    spent = [
+        Column("tokens sampled", ("sampled_tokens",), "{:,}"),
+        Column("seconds", ("seconds",), "{:,.0f}"),
+        Column("of it updating", ("updating_share",), "{:.1%}"),
+        Column("peak MiB", ("peak_bytes",), "{:,.0f}", 1 / 2**20),
+    ]
+    return Table("costs", caption, [ARM, PARAMETERS, SEEDS, *spent], rows)
+
+
+def solved(rows: Sequence[Mapping[str, Any]], name: str = "") -> Table:
+    """The share of the problems that each arm of reinforcement learning solves, its changes, and tokens of answers."""
+    columns, sets = [ARM, Column("by seed, %", ("shown_by_seed",))], measured_after(rows[0]["accuracy"])
+    for found in sets:
+        gained = "gained, points" if found == HELD_OUT else f"gained {found}, points"
+        columns += [percents(f"{found}, %", "accuracy", found), points(gained, "gain", found)]
+    columns += [points(f"to {other}, points", "change", other) for other in AGAINST if other in others_of(rows)]
+    columns += [Column(f"tokens, {found}", ("tokens", found), "{:,.0f}") for found in sets]
+    columns.append(Column("tokens gained", ("tokens_gain", HELD_OUT), "{:+,.0f}"))
+    caption = (
+        "Problems solved by greedy answers, means over seeds [95% interval over problems]; 'gained' by the steps; 'by "
+        f"seed' is '{HELD_OUT}' of each training; changes to other arms are of '{HELD_OUT}', paired by problem"
+    )
+    rows = [{**row, "shown_by_seed": percent_by_seed(row["by_seed"])} for row in rows]
+    return Table(name, caption, columns, rows).without_empty_columns()
+
+
+def scores(arms: Sequence[Mapping[str, Any]], caption: str = "", name: str = "", more: Sequence[Column] = ()) -> Table:
+    """Accuracy of the arms of an evaluation, and how their samples end; `more` columns may follow."""
+    passes, failures = arms[0]["pass_at"], arms[0]["failures"]
+    columns = [
+        ARM,
+        percents("right, %", "accuracy"),
+        *(points(f"to {other}, points", "change", other) for other in others_of(arms)),
+        *(percents(f"pass@{k}, %", "pass_at", k) for k in passes),
+        percents("majority, %", "majority"),
+        Column("tokens", (TOKENS,), "{:,.0f}"),
+        percents("cut, %", CUT),
+        percents("loops, %", LOOPING),
+        percents("distinct-4, %", DISTINCT),
+        *(percents(f"{failure}, %", "failures", failure) for failure in failures),
+        *more,
+    ]
+    return Table(name, caption, columns, arms).without_empty_columns()
+
+
+def others_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The arms that others are compared with."""
+    return list(dict.fromkeys(other for row in rows for other in row["change"]))
+
+
+def writing(arms: Sequence[Mapping[str, Any]]) -> Table:
+    """How the answers of an evaluation are written, and the changes against its first arm."""
+    first = arms[0]["name"]
+    forms = {
+        TOKENS: ("tokens", "{:,.0f}", 1.0),
+        CUT: ("cut", "{:.1f}", 100.0),
+        LOOPING: ("loops", "{:.1f}", 100.0),
+        DISTINCT: ("distinct-4", "{:.1f}", 100.0),
+    }
+    values = [Column(title, (key,), form, scale, bare=key == TOKENS) for key, (title, form, scale) in forms.items()]
+    changes = [
+        Column(f"{title}, to {first}", ("changes", key, first), form.replace(":", ":+"), scale, below=title)
+        for key, (title, form, scale) in forms.items()
+    ]
+    caption = (
+        "How the answers are written: tokens, % cut by the limit, % that loop, % of runs of four words that are "
+        "different ones (distinct-4)"
+    )
+    against = f"; changes to {first} are paired by problem" if len(arms) > 1 else ""
+    return Table("", caption + against, [ARM, *values, *changes], arms)
+
+
+def changes_in_writing(arms: Sequence[Mapping[str, Any]], name: str) -> Table:
+    """Of each arm of an evaluation to each before it, what changed in how the answers are written."""
+    rows = [
+        {"name": arm["name"], "to": other} | {key: found.get(other) for key, found in arm["changes"].items()}
+        for arm in arms
+        for other in arm["change"]
+    ]
+    columns = [
+        ARM,
+        Column("to", ("to",), words=True),
+        Column("tokens", (TOKENS,), "{:+,.0f}"),
+        points("cut, points", CUT),
+        points("loops, points", LOOPING),
+        points("distinct-4, points", DISTINCT),
+    ]
+    caption = (
+        "Change of how the answers are written, paired by problem [95% interval over problems]: an answer loops that "
+        "ends in a block repeated 4 times or more; distinct-4 is the share of runs of four words that are different"
+    )
+    return Table(name, caption, columns, rows).without_empty_columns()
+
+
+def by_group(arms: Sequence[Mapping[str, Any]], column: str, name: str = "") -> Table:
+    """Accuracy of the arms of an evaluation by the values of one column of its problems."""
+    rows = [
+        {column: value, "problems": group["problems"]} | {arm["name"]: _in_group(arm, column, value) for arm in arms}
+        for value, group in arms[-1]["groups"][column].items()
+    ]
+    columns = [
+        Column(column, (column,), words=True),
+        Column("problems", ("problems",), "{:,}"),
+        *(percents(f"{arm['name']}, %", arm["name"]) for arm in arms),
+    ]
+    return Table(name, f"Samples right by {column} [95% interval over problems]", columns, rows)
+
+
+def _in_group(arm: Mapping[str, Any], column: str, value: str) -> Any:
+    return arm["groups"][column][value]["accuracy"]
+
+
+def strata(adapter: Mapping[str, Any], name: str = "", caption: str = "") -> Table:
+    """What an adapter does to the tokens of an analysis, by the base's entropy."""
+    found: Mapping[str, Any] = adapter["strata"]
+    return Table.of_texts(name, caption, ["means over tokens", *found], _strata(found))
+
+
+def _strata(found: Mapping[str, Any]) -> Iterator[list[str]]:
+    yield ["tokens", *(f"{stratum['tokens']:,}" for stratum in found.values())]
+    for name, row in QUANTITIES.items():
+        means = (estimate_of(stratum["means"][name]) for stratum in found.values())
+        yield [row.heading, *(with_interval(mean, row.form, row.factor) for mean in means)]
+    yield ["largest |b|", *(f"{stratum['bias_max']:.2f}" for stratum in found.values())]
+    yield ["entropy of expert use, nats", *(f"{stratum['expert_entropy']:.3f}" for stratum in found.values())]
