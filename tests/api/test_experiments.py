@@ -57,7 +57,7 @@ def test_arms_are_those_of_the_command(base, data):
     assert max(map(len, str(report).splitlines())) <= 100
     assert report._repr_html_().count("<tr>") == 6
     assert list(report.frame()["arm"]) == [row.name for row in report.arms]
-    assert len(list(Path("of-python/cells").iterdir())) == 5
+    assert len(list(Path("of-python/arms").iterdir())) == 5
 
 
 def test_a_sweep_is_that_of_the_command(base, data):

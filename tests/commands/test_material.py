@@ -260,7 +260,7 @@ def test_a_store_without_a_support_given_is_swept_on_its_own(folder, monkeypatch
         == 0
     )
     assert rows_of("out")["num_experts=4 experts=free"]["parameters"] == 4 * (5 + 16) + 2
-    record = json.loads(next(Path("out/cells").glob("num_experts*")).read_text())
+    record = json.loads(next(Path("out/arms").glob("num_experts*")).read_text())
     assert record["settings"]["support"] == "own"
 
 

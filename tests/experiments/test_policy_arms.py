@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from moe_bias.experiments.policy_arms import PolicyArm, PolicyRecords, compare_policies
+from moe_bias.experiments.arm import ArmRecords
+from moe_bias.experiments.policy_arms import ARMS, PolicyArm, compare_policies
 from moe_bias.mistakes import UserError
+from moe_bias.records import RecordKind
 
 
 def arm(name: str, seed: int, right: list[float]) -> PolicyArm:
@@ -68,15 +70,15 @@ def test_arms_of_other_problems_are_refused():
 
 
 def test_records_come_back_in_the_order_of_arms_and_seeds(tmp_path):
-    records = PolicyRecords(tmp_path)
-    assert records.all() == []
+    records = ArmRecords(tmp_path, RecordKind.ARMS, PolicyArm)
+    assert records.all(ARMS) == []
     kept = [arm("moe-bias", 2, [1.0]), arm("moe-bias", 10, [0.0]), arm("moe-bias-sft", 0, [1.0]), arm("lora", 1, [1.0])]
     for each in reversed(kept):
         records.save(each, {})
-    assert records.all() == kept
+    assert records.all(ARMS) == kept
     assert records.load("moe-bias", 3) is None
     records.save(replace(kept[0], name="no arm"), {})
-    assert records.all() == kept
+    assert records.all(ARMS) == kept
     (tmp_path / "arms" / "lora-seed1.json").write_text("{")
     with pytest.raises(UserError, match=r"lora-seed1.json' is damaged: .*; remove it to run the arm again"):
-        records.all()
+        records.all(ARMS)

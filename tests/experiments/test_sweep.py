@@ -1,6 +1,7 @@
 """Sweeps and arms: the grid, the comparison by hand, records that are used again, and LoRA beside it."""
 
 import json
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -19,12 +20,15 @@ from moe_bias.evaluation.likelihood import token_nll
 from moe_bias.evaluation.strata import by_stratum, counts_by_stratum
 from moe_bias.experiments import cells as cells_module
 from moe_bias.experiments import supervised
-from moe_bias.experiments.cells import CellRecords, compare_cells
+from moe_bias.experiments.arm import ArmRecords
+from moe_bias.experiments.cells import Cell, compare_cells
 from moe_bias.experiments.grid import cell_name, find_cell, parse_grid, with_changes
 from moe_bias.experiments.lora import Budget, LoRAChoices, completion_log_prob, lora_on, lora_token_nll, train_lora
+from moe_bias.experiments.policy_arms import PolicyArm
 from moe_bias.features import making
 from moe_bias.features.extract import run_backbone, with_scalars
 from moe_bias.mistakes import UserError
+from moe_bias.records import RecordKind
 from moe_bias.tasks.conversations import Example
 
 EXAMPLES = [Example([5, 6, 7], [8, 9, 2]), Example([5], [11, 2]), Example([20, 21, 22, 23, 24], [3])]
@@ -120,7 +124,7 @@ def test_strata_are_the_top_fifth_and_the_rest():
 
 
 def test_records_are_found_again_and_damaged_ones_named(tmp_path):
-    records = CellRecords(tmp_path)
+    records = ArmRecords(tmp_path, RecordKind.CELLS, Cell)
     cell = cell_of("support=a/b.json k=1", 3, [4.0, 4.0])
     assert records.load(cell.name, 3) is None
     records.save(cell, {"epochs": 1})
@@ -129,8 +133,20 @@ def test_records_are_found_again_and_damaged_ones_named(tmp_path):
     path = next(records.folder.iterdir())
     assert json.loads(path.read_text())["settings"] == {"epochs": 1}
     path.write_text("{")
-    with pytest.raises(UserError, match=r"is damaged: .*; remove it to run the cell again"):
+    with pytest.raises(UserError, match=r"is damaged: .*; remove it to run the arm again"):
         records.load(cell.name, 3)
+
+
+def test_cells_of_before_are_found_and_arms_of_another_comparison_refused(tmp_path):
+    records, cell = ArmRecords(tmp_path, RecordKind.CELLS, Cell), cell_of("k=1", 0, [4.0, 4.0])
+    (tmp_path / "cells").mkdir()
+    (tmp_path / "cells" / "k=1-seed0.json").write_text(json.dumps({"cell": asdict(cell), "settings": {}}))
+    assert records.load("k=1", 0) == cell
+    records.save(replace(cell, seconds=9.0), {})  # a newer record wins
+    assert records.load("k=1", 0).seconds == 9.0
+    assert json.loads((tmp_path / "arms" / "k=1-seed0.json").read_text())["kind"] == "arm of sweep or arms"
+    with pytest.raises(UserError, match="is an arm of sweep or arms, no arm of compare; name another `output`"):
+        ArmRecords(tmp_path, RecordKind.ARMS, PolicyArm).load("k=1", 0)
 
 
 COMMON = "--model model --data rows.jsonl --held-out 0.3 --support auto:40 --batch-tokens 8 --epochs 2 --output out"
@@ -169,7 +185,7 @@ def test_an_interrupted_sweep_says_what_is_done_and_goes_on(folder, capsys, monk
     monkeypatch.setattr(supervised, "run_cell", pressed_in_the_second)
     words = ["sweep", *COMMON.split(), "--seeds", "0", "--grid", "num_experts=4,8"]
     assert main(words) == 130
-    assert "interrupted: 2 of 3 are done and kept in out/cells; run the same command again" in capsys.readouterr().err
+    assert "interrupted: 2 of 3 are done and kept in out/arms; run the same command again" in capsys.readouterr().err
     assert main(words) == 0
     assert len(run) == 2
 

@@ -21,12 +21,12 @@ from moe_bias.api.reports import ArmsReport, CompareReport
 from moe_bias.api.rewarded import REWARD_ALONE
 from moe_bias.api.supervised import Trained, on_own_support
 from moe_bias.config import ArmsConfig, CompareConfig, RewardConfig, SFTConfig
+from moe_bias.experiments.arm import ArmRecords, Outcome, Wanted
 from moe_bias.experiments.arms import LORA_ARMS, MAIN
 from moe_bias.experiments.cells import Cell, compare_cells
 from moe_bias.experiments.grid import find_cell, parse_grid, with_changes
-from moe_bias.experiments.policy_arms import BASE, PolicyArm, PolicyRecords, chosen_arms, compare_policies, mean_curve
+from moe_bias.experiments.policy_arms import ARMS, BASE, PolicyArm, chosen_arms, compare_policies, mean_curve
 from moe_bias.experiments.rewarded import Shifted, Stage, prepare_stage, refuse_unfit_lora
-from moe_bias.experiments.running import Outcome, Wanted, run_missing
 from moe_bias.experiments.supervised import Workshop, cells_of_grid, supervised_arms
 from moe_bias.frozen import Frozen
 from moe_bias.mistakes import UserError, nothing_stays_without
@@ -151,7 +151,7 @@ def compared_arms(
 ) -> ArmsReport:
     """Runs the arms that have no record in the folder, and writes the table of all; `opened` gives the data then."""
     workshop = _workshop(config, seeds, folder, opened, batch_size)
-    cells = run_missing(workshop.records, supervised_arms(workshop, config, names, seeds, lora))
+    cells = workshop.records.run_missing(supervised_arms(workshop, config, names, seeds, lora))
     return _of_cells(config, cells, MAIN, folder)
 
 
@@ -162,7 +162,7 @@ def swept(
     axes = parse_grid(grid)
     base = find_cell(against, axes)
     workshop = _workshop(config, seeds, folder, opened)
-    cells = run_missing(workshop.records, cells_of_grid(workshop, config, axes, seeds))
+    cells = workshop.records.run_missing(cells_of_grid(workshop, config, axes, seeds))
     return _of_cells(config, cells, base, folder)
 
 
@@ -183,7 +183,7 @@ def compared(
     chosen, settings = chosen_arms(names), config.model_dump(mode="json")
     refuse_other_settings(folder, settings)
     rewards.check_limit(config.max_new_tokens)
-    console, records = console or text_console(), PolicyRecords(folder)
+    console, records = console or text_console(), ArmRecords(folder, RecordKind.ARMS, PolicyArm)
 
     @cache
     def stage() -> Stage:
@@ -199,10 +199,10 @@ def compared(
     wanted: Wanted[PolicyArm] = {
         (name, seed): partial(run, name, seed) for name in chosen for seed in ([0] if name == BASE else seeds)
     }
-    run_missing(records, wanted)
+    records.run_missing(wanted)
     if rewards.failures.failures:
         say(console, str(rewards.failures))
-    kept = records.all()
+    kept = records.all(ARMS)
     rows = compare_policies(kept)
     _write_table(folder, RecordKind.ARMS, settings, {"rows": [asdict(row) for row in rows]})
     return CompareReport(rows, mean_curve(kept))

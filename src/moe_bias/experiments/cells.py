@@ -1,18 +1,14 @@
-"""Cells of a sweep and arms of a comparison: what each was measured to do, kept, and compared.
+"""Cells of a sweep and arms on the same tokens: what each was measured to do, and compared.
 
-A cell is trained once per seed, and each time leaves a record. Cells are compared on the same
-held-out tokens: NLL is averaged over a cell's seeds, then resampled by example, paired with the base
-cell's. The interval is over the held-out text; the spread over seeds is given apart.
+Units are the held-out examples, and what is measured of them is NLL. The interval is over the held-out text; the spread
+over seeds is given apart.
 """
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -21,10 +17,9 @@ from moe_bias.config import SFTConfig
 from moe_bias.evaluation.likelihood import token_nll
 from moe_bias.evaluation.statistics import Estimate, Floats, ratio_of_sums
 from moe_bias.evaluation.strata import STRATA, by_stratum, counts_by_stratum
+from moe_bias.experiments.arm import by_name, over_seeds
 from moe_bias.features.base_logits import BaseLogits
 from moe_bias.layer import MoEBiasLayer
-from moe_bias.mistakes import UserError, as_kind, read_json
-from moe_bias.records import provenance, write_json
 from moe_bias.training.loop import Watching
 from moe_bias.training.sft import Prepared, first_tokens, fit, fresh_layer
 
@@ -67,36 +62,6 @@ class Row:
     nll: dict[str, Estimate]
     change: dict[str, Estimate] | None
     spread: float
-
-
-@dataclass(frozen=True)
-class _CellRecord:
-    """What a file of `CellRecords` holds of a cell."""
-
-    cell: Cell
-
-
-class CellRecords:
-    """The records of finished cells in a folder, a JSON file each."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder / "cells"
-
-    def load(self, name: str, seed: int) -> Cell | None:
-        """The cell's record, or None. Raises UserError on a damaged one."""
-        path = self._path(name, seed)
-        if not path.is_file():
-            return None
-        remedy = "remove it to run the cell again"
-        return as_kind(_CellRecord, read_json(path, "record", remedy), f"record {str(path)!r}", remedy).cell
-
-    def save(self, cell: Cell, settings: Mapping[str, Any]) -> None:
-        """Keeps a cell with its settings and what it was made with."""
-        content = {"cell": asdict(cell), "settings": settings, "provenance": provenance()}
-        write_json(self._path(cell.name, cell.seed), content)
-
-    def _path(self, name: str, seed: int) -> Path:
-        return self.folder / f"{re.sub(r'[^A-Za-z0-9.=_-]+', '_', name)}-seed{seed}.json"
 
 
 def run_cell(
@@ -161,19 +126,13 @@ def compare_cells(cells: Sequence[Cell], base: str) -> list[Row]:
 
     Raises UserError where cells were not measured on the same tokens.
     """
-    tokens = cells[0].tokens
-    for cell in cells:
-        if cell.tokens != tokens:
-            raise UserError(f"the records of {cell.name!r} and {cells[0].name!r} are of different held-out tokens")
-    groups: dict[str, list[Cell]] = {}
-    for cell in cells:
-        groups.setdefault(cell.name, []).append(cell)
-    against = _mean_nll(groups[base])
+    groups = by_name(cells, lambda cell: cell.tokens, "tokens")
+    against = over_seeds([cell.nll for cell in groups[base]])
     return [_row(group, None if name == base else against) for name, group in groups.items()]
 
 
 def _row(group: Sequence[Cell], against: Mapping[str, Floats] | None) -> Row:
-    first, nll = group[0], _mean_nll(group)
+    first, nll = group[0], over_seeds([cell.nll for cell in group])
     totals = [sum(cell.nll["all"]) / sum(cell.tokens["all"]) for cell in group]
     return Row(
         name=first.name,
@@ -197,8 +156,3 @@ def _per_token(sums: Mapping[str, Floats], tokens: Mapping[str, list[float]]) ->
         for name in STRATA
         if held[name].sum() > 1
     }
-
-
-def _mean_nll(group: Sequence[Cell]) -> dict[str, Floats]:
-    """By stratum and example, the mean over seeds."""
-    return {stratum: np.mean([cell.nll[stratum] for cell in group], axis=0) for stratum in STRATA}

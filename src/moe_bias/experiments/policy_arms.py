@@ -14,22 +14,21 @@ The names:
     lora-sft                LoRA that goes on with worked answers
 
 All arms have the same problems, samples per step, steps and seeds, and the same worked answers to
-learn the form of an answer from; the frozen model has none. An arm's accuracy is averaged over its
-seeds for each held-out problem, then resampled by problem, paired with another arm's.
+learn the form of an answer from; the frozen model has none. Units are the held-out problems, and what is measured of
+them is whether they are solved.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from moe_bias.evaluation.statistics import Estimate, Floats, mean, share
-from moe_bias.mistakes import UserError, as_kind, read_json
-from moe_bias.records import provenance, write_json
+from moe_bias.experiments.arm import by_name, over_seeds
+from moe_bias.mistakes import UserError
 
 BASE, STATIC, MAIN, LORA = "base", "static", "moe-bias", "lora"
 SUPERVISED, LORA_SUPERVISED, LORA_HIGH_ENTROPY = "moe-bias-sft", "lora-sft", "lora-high-entropy"
@@ -110,56 +109,10 @@ class PolicyRow:
     tokens_gain: dict[str, Estimate]
 
 
-@dataclass(frozen=True)
-class _ArmRecord:
-    """What a file of `PolicyRecords` holds of an arm."""
-
-    arm: PolicyArm
-
-
-class PolicyRecords:
-    """The records of finished arms in a folder, a JSON file each."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder / "arms"
-
-    def load(self, name: str, seed: int) -> PolicyArm | None:
-        """The arm's record, or None. Raises UserError on a damaged one."""
-        path = self._path(name, seed)
-        if not path.is_file():
-            return None
-        remedy = "remove it to run the arm again"
-        return as_kind(_ArmRecord, read_json(path, "record", remedy), f"record {str(path)!r}", remedy).arm
-
-    def all(self) -> list[PolicyArm]:
-        """Every arm that has a record, in the order of `ARMS`, then of seeds. Raises UserError on a damaged one."""
-        found = (self.load(name, seed) for name in ARMS for seed in sorted(self._seeds(name)))
-        return [arm for arm in found if arm is not None]
-
-    def _seeds(self, name: str) -> list[int]:
-        found = (path.stem.removeprefix(f"{name}-seed") for path in self.folder.glob(f"{name}-seed*.json"))
-        return [int(seed) for seed in found if seed.isdecimal()]
-
-    def save(self, arm: PolicyArm, settings: Mapping[str, Any]) -> None:
-        """Keeps an arm with its settings and what it was made with."""
-        write_json(
-            self._path(arm.name, arm.seed), {"arm": asdict(arm), "settings": settings, "provenance": provenance()}
-        )
-
-    def _path(self, name: str, seed: int) -> Path:
-        return self.folder / f"{name}-seed{seed}.json"
-
-
 def compare_policies(arms: Sequence[PolicyArm]) -> list[PolicyRow]:
     """A row per name, in order of appearance. Raises UserError where arms were measured on other problems."""
-    sizes = {name: len(values) for name, values in arms[0].right.items()}
-    for arm in arms:
-        if {name: len(values) for name, values in arm.right.items()} != sizes:
-            raise UserError(f"the records of {arm.name!r} and {arms[0].name!r} are of different held-out problems")
-    groups: dict[str, list[PolicyArm]] = {}
-    for arm in arms:
-        groups.setdefault(arm.name, []).append(arm)
-    right = {name: _means(group, "right") for name, group in groups.items()}
+    groups = by_name(arms, lambda arm: {name: len(values) for name, values in arm.right.items()}, "problems")
+    right = {name: over_seeds([arm.right for arm in group]) for name, group in groups.items()}
     return [_row(group, right) for group in groups.values()]
 
 
@@ -196,7 +149,8 @@ def percent_by_seed(by_seed: Iterable[float]) -> str:
 def _row(group: Sequence[PolicyArm], right: Mapping[str, Mapping[str, Floats]]) -> PolicyRow:
     """`right` has by arm and set of problems the mean over seeds of each problem."""
     first = group[0]
-    own, length = right[first.name], _means(group, "tokens") if all(arm.tokens for arm in group) else {}
+    own = right[first.name]
+    length = over_seeds([arm.tokens for arm in group]) if all(arm.tokens for arm in group) else {}
     seconds = float(np.mean([arm.seconds for arm in group]))
     return PolicyRow(
         name=first.name,
@@ -217,8 +171,3 @@ def _row(group: Sequence[PolicyArm], right: Mapping[str, Mapping[str, Floats]]) 
         tokens={name: mean(values) for name, values in length.items()},
         tokens_gain={name: mean(length[name] - length[name + BEFORE]) for name in measured_after(length)},
     )
-
-
-def _means(group: Sequence[PolicyArm], quantity: Literal["right", "tokens"]) -> dict[str, Floats]:
-    """By set of problems and problem, the mean over seeds."""
-    return {name: np.mean([getattr(arm, quantity)[name] for arm in group], axis=0) for name in group[0].right}

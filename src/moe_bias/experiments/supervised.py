@@ -15,14 +15,15 @@ from pathlib import Path
 import torch
 
 from moe_bias.config import ArmsConfig, SFTConfig
+from moe_bias.experiments.arm import ArmRecords, Outcome, Wanted
 from moe_bias.experiments.arms import LAYER_ARMS, LORA_ARMS, LORA_HEAD, MAIN, MAIN_ON_LORA_TOKENS, run_lora
-from moe_bias.experiments.cells import BASE_MODEL, Cell, CellRecords, base_cell, run_cell
+from moe_bias.experiments.cells import BASE_MODEL, Cell, base_cell, run_cell
 from moe_bias.experiments.grid import cell_name, with_changes
 from moe_bias.experiments.lora import HeadLoRA, LoRAChoices
-from moe_bias.experiments.running import Outcome, Wanted
 from moe_bias.features.base_logits import BaseLogits
 from moe_bias.features.source import Subset
 from moe_bias.mistakes import UserError
+from moe_bias.records import RecordKind
 from moe_bias.training.data import Data
 from moe_bias.training.run_folder import begin, digests
 from moe_bias.training.sft import Prepared
@@ -35,7 +36,7 @@ class Workshop:
     """
 
     def __init__(self, config: SFTConfig, folder: Path, opened: Callable[[], Data], batch_size: int = 16) -> None:
-        self.records = CellRecords(folder)
+        self.records = ArmRecords(folder, RecordKind.CELLS, Cell)
         self._config, self._folder, self._opened, self._batch_size = config, folder, opened, batch_size
         self._prepared: dict[str, Prepared] = {}
         self._logits: tuple[tuple[str, int], BaseLogits] | None = None
