@@ -80,7 +80,7 @@ def test_every_arm_answers_as_generate_does(ground, capsys):
     printed = capsys.readouterr().out
     assert "problems.jsonl: 5 problems" in printed
     assert "greedy answers, at most 6 tokens" in printed
-    assert "By level" in printed
+    assert "Samples right by level" in printed
     assert "Change of accuracy to each arm before" in printed
     assert "How the answers are written" in printed
 
