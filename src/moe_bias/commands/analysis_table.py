@@ -11,13 +11,14 @@ from rich.text import Text
 
 from moe_bias.analysis import ExpertView, any_off_support, strongest, view_of_record
 from moe_bias.commands.expert_table import OFF_SUPPORT, moved, readings_table
-from moe_bias.evaluation.statistics import estimate_of, with_interval
-from moe_bias.report.tables import strata
+from moe_bias.evaluation.statistics import estimate_of, percent
+from moe_bias.report.tables import flips, right_answers, strata
 from moe_bias.report.terminal import terminal_table
 
 SHOWN_FLIPS = 6
 SHOWN_TOKENS = 4
 SHOWN_CONTEXT = 40
+_FLIP = ("context, with the text's token", "KL, nats", "base goes on", "adapted goes on", "outcome")
 
 
 def print_analysis(console: Console, record: Mapping[str, Any]) -> None:
@@ -34,10 +35,11 @@ def print_analysis(console: Console, record: Mapping[str, Any]) -> None:
         console.print(Text(_sentences(adapter)))
         _print_experts(console, adapter["experts"])
         if adapter["answers"] is not None:
-            console.print(_answers(adapter["answers"]))
-        flips = adapter["flips"] if adapter["answers"] is None else _turned(adapter["answers"]["flips"])
-        if flips:
-            console.print(_flips(flips))
+            console.print(terminal_table(right_answers(adapter["answers"])))
+        found = adapter["flips"] if adapter["answers"] is None else _turned(adapter["answers"]["flips"])
+        if found:
+            shown = flips(found[:SHOWN_FLIPS], "Flips: where the choice changes")
+            console.print(terminal_table(shown.only(*_FLIP)))
 
 
 def _table(title: str, headings: Sequence[str]) -> Table:
@@ -46,16 +48,14 @@ def _table(title: str, headings: Sequence[str]) -> Table:
     return table
 
 
-def _share(found: Mapping[str, float | None], form: str = "{:.1f}") -> str:
-    return with_interval(estimate_of(found), form, 100)
-
-
 def _sentences(adapter: Mapping[str, Any]) -> str:
     known = adapter["mutual_information"]
     told = ", ".join(f"{name} {value['nats']:.3f} of at most {value['at_most']:.3f}" for name, value in known.items())
-    series = "".join(f"; {_share(point['overlap'])} at step {point['step']:,}" for point in adapter["checkpoints"])
+    series = "".join(
+        f"; {percent(estimate_of(point['overlap']))} at step {point['step']:,}" for point in adapter["checkpoints"]
+    )
     return (
-        f"Of the base's high-entropy tokens, {_share(adapter['overlap'])}% are the adapted model's too"
+        f"Of the base's high-entropy tokens, {percent(estimate_of(adapter['overlap']))}% are the adapted model's too"
         f"{series}.\nNats that the expert tells of a token's ... {told}."
     )
 
@@ -87,36 +87,9 @@ def _experts(cards: Sequence[Mapping[str, Any]], views: Sequence[ExpertView]) ->
     return table
 
 
-def _answers(answers: Mapping[str, Any]) -> Table:
-    table = _table(
-        "Right answers, %, and the paired change to the base. "
-        + ", ".join(f"{name}: {count}" for name, count in answers["turns"].items()),
-        ["arm", "right", "change"],
-    )
-    for arm, share in answers["accuracy"].items():
-        change = answers["change"].get(arm)
-        table.add_row(arm, _share(share), "" if change is None else _share(change, "{:+.1f}"))
-    return table
-
-
 def _turned(flips: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Those that made a right answer wrong or a wrong one right."""
     return [flip for flip in flips if (flip["base_outcome"] == "correct") != (flip["adapted_outcome"] == "correct")]
-
-
-def _flips(flips: Sequence[Mapping[str, Any]]) -> Table:
-    table = _table("Flips: where the choice changes", ["after", "KL", "base goes on", "adapted goes on"])
-    for flip in flips[:SHOWN_FLIPS]:
-        sides = [Text(_side(flip, side)) for side in ("base", "adapted")]
-        table.add_row(Text(_tail(flip)), f"{flip['kl']:.2f}", *sides)
-    return table
-
-
-def _side(flip: Mapping[str, Any], side: str) -> str:
-    words = flip[f"{side}_continuation"]
-    shown = repr(flip[f"{side}_choice"]["text"]) if words is None else words
-    outcome = flip.get(f"{side}_outcome")
-    return shown if outcome is None else f"{shown} ({outcome})"
 
 
 def _tail(moment: Mapping[str, Any]) -> str:

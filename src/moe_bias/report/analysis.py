@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -25,13 +25,12 @@ from moe_bias.report.content import (
 )
 from moe_bias.report.record import Record
 from moe_bias.report.table import Table
-from moe_bias.report.tables import strata
+from moe_bias.report.tables import flips, in_context, right_answers, strata
 
-FLIPS, CONTEXT = 12, 70
+FLIPS = 12
 TOKENS, READ_TOKENS, CONTEXTS = 6, 4, 3
-"""Shown of a record: flips, letters before a token, and on a card tokens of each side, those of what it reads, and
+"""Shown of a record: flips, and on a card tokens of each side, those of what it reads, and
 contexts."""
-_FLIP = ("context, with the text's token", "base goes on", "adapted goes on")
 
 
 def analysis(record: Record) -> Iterator[Block]:
@@ -43,13 +42,13 @@ def analysis(record: Record) -> Iterator[Block]:
         )
         if adapter["answers"]:
             yield Block(Topic.RESULT, one.run, [_accuracy(one)])
-            yield Block(Topic.ACCURACY, one.run, [_answers(one)])
+            yield Block(Topic.ACCURACY, one.run, [right_answers(adapter["answers"], one.file("answers"))])
         yield Block(Topic.ENTROPY, one.run, list(_entropy(one)))
         yield Block(Topic.ROUTING, one.run, list(_routing(one)))
         yield Block(Topic.EXPERTS, one.run, [_cards(one)])
-        flips = [*_flips(one), *_turning_flips(one)]
-        if flips:
-            yield Block(Topic.FLIPS, one.run, flips)
+        parts = [*_flips(one), *_turning_flips(one)]
+        if parts:
+            yield Block(Topic.FLIPS, one.run, parts)
 
 
 class _Adapter:
@@ -65,12 +64,12 @@ class _Adapter:
 
 def _entropy(one: _Adapter) -> Iterator[Part]:
     text, found = one.record.content["text"], one.found
-    flips = [percent(estimate_of(found["strata"][name]["means"]["flipped"])) for name in ("high", "low")]
+    flipped = [percent(estimate_of(found["strata"][name]["means"]["flipped"])) for name in ("high", "low")]
     top = f"top {text['rho']:.0%}"
     yield Note(
         f"{text['tokens']:,} tokens of {text['name']} ({text['kind']}); high entropy is the {top}, from "
-        f"{text['threshold']:.3f} nats. The likeliest token is another at {flips[0]}% of the high and {flips[1]}% of "
-        f"the low tokens. Of the base's {top}, {_overlap(found)}% are in the adapted model's too."
+        f"{text['threshold']:.3f} nats. The likeliest token is another at {flipped[0]}% of the high and {flipped[1]}% "
+        f"of the low tokens. Of the base's {top}, {_overlap(found)}% are in the adapted model's too."
     )
     drawn = figures.histogram(
         one.record.content["entropy_edges"], found["histograms"], text["threshold"], "entropy, nats"
@@ -130,7 +129,7 @@ def _cards(one: _Adapter) -> Cards:
 
 def _card(expert: Mapping[str, Any]) -> Card:
     facts = [("of high-entropy slots", f"{expert['high']:.1%}"), ("of low-entropy slots", f"{expert['low']:.1%}")]
-    contexts = [_in_context(moment) for moment in expert["contexts"][:CONTEXTS]]
+    contexts = [in_context(moment) for moment in expert["contexts"][:CONTEXTS]]
     return Card(expert["expert"], facts, _shortened(view_of_record(expert)), contexts)
 
 
@@ -146,42 +145,17 @@ def _shortened_reading(reading: Reading) -> Reading:
 
 
 def _flips(one: _Adapter) -> Iterator[Part]:
-    shown = one.found["flips"][:FLIPS]
-    rows = [[*_flip(flip), f"{flip['base_entropy']:.2f}", f"{flip['kl']:.2f}"] for flip in shown]
-    if rows:
+    if shown := one.found["flips"][:FLIPS]:
         caption = f"The {len(shown)} flips of largest KL: where the base and the adapted model go on differently"
-        yield Table.of_texts(one.file("flips"), caption, [*_FLIP, "entropy, nats", "KL, nats"], rows, words=3)
+        yield flips(shown, caption, one.file("flips"))
 
 
 def _turning_flips(one: _Adapter) -> Iterator[Part]:
     """Where the answers part whose outcome changed."""
-    flips = one.found["answers"]["flips"] if one.found["answers"] else []
-    rows = [
-        [flip["question"], flip["gold"], *_flip(flip), f"{flip['base_outcome']} → {flip['adapted_outcome']}"]
-        for flip in flips[:FLIPS]
-    ]
-    if rows:
-        caption = f"The first {len(rows)} of {len(flips)} problems whose answer changed, at the flip"
-        headings = ["problem", "gold answer", *_FLIP, "outcome"]
-        yield Table.of_texts(one.file("turning-flips"), caption, headings, rows, words=len(headings), folded=True)
-
-
-def _flip(flip: Mapping[str, Any]) -> list[str]:
-    before, token = _in_context(flip)
-    return [f"{before}⟦{token}⟧", _continued(flip, "base"), _continued(flip, "adapted")]
-
-
-def _in_context(moment: Mapping[str, Any]) -> tuple[str, str]:
-    """The end of the text before a token, and the token, on one line."""
-    before = moment["before"]
-    cut = "…" if len(before) > CONTEXT else ""
-    return f"{cut}{before[-CONTEXT:]}".replace("\n", "↵"), moment["token"]["text"].replace("\n", "↵")
-
-
-def _continued(flip: Mapping[str, Any], side: str) -> str:
-    """The choice, and where it was gone on from there what followed."""
-    text: str = flip.get(f"{side}_continuation") or flip[f"{side}_choice"]["text"]
-    return text
+    found = one.found["answers"]["flips"] if one.found["answers"] else []
+    if shown := found[:FLIPS]:
+        caption = f"The first {len(shown)} of {len(found)} problems whose answer changed, at the flip"
+        yield flips(shown, caption, one.file("turning-flips"), folded=True)
 
 
 def _accuracy(one: _Adapter) -> Plot:
@@ -191,9 +165,3 @@ def _accuracy(one: _Adapter) -> Plot:
     text = one.record.content["text"]["name"]
     title = f"Greedy accuracy on {text}: base, adapted, and adapted at one stratum only"
     return Plot(one.file("accuracy"), title, drawn)
-
-
-def _answers(one: _Adapter) -> Table:
-    turns: Mapping[str, int] = one.found["answers"]["turns"]
-    rows: Sequence[Sequence[str]] = [[name, f"{count:,}"] for name, count in turns.items()]
-    return Table.of_texts(one.file("turns"), "Problems by what became of the base's answer", ["", "problems"], rows)

@@ -15,6 +15,8 @@ from moe_bias.experiments.policy_arms import AGAINST, HELD_OUT, measured_after, 
 from moe_bias.report.table import Column, Row, Table
 
 _STRATA = {"all": "all tokens", "high": "high entropy", "low": "low entropy"}
+CONTEXT = 70
+"""Letters of the text before a token."""
 ARM = Column("arm", ("name",), words=True)
 PARAMETERS = Column("parameters", ("parameters",), "{:,}")
 SEEDS = Column("seeds", ("seeds",))
@@ -181,3 +183,51 @@ def _strata(found: Mapping[str, Any]) -> Iterator[list[str]]:
         yield [row.heading, *(with_interval(mean, row.form, row.factor) for mean in means)]
     yield ["largest |b|", *(f"{stratum['bias_max']:.2f}" for stratum in found.values())]
     yield ["entropy of expert use, nats", *(f"{stratum['expert_entropy']:.3f}" for stratum in found.values())]
+
+
+def right_answers(answers: Mapping[str, Any], name: str = "") -> Table:
+    """How many problems of an analysis each arm solves, and what became of the base's answers."""
+    accuracy, change = answers["accuracy"], answers["change"]
+    rows = [{"name": arm, "right": share, "change": change.get(arm)} for arm, share in accuracy.items()]
+    turns = ", ".join(f"{turn}: {count:,}" for turn, count in answers["turns"].items())
+    caption = f"Problems solved, and the paired change to the base [95% interval over problems]. {turns}"
+    return Table(name, caption, [ARM, percents("right, %", "right"), points("change, points", "change")], rows)
+
+
+def flips(found: Sequence[Mapping[str, Any]], caption: str, name: str = "", folded: bool = False) -> Table:
+    """Places of an analysis where the choice of token changes, and what both models go on with."""
+    words = {
+        "problem": "question",
+        "gold answer": "gold",
+        "context, with the text's token": "context",
+        "base goes on": "base",
+        "adapted goes on": "adapted",
+        "outcome": "outcome",
+    }
+    columns = [Column(heading, (key,), words=True) for heading, key in words.items()]
+    columns += [Column("entropy, nats", ("base_entropy",), "{:.2f}"), Column("KL, nats", ("kl",), "{:.2f}")]
+    return Table(name, caption, columns, [_flip(one) for one in found], folded).without_empty_columns()
+
+
+def _flip(flip: Mapping[str, Any]) -> dict[str, Any]:
+    before, token = in_context(flip)
+    sides = ("base", "adapted")
+    outcomes = [str(flip[f"{side}_outcome"]) for side in sides if f"{side}_outcome" in flip]
+    words = {side: flip.get(f"{side}_continuation") or flip[f"{side}_choice"]["text"] for side in sides}
+    return {
+        **flip,
+        "context": f"{before}⟦{token}⟧",
+        "outcome": " → ".join(outcomes),
+        **{side: _on_one_line(text) for side, text in words.items()},
+    }
+
+
+def in_context(moment: Mapping[str, Any]) -> tuple[str, str]:
+    """The end of the text before a token, and the token, on one line."""
+    before = moment["before"]
+    cut = "…" if len(before) > CONTEXT else ""
+    return _on_one_line(f"{cut}{before[-CONTEXT:]}"), _on_one_line(moment["token"]["text"])
+
+
+def _on_one_line(text: str) -> str:
+    return text.replace("\n", "↵")
