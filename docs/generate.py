@@ -28,6 +28,7 @@ from tables import filled
 
 import draw_curves
 import draw_growth
+import draw_labels
 import moe_bias
 from moe_bias import _HOMES
 from moe_bias.cli import COMMANDS, GROUPS, PROGRAM, build_parser, is_passed_on
@@ -190,6 +191,7 @@ def pages() -> Iterator[tuple[Path, str]]:
     yield REFERENCE, reference()
     yield draw_growth.FIGURE, draw_growth.svg(draw_growth.newest())
     yield from draw_curves.figures()
+    yield from draw_labels.figures()
     for path in written_pages():
         yield path, filled(path.read_text(encoding="utf-8"))
 

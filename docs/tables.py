@@ -16,6 +16,7 @@ from statistics import median
 from typing import Any
 
 from moe_bias.evaluation.statistics import estimate_of, percent
+from moe_bias.report.labels import ways
 from moe_bias.report.table import Column, Table
 from moe_bias.report.tables import (
     ARM,
@@ -173,6 +174,30 @@ def policy_costs(task: str) -> str:
     table = costs_of_arms([row for row in record["rows"] if row["seconds"]])
     shown = table.only("arm", "tokens sampled", "seconds", "of it updating", "peak MiB")
     return _shown(shown) + f"\nMeans over seeds; {_machine(record)}.\n"
+
+
+def labels(stem: str) -> str:
+    """Ways to choose among the labels of a set of texts, on a model."""
+    record = _read(RECORDS / "labels" / f"{stem}.json")
+    table = ways(record["rows"])
+    table = replace(table, columns=[replace(table.columns[0], form="`{}`"), *table.columns[1:]])
+    shares = ", ".join(f"{label} {share:.0%}" for label, share in zip(record["labels"], record["shares"], strict=True))
+    return (
+        _shown(table)
+        + f"\n{record['texts']:,} texts to measure on ({shares}), prompts of {record['prompt_tokens']:.0f} tokens, "
+        f"{record['forward_seconds']:.2f} s of forward pass each; {record['dtype']}; {_machine(record)}.\n"
+    )
+
+
+def labels_chosen(stem: str) -> str:
+    """What the ways chose in cross-validation."""
+    rows = [row for row in _read(RECORDS / "labels" / f"{stem}.json")["rows"] if row["count"]]
+    named = ([row["way"], f"{row['count']:,}", "; ".join(map(_choice, row["choices"]))] for row in rows)
+    return _table(["way", "labels", "chosen, by seed"], named)
+
+
+def _choice(choice: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in choice.items())
 
 
 def rl_signal() -> str:
@@ -501,6 +526,7 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
+_LABELLED = [path.stem for path in RECORDS.glob("labels/*.json")]
 _COMPARED = [path.parent.name for path in RECORDS.glob("compare/*/table.json")]
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -509,6 +535,8 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"compare-{task}-costs": partial(policy_costs, task) for task in _COMPARED},
     **{f"analysis-{path.stem}": partial(analysis, path.stem) for path in RECORDS.glob("analysis/*.json")},
     **{f"experts-{path.stem}": partial(analysis_experts, path.stem) for path in RECORDS.glob("analysis/*.json")},
+    **{f"labels-{stem}": partial(labels, stem) for stem in _LABELLED},
+    **{f"labels-{stem}-chosen": partial(labels_chosen, stem) for stem in _LABELLED},
     "costs": costs,
     "gains": gains,
     "compare-products-variants": partial(policy_variants, "products"),

@@ -82,6 +82,7 @@ BASELINES = {
     "sweep": "sweep --data rows.jsonl --grid num_experts=1,2 --output OUT",
     "arms": "arms --data rows.jsonl --output OUT",
     "compare": "compare --output OUT",
+    "labels": "labels --data rows.jsonl --output OUT",
     "analyze": "analyze --adapter adapter --data rows.jsonl --output OUT",
     "inspect-text": "inspect-text --adapter adapter --prompt w5",
     "serve": "serve --adapters .",

@@ -22,13 +22,23 @@ if TYPE_CHECKING:
     from moe_bias.api.adapters import generate, load_layer, save
     from moe_bias.api.data import extract
     from moe_bias.api.experiments import arms, compare, sweep
+    from moe_bias.api.labels import LabelsReport, labels
     from moe_bias.api.measuring import analyze, evaluate
     from moe_bias.api.reports import Analysis, ArmsReport, CompareReport, Evaluation, RLReport, SFTReport
     from moe_bias.api.rewarded import Watch, train_rl
     from moe_bias.api.right_answers import RightAnswers, right_answers
     from moe_bias.api.supervised import train_sft
     from moe_bias.api.tasks import task
-    from moe_bias.config import ArmsConfig, CompareConfig, EvalConfig, LayerConfig, RewardConfig, RLConfig, SFTConfig
+    from moe_bias.config import (
+        ArmsConfig,
+        CompareConfig,
+        EvalConfig,
+        LabelsConfig,
+        LayerConfig,
+        RewardConfig,
+        RLConfig,
+        SFTConfig,
+    )
     from moe_bias.frozen import Frozen, load
     from moe_bias.functional import (
         apply_moe_bias,
@@ -61,6 +71,8 @@ __all__ = [
     "Frozen",
     "HiddenShift",
     "InsertedShift",
+    "LabelsConfig",
+    "LabelsReport",
     "LayerConfig",
     "MoEBiasConfig",
     "MoEBiasHead",
@@ -90,6 +102,7 @@ __all__ = [
     "generate",
     "get_load_balance_loss",
     "get_moe_bias_layer",
+    "labels",
     "load",
     "load_layer",
     "load_moe_bias_layer",
@@ -130,6 +143,10 @@ _HOMES = {
         "RightAnswers",
         "right_answers",
     ),
+    "api.labels": (
+        "LabelsReport",
+        "labels",
+    ),
     "api.adapters": (
         "generate",
         "load_layer",
@@ -147,6 +164,7 @@ _HOMES = {
         "ArmsConfig",
         "CompareConfig",
         "EvalConfig",
+        "LabelsConfig",
         "LayerConfig",
         "RLConfig",
         "RewardConfig",

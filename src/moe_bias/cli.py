@@ -27,6 +27,7 @@ from typing import Any, NoReturn
 
 from pydantic_settings import CliSettingsSource
 
+from moe_bias.commands.label_settings import LabelsSettings
 from moe_bias.commands.looking_settings import (
     AnalyzeSettings,
     EvalSettings,
@@ -269,6 +270,7 @@ COMMANDS = (
     Command("sweep", SweepSettings, "sweep", writes=("table.json",)),
     Command("arms", ArmsSettings, "arms", writes=("table.json",)),
     Command("compare", CompareSettings, "compare", writes=("table.json",), shared=True),
+    Command("labels", LabelsSettings, "labels", writes=("record.json",)),
     Command("analyze", AnalyzeSettings, "analyze", writes=("analysis.json",)),
     Command("eval", EvalSettings, "evaluate", writes=("samples.jsonl", "record.json")),
     Command(LM_EVAL, LmEvalSettings, "harness", argument="ARGUMENTS"),

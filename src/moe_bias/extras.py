@@ -19,6 +19,7 @@ EXTRA_OF = {
     "matplotlib": "report",
     "openai": "endpoint",
     "reasoning_gym": "tasks",
+    "sklearn": "compare",
     "trl": "compare",
     "vllm": "vllm",
 }

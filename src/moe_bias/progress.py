@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column
 from rich.text import Text
+
+_DRAWN = ContextVar("_DRAWN", default=True)
+"""Whether meters are drawn."""
 
 
 def text_console(**options: Any) -> Console:
@@ -78,6 +82,16 @@ def without_bars_of_others() -> Iterator[None]:
 
 
 @contextmanager
+def without_bars() -> Iterator[None]:
+    """While open, no meter of ours is drawn: for many short pieces of work under one bar of their own."""
+    token = _DRAWN.set(False)
+    try:
+        yield
+    finally:
+        _DRAWN.reset(token)
+
+
+@contextmanager
 def meter(description: str, total: float, unit: str, visible: bool = True) -> Iterator[Meter]:
     """A bar over `total` units of work, drawn while the block runs, or not at all.
 
@@ -91,5 +105,5 @@ def meter(description: str, total: float, unit: str, visible: bool = True) -> It
         TimeRemainingColumn(elapsed_when_finished=True, table_column=Column(no_wrap=True)),
         TextColumn("{task.fields[note]}", markup=False),
     )
-    with Progress(*columns, console=text_console(stderr=True), disable=not visible) as progress:
+    with Progress(*columns, console=text_console(stderr=True), disable=not (visible and _DRAWN.get())) as progress:
         yield Meter(progress, progress.add_task(description, total=total, unit=unit, note=""))

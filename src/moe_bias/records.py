@@ -43,6 +43,7 @@ class RecordKind(StrEnum):
     ANALYSIS = "analyze"
     DEMO = "demo"
     INSPECTION = "inspect-text"
+    LABELS = "labels"
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from moe_bias.config.base import Config, WholeNumber, describe, nearest, not_empty
 from moe_bias.config.experiments import ArmsConfig, CompareConfig, WarmConfig
+from moe_bias.config.labels import LabelArm, LabelsConfig
 from moe_bias.config.layer import (
     HIGHEST_RANK,
     MOST_EXPERTS,
@@ -44,6 +45,8 @@ __all__ = [
     "Config",
     "EvalConfig",
     "Experts",
+    "LabelArm",
+    "LabelsConfig",
     "LayerConfig",
     "LayerOptions",
     "ModelConfig",

@@ -129,6 +129,7 @@ def _refuse_empty(path: Path, kind: RecordKind, content: dict[str, Any]) -> None
         RecordKind.EVALUATION: lambda: content["problems"]["count"] and content["arms"],
         RecordKind.ANALYSIS: lambda: content["text"]["tokens"] and content["adapters"],
         RecordKind.DEMO: lambda: content["samples"],
+        RecordKind.LABELS: lambda: content["rows"],
         RecordKind.INSPECTION: lambda: content["inspection"]["answers"],
     }
     try:
