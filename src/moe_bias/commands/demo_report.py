@@ -6,8 +6,7 @@ It fits 100 columns, and can be read in 80.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from rich import box
 from rich.console import Console
@@ -19,10 +18,12 @@ from moe_bias.analysis import any_off_support, expert_views
 from moe_bias.backbone import Head
 from moe_bias.commands.expert_table import OFF_SUPPORT, moved, readings_table
 from moe_bias.commands.training_settings import DemoSettings
-from moe_bias.evaluation.statistics import Estimate
+from moe_bias.evaluation.statistics import with_interval
 from moe_bias.experiments.comparison import Arm
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.progress import text_console
+from moe_bias.report.tables import demonstration
+from moe_bias.report.terminal import terminal_table
 
 WIDTH_OF_A_FILE = 100
 """Columns where standard output is no terminal, which would give 80."""
@@ -96,7 +97,12 @@ def print_report(
 ) -> None:
     """Prints the result in a sentence, the comparison, answers, what the experts do, and how to use the adapter."""
     console.print(f"\n{result(report)}\n", highlight=False)
-    console.print(_arms_table(report.arms, settings))
+    caption = (
+        f"{settings.test_problems} held-out problems, greedy answers, at most {settings.max_new_tokens} tokens;\n"
+        "in brackets 95% intervals; trained parameters, and\npaired changes against the row above"
+    )
+    arms = demonstration([asdict(arm) for arm in report.arms], caption)
+    console.print(terminal_table(arms, box=box.SIMPLE_HEAD, padding=0))
     console.print(_answers_table(report))
     _print_experts(console, report, layer, tokenizer)
     support = layer.support_or_all()
@@ -119,14 +125,14 @@ def print_report(
 def result(report: DemoReport) -> str:
     """What came of it, in one sentence: accuracy of the base, after supervised and after reinforcement learning."""
     base, supervised, reinforced = report.arms[0], report.arms[-2], report.arms[-1]
-    learned = f"and with the adapter {_interval(supervised.accuracy, _SHARE)} after supervised learning"
+    learned = f"and with the adapter {with_interval(supervised.accuracy, _SHARE)} after supervised learning"
     if report.reinforced.steps:
-        learned += f" and {_interval(reinforced.accuracy, _SHARE)} after reinforcement learning"
+        learned += f" and {with_interval(reinforced.accuracy, _SHARE)} after reinforcement learning"
     else:
         learned += "; there was no time for reinforcement learning"
     return (
         f"Result: of {len(report.samples)} held-out problems the frozen model answers "
-        f"{_interval(base.accuracy, _SHARE)} right, {learned}."
+        f"{with_interval(base.accuracy, _SHARE)} right, {learned}."
     )
 
 
@@ -136,36 +142,6 @@ def _said(reinforced: Reinforced) -> str:
         f"Reinforcement learning made {reinforced.steps} steps with {reinforced.sampled_tokens:,} sampled tokens in "
         f"{reinforced.seconds:.0f} s, of which updating took {share:.1%}."
     )
-
-
-def _arms_table(arms: Sequence[Arm], settings: DemoSettings) -> Table:
-    table = Table(
-        title=f"{settings.test_problems} held-out problems, greedy answers, at most {settings.max_new_tokens} tokens;\n"
-        "in brackets 95% intervals; second lines: trained parameters, and\npaired changes against the row above",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=0,
-    )
-    for heading in ("arm", "NLL per token", "accuracy", "tokens", "cut off"):
-        table.add_column(heading, justify="left" if heading == "arm" else "right", no_wrap=True)
-    for arm in arms:
-        table.add_row(
-            arm.name if arm.nll_change is None else f"{arm.name}\n  {arm.parameters:,}",
-            _with_change(arm.nll, arm.nll_change, "{:.3f}", "{:+.3f}"),
-            _with_change(arm.accuracy, arm.accuracy_change, _SHARE, "{:+.1%}"),
-            f"{arm.tokens.value:.1f}",
-            f"{arm.cut:.0%}",
-        )
-    return table
-
-
-def _with_change(value: Estimate, change: Estimate | None, form: str, change_form: str) -> str:
-    lines = [_interval(value, form)] + ([] if change is None else [_interval(change, change_form)])
-    return "\n".join(lines)
-
-
-def _interval(estimate: Estimate, form: str) -> str:
-    return f"{form.format(estimate.value)} [{form.format(estimate.low)}, {form.format(estimate.high)}]"
 
 
 def _answers_table(report: DemoReport) -> Table:

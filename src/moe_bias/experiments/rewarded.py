@@ -120,8 +120,7 @@ class Stage:
         """One arm with the settings' seed."""
         if name == BASE:
             points = [(0, self._answers([policy_of(None, self.ground.head)], settings)[0])]
-            memory = peak_bytes(self.ground.head.device)
-            return PolicyArm(BASE, 0, 0, 0, 0.0, 0.0, 0.0, memory, _right(points), [], _tokens(points))
+            return self._measured(BASE, 0, 0, 0.0, (0, 0.0, 0.0), points)
         if name in LORA_ARMS:
             return self._lora(name, settings)
         return self._layer(name, with_changes(settings, LAYER_ARMS[name]))
@@ -136,28 +135,34 @@ class Stage:
             copies.take(layer)
             started = time.perf_counter()
             self._supervise(layer, settings, copies)
-            seconds = updating = time.perf_counter() - started
-            sampled = 0
+            seconds = time.perf_counter() - started
+            spent = 0, seconds, seconds
         else:
             collector = collector_of(self.ground, self.rewards, settings)
             watching = Watching(copies.take, settings.evaluate_every)
             position = PolicyTrainer(layer, self.ground.head, collector, settings, watching).run()
-            sampled, seconds, updating = position.sampled_tokens, position.seconds, position.update_seconds
-        steps = evaluated_steps(settings)
-        measured = self._answers([policy_of(layer, self.ground.head) for layer in copies.layers], settings)
-        points = list(zip(steps, measured, strict=True))
+            spent = position.sampled_tokens, position.seconds, position.update_seconds
+        answers = self._answers([policy_of(layer, self.ground.head) for layer in copies.layers], settings)
+        points = list(zip(evaluated_steps(settings), answers, strict=True))
+        parameters = layer.config.num_parameters(layer.hidden_size, layer.vocab_size)
+        return self._measured(name, settings.seed, parameters, warm_seconds, spent, points)
+
+    def _measured(
+        self, name: str, seed: int, parameters: int, warm_seconds: float, spent: _Spent, points: Sequence[_Point]
+    ) -> PolicyArm:
+        sampled_tokens, seconds, updating_seconds = spent
         return PolicyArm(
-            name,
-            settings.seed,
-            layer.config.num_parameters(layer.hidden_size, layer.vocab_size),
-            sampled,
-            seconds,
-            warm_seconds,
-            updating,
-            peak_bytes(self.ground.head.device),
-            _right(points),
-            _curve(points),
-            _tokens(points),
+            name=name,
+            seed=seed,
+            parameters=parameters,
+            sampled_tokens=sampled_tokens,
+            seconds=seconds,
+            warm_seconds=warm_seconds,
+            updating_seconds=updating_seconds,
+            peak_bytes=peak_bytes(self.ground.head.device),
+            right=_right(points),
+            curve=_curve(points) if len(points) > 1 else [],
+            tokens=_tokens(points),
         )
 
     def _beginning(self, settings: CompareConfig) -> MoEBiasLayer:
@@ -199,20 +204,8 @@ class Stage:
                     points.append((step, on_lora._answers([policy_of(None, self.ground.head)], settings)[0]))
 
             train = self._lora_supervised if name == LORA_SUPERVISED else self._lora_rewarded
-            parameters, sampled, seconds, updating = train(name, adapted, settings, measure)
-        return PolicyArm(
-            name,
-            settings.seed,
-            parameters,
-            sampled,
-            seconds,
-            start.seconds,
-            updating,
-            peak_bytes(self.ground.head.device),
-            _right(points),
-            _curve(points),
-            _tokens(points),
-        )
+            parameters, spent = train(name, adapted, settings, measure)
+        return self._measured(name, settings.seed, parameters, start.seconds, spent, points)
 
     def _lora_start(self, adapted: Any, on_lora: Stage, settings: CompareConfig) -> _LoRAStart:
         """Brings fresh LoRA weights through the supervised phase, or to where it led the last arm of this seed."""
@@ -238,18 +231,18 @@ class Stage:
 
     def _lora_supervised(
         self, _: str, adapted: Any, settings: CompareConfig, measure: Callable[[int], None]
-    ) -> tuple[int, int, float, float]:
+    ) -> tuple[int, _Spent]:
         seconds, parameters = 0.0, 0
         for step, problems in zip(evaluated_steps(settings)[1:], self._parts(settings), strict=True):
             started = time.perf_counter()
             parameters = self._supervise_lora(adapted, problems, settings.lora_warm_epochs, settings)
             seconds += time.perf_counter() - started
             measure(step)
-        return parameters, 0, seconds, seconds
+        return parameters, (0, seconds, seconds)
 
     def _lora_rewarded(
         self, name: str, adapted: Any, settings: CompareConfig, measure: Callable[[int], None]
-    ) -> tuple[int, int, float, float]:
+    ) -> tuple[int, _Spent]:
         ground, rewards = self.ground, self.rewards
         prompts = [[{"role": "user", "content": problem.question}] for problem in ground.train.problems]
         gold = {problem.question: problem for problem in ground.train.problems}
@@ -262,7 +255,7 @@ class Stage:
         choices = _grpo_choices(name, settings)
         shaped = advantage_of(rewards) if rewards.rules.length_penalty else None
         report = train_grpo_lora(adapted, ground.tokenizer, prompts, reward, choices, name, measure, shaped)
-        return report.parameters, report.sampled_tokens, report.seconds, report.updating_seconds
+        return report.parameters, (report.sampled_tokens, report.seconds, report.updating_seconds)
 
     def _answers(self, policies: Sequence[Policy], settings: CompareConfig) -> list[_Answers]:
         """By policy and set of problems the greedy answers. All policies share one pass of the model."""
@@ -304,6 +297,8 @@ def _grpo_choices(name: str, settings: CompareConfig) -> GRPOChoices:
 
 _Answers = dict[str, list[GradedAnswer]]
 """Greedy answers by set of problems."""
+_Spent = tuple[int, float, float]
+"""Sampled tokens, the seconds of training, and those of updating among them."""
 _Point = tuple[int, _Answers]
 """A step, and the answers after it."""
 

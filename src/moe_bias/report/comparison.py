@@ -12,7 +12,7 @@ from moe_bias.report import figures
 from moe_bias.report.content import Block, Note, Plot, Topic, slug
 from moe_bias.report.record import Record
 from moe_bias.report.table import Table
-from moe_bias.report.tables import likelihoods, solved
+from moe_bias.report.tables import demonstration, likelihoods, solved
 
 _NLL = "nats per token"
 MAIN = "moe-bias"
@@ -123,7 +123,9 @@ def demo(record: Record) -> Iterator[Block]:
         )
         for key, (unit, form, scale, title) in shown.items()
     ]
-    yield Block(Topic.RESULT, record.name, [Note(lead, lead=True), *plots])
+    caption = "The arms, each with its paired change to the one before [95% interval over problems]"
+    table = demonstration(rows, caption, slug(record.name, "arms"))
+    yield Block(Topic.RESULT, record.name, [Note(lead, lead=True), *plots, table])
     yield Block(Topic.TOKENS, record.name, [_answers(record, [row["name"] for row in rows])])
 
 

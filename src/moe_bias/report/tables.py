@@ -170,6 +170,21 @@ def _in_group(arm: Mapping[str, Any], column: str, value: str) -> Any:
     return arm["groups"][column][value]["accuracy"]
 
 
+def demonstration(arms: Sequence[Mapping[str, Any]], caption: str, name: str = "") -> Table:
+    """NLL, accuracy and answers of the demonstration's arms, each against the one before it."""
+    columns = [
+        ARM,
+        Column("parameters", ("parameters",), "  {:,}", below="arm"),
+        Column("NLL per token", ("nll",), "{:.3f}"),
+        Column("change of NLL", ("nll_change",), "{:+.3f}", below="NLL per token"),
+        Column("accuracy", ("accuracy",), "{:.1%}"),
+        Column("change of accuracy", ("accuracy_change",), "{:+.1%}", below="accuracy"),
+        Column("tokens", ("tokens",), "{:.1f}", bare=True),
+        Column("cut off", ("cut",), "{:.0%}"),
+    ]
+    return Table(name, caption, columns, [{**arm, "parameters": arm.get("parameters") or None} for arm in arms])
+
+
 def strata(adapter: Mapping[str, Any], name: str = "", caption: str = "") -> Table:
     """What an adapter does to the tokens of an analysis, by the base's entropy."""
     found: Mapping[str, Any] = adapter["strata"]
