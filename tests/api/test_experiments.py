@@ -53,10 +53,12 @@ def test_arms_are_those_of_the_command(base, data):
             assert ours == theirs
     assert [row.name for row in report.arms] == ["base model", "moe-bias", "lora-head", "lora-tokens", "lora-time"]
     assert report["lora-head"].change == report.arms[2].change
-    assert "change to" in str(report)
+    assert "change to moe-bias" in str(report)
+    assert "second lines" not in str(report)
     assert max(map(len, str(report).splitlines())) <= 100
     assert report._repr_html_().count("<tr>") == 6
     assert list(report.frame()["arm"]) == [row.name for row in report.arms]
+    assert report.frame()["low, to moe-bias, high"][2] == report.arms[2].change["low"].high
     assert len(list(Path("of-python/arms").iterdir())) == 5
 
 
@@ -99,7 +101,12 @@ def test_a_comparison_by_rewards_is_that_of_the_command(base, prepared_folder):
     assert [step["step"] for step in report.curve] == [0, 1, 2]
     assert set(report.curve[2]) == {"step", "static", "moe-bias"}
     assert report.curve[2]["moe-bias"] == pytest.approx(report["moe-bias"].accuracy["held out"].value)
+    with pytest.raises(mb.UserError, match="an unfinished run with `test_problems` 4, not 5"):
+        mb.compare(
+            base, "summing:Sums", config, shifted="summing:Sums", output="of-python", train_problems=12, test_problems=5
+        )
     assert "to base" in str(report)
+    assert list(report.frame()["held out, %"]) == [row.accuracy["held out"].value for row in report.arms]
     assert "<svg" in report._repr_html_()
 
 
@@ -123,7 +130,15 @@ def test_mistakes_are_one_sentence_that_names_the_argument(base, data, call, sen
     assert sentence in str(caught.value)
 
 
-def test_arms_of_another_config_are_not_gone_on_with(base, data):
-    mb.arms(base, data, mb.ArmsConfig(**CONFIG), arms=["static"], seeds=[0], lora=False, output="out")
+def test_arms_of_another_config_or_other_data_are_not_gone_on_with(base, data):
+    config, few = mb.ArmsConfig(**CONFIG), {"arms": ["static"], "seeds": [0], "lora": False, "output": "out"}
+    report = mb.arms(base, data, config, **few)
+    assert mb.arms(base, data, config, **few).arms == report.arms
     with pytest.raises(mb.UserError, match="an unfinished run with `epochs` 2, not 3"):
-        mb.arms(base, data, mb.ArmsConfig(**{**CONFIG, "epochs": 3}), arms=["static"], seeds=[0], output="out")
+        mb.arms(base, data, mb.ArmsConfig(**{**CONFIG, "epochs": 3}), **few)
+    others = mb.extract(base, "rows.jsonl", support="auto:40", held_out=0.3, seed=1)
+    with pytest.raises(mb.UserError, match="an unfinished run with `held_out_rows` "):
+        mb.arms(base, others, config, **few)
+    rows = [{"prompt": f"w{n} w4", "completion": "w5 w6"} for n in range(9)]
+    with pytest.raises(mb.UserError, match="an unfinished run with `data` "):
+        mb.arms(base, mb.extract(base, rows, support="auto:40", held_out=0.3), config, **few)

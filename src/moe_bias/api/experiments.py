@@ -6,6 +6,8 @@ folder are not run again, so that an interrupted comparison goes on, and seeds c
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,7 +20,7 @@ from rich.console import Console
 from moe_bias.api.arguments import config_of, refuse_other_base
 from moe_bias.api.data import refuse_other_data
 from moe_bias.api.reports import ArmsReport, CompareReport
-from moe_bias.api.rewarded import REWARD_ALONE
+from moe_bias.api.rewarded import REWARD_ALONE, reward_record
 from moe_bias.api.supervised import Trained, on_own_support
 from moe_bias.config import ArmsConfig, CompareConfig, RewardConfig, SFTConfig
 from moe_bias.experiments.arm import ArmRecords, Outcome, Wanted
@@ -28,6 +30,7 @@ from moe_bias.experiments.grid import find_cell, parse_grid, with_changes
 from moe_bias.experiments.policy_arms import ARMS, BASE, PolicyArm, chosen_arms, compare_policies, mean_curve
 from moe_bias.experiments.rewarded import Shifted, Stage, prepare_stage, refuse_unfit_lora
 from moe_bias.experiments.supervised import Workshop, cells_of_grid, supervised_arms
+from moe_bias.features.manifest import recipe_hash
 from moe_bias.frozen import Frozen
 from moe_bias.mistakes import UserError, nothing_stays_without
 from moe_bias.progress import say, text_console
@@ -72,7 +75,7 @@ def arms(
         say(text_console(), f"{' and '.join(LORA_ARMS)} are left out: they need the texts, not a feature store alone")
     with _folder(output, "arms") as folder:
         has_lora = lora and data.corpus is not None
-        return compared_arms(config, arms, seeds, folder, lambda: data, has_lora, batch_size)
+        return compared_arms(config, _made_with(config, data), arms, seeds, folder, lambda: data, has_lora, batch_size)
 
 
 def sweep(
@@ -97,7 +100,7 @@ def sweep(
     """
     config = _config(base, data, config_of(config, SFTConfig))
     with _folder(output, "sweep") as folder:
-        return swept(config, _written(grid), against, seeds, folder, lambda: data)
+        return swept(config, _made_with(config, data), _written(grid), against, seeds, folder, lambda: data)
 
 
 def compare(
@@ -136,12 +139,21 @@ def compare(
         away = None if other is None else (other, other.problems(test_problems, 1))
         return task_data(base, task, problems, train_problems), away
 
+    made_with = {
+        **config.model_dump(mode="json"),
+        "task": task.name,
+        "shifted_task": None if other is None else other.name,
+        "train_problems": train_problems,
+        "test_problems": test_problems,
+        **reward_record(reward, rewards),
+    }
     with _folder(output, "compare") as folder:
-        return compared(config, arms, seeds, folder, drawn, weighed)
+        return compared(config, made_with, arms, seeds, folder, drawn, weighed)
 
 
 def compared_arms(
     config: ArmsConfig,
+    made_with: Mapping[str, Any],
     names: Sequence[str],
     seeds: Sequence[int],
     folder: Path,
@@ -150,24 +162,33 @@ def compared_arms(
     batch_size: int,
 ) -> ArmsReport:
     """Runs the arms that have no record in the folder, and writes the table of all; `opened` gives the data then."""
-    workshop = _workshop(config, seeds, folder, opened, batch_size)
+    _refuse_others(folder, made_with, seeds)
+    workshop = Workshop(config, folder, made_with, opened, batch_size)
     cells = workshop.records.run_missing(supervised_arms(workshop, config, names, seeds, lora))
-    return _of_cells(config, cells, MAIN, folder)
+    return _of_cells(made_with, cells, MAIN, folder)
 
 
 def swept(
-    config: SFTConfig, grid: str, against: str, seeds: Sequence[int], folder: Path, opened: Callable[[], Data]
+    config: SFTConfig,
+    made_with: Mapping[str, Any],
+    grid: str,
+    against: str,
+    seeds: Sequence[int],
+    folder: Path,
+    opened: Callable[[], Data],
 ) -> ArmsReport:
     """Runs the cells that have no record in the folder, and writes the table of all; `opened` gives the data then."""
     axes = parse_grid(grid)
     base = find_cell(against, axes)
-    workshop = _workshop(config, seeds, folder, opened)
+    _refuse_others(folder, made_with, seeds)
+    workshop = Workshop(config, folder, made_with, opened)
     cells = workshop.records.run_missing(cells_of_grid(workshop, config, axes, seeds))
-    return _of_cells(config, cells, base, folder)
+    return _of_cells(made_with, cells, base, folder)
 
 
 def compared(
     config: CompareConfig,
+    made_with: Mapping[str, Any],
     names: Sequence[str],
     seeds: Sequence[int],
     folder: Path,
@@ -179,22 +200,21 @@ def compared(
 
     `drawn` gives the problems, and those of another task, when they are needed.
     """
-    _refuse_no_seeds(seeds)
-    chosen, settings = chosen_arms(names), config.model_dump(mode="json")
-    refuse_other_settings(folder, settings)
+    chosen = chosen_arms(names)
+    _refuse_others(folder, made_with, seeds)
     rewards.check_limit(config.max_new_tokens)
     console, records = console or text_console(), ArmRecords(folder, RecordKind.ARMS, PolicyArm)
 
     @cache
     def stage() -> Stage:
-        begin(folder, settings, {})
+        begin(folder, made_with, {})
         refuse_unfit_lora(chosen, config)
         return prepare_stage(*drawn(), rewards, config, chosen)
 
     def run(name: str, seed: int) -> Outcome[PolicyArm]:
         ready = stage()
         console.print(f"\n{name}, seed {seed}", style="bold")
-        return ready.run(name, with_changes(config, {"seed": seed})), settings
+        return ready.run(name, with_changes(config, {"seed": seed})), made_with
 
     wanted: Wanted[PolicyArm] = {
         (name, seed): partial(run, name, seed) for name in chosen for seed in ([0] if name == BASE else seeds)
@@ -204,7 +224,7 @@ def compared(
         say(console, str(rewards.failures))
     kept = records.all(ARMS)
     rows = compare_policies(kept)
-    _write_table(folder, RecordKind.ARMS, settings, {"rows": [asdict(row) for row in rows]})
+    _write_table(folder, RecordKind.ARMS, made_with, {"rows": [asdict(row) for row in rows]})
     return CompareReport(rows, mean_curve(kept))
 
 
@@ -237,23 +257,27 @@ def _written(grid: Axes) -> str:
     return " ".join(f"{name}={','.join(map(str, values))}" for name, values in grid.items())
 
 
-def _workshop(
-    config: SFTConfig, seeds: Sequence[int], folder: Path, opened: Callable[[], Data], batch_size: int = 16
-) -> Workshop:
-    _refuse_no_seeds(seeds)
-    refuse_other_settings(folder, config.model_dump(mode="json"))
-    return Workshop(config, folder, opened, batch_size)
+def _made_with(config: SFTConfig, data: Data) -> dict[str, Any]:
+    """What decides the arms' records: the config, and the data."""
+    held_out = hashlib.sha256(json.dumps(data.held_out).encode()).hexdigest()
+    return {
+        **config.model_dump(mode="json"),
+        "data": recipe_hash(data.store.manifest.recipe, {}),
+        "held_out_rows": held_out,
+    }
 
 
-def _refuse_no_seeds(seeds: Sequence[int]) -> None:
+def _refuse_others(folder: Path, made_with: Mapping[str, Any], seeds: Sequence[int]) -> None:
+    """Raises UserError where the folder's arms are of other settings, or no seed is given."""
     if not len(seeds):
         raise UserError("`seeds` is empty; give at least one")
+    refuse_other_settings(folder, made_with)
 
 
-def _of_cells(config: SFTConfig, cells: Sequence[Cell], base: str, folder: Path) -> ArmsReport:
+def _of_cells(made_with: Mapping[str, Any], cells: Sequence[Cell], base: str, folder: Path) -> ArmsReport:
     rows = compare_cells(cells, base)
     content = {"base": base, "rows": [asdict(row) for row in rows]}
-    _write_table(folder, RecordKind.CELLS, config.model_dump(mode="json"), content)
+    _write_table(folder, RecordKind.CELLS, made_with, content)
     return ArmsReport(rows, base, round(sum(cells[0].tokens["all"])))
 
 

@@ -53,14 +53,15 @@ class Report:
         return [dict(zip(table.headings, row, strict=True)) for row in table.cells]
 
     def frame(self) -> Any:
-        """The curve as a `pandas.DataFrame`, a row for each step; where there is no curve the table, in numbers.
-
-        Raises UserError where pandas is not installed.
-        """
+        """What `numbers` gives, as a `pandas.DataFrame`. Raises UserError where pandas is not installed."""
         need("pandas", "a data frame")
         import pandas
 
-        return pandas.DataFrame(list(self.curve) or self.table.values())
+        return pandas.DataFrame(self.numbers())
+
+    def numbers(self) -> list[Mapping[str, Any]]:
+        """The curve, a row for each step; where there is no curve the table, with the ends of intervals."""
+        return list(self.curve) or list(self.table.values())
 
     def __repr__(self) -> str:
         text = StringIO()
@@ -262,7 +263,7 @@ class Analysis(Report):
 class ArmsReport(Report):
     """Arms or cells of a grid on the same held-out tokens, each over its seeds; changes are paired by example.
 
-    `rows` are in the order in which they were run, `base` is the one that the others are compared with.
+    `arms` are in the order in which they were run, `base` is the one that the others are compared with.
     """
 
     arms: Sequence[Row]
@@ -273,10 +274,7 @@ class ArmsReport(Report):
     @property
     def title(self) -> str:
         """What was measured."""
-        return (
-            f"NLL of {self.held_out_tokens:,} held-out tokens, nats per token [95% interval over examples]; high: the "
-            "20% of highest base entropy"
-        )
+        return f"NLL of {self.held_out_tokens:,} held-out tokens, nats per token [95% interval over examples]"
 
     def __getitem__(self, name: str) -> Row:
         """The arm of this name. Raises KeyError where there is none."""
@@ -291,9 +289,17 @@ class ArmsReport(Report):
     @property
     def table(self) -> Table:
         """Parameters and NLL of each arm, and its paired changes against one of them."""
+        return self._whole.only("arm", "parameters", "all tokens", f"change to {self.base}")
+
+    def numbers(self) -> list[Mapping[str, Any]]:
+        """What each arm took and its NLL and changes by stratum, with the ends of intervals."""
+        return list(self._whole.values())
+
+    @property
+    def _whole(self) -> Table:
         costs, measured = self.tables
-        whole = _table([*costs.columns, *measured.columns[1:]], self.arms)
-        return whole.only("arm", "parameters", "all tokens", f"change to {self.base}", f"high, to {self.base}")
+        columns = [*costs.columns, *(replace(column, below="") for column in measured.columns[1:])]
+        return _table(columns, costs.rows)
 
 
 @dataclass(frozen=True, repr=False)
@@ -332,6 +338,10 @@ class CompareReport(Report):
         measured = self.tables[1]
         others = [heading for heading in measured.headings if heading.startswith("to ")]
         return replace(measured.only("arm", "held out, %", "gained, points", *others, "tokens, held out"), caption="")
+
+    def numbers(self) -> list[Mapping[str, Any]]:
+        """What each arm solves, and its changes, with the ends of intervals."""
+        return list(self.tables[1].values())
 
 
 def _table(columns: Sequence[Column], rows: Sequence[Any]) -> Table:

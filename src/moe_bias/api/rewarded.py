@@ -104,8 +104,7 @@ def train_rl(
     made_with = {
         **config.model_dump(mode="json"),
         "task": task.name,
-        "reward": getattr(reward, "__qualname__", None if reward is None else type(reward).__name__),
-        **(rewards or RewardConfig()).model_dump(mode="json", exclude={"reward"}),
+        **reward_record(reward, rewards),
     }
     weighed.try_on(data.train.problems[0])
     if layer is None:
@@ -122,6 +121,12 @@ def train_rl(
         if output is not None:
             run.save(report, position, made_with)
     return beginning.layer, report
+
+
+def reward_record(reward: Any, rewards: RewardConfig | None) -> dict[str, Any]:
+    """What a record says of the rewards: a function of one's own by its name."""
+    own = getattr(reward, "__qualname__", None if reward is None else type(reward).__name__)
+    return {"reward": own, **(rewards or RewardConfig()).model_dump(mode="json", exclude={"reward"})}
 
 
 REWARD_ALONE = {"verdict_weight": 0.0, "reward_weight": 1.0}

@@ -24,6 +24,7 @@ def run(settings: ArmsSettings) -> None:
     with ExitStack() as open_data:
         report = compared_arms(
             settings,
+            settings.model_dump(mode="json"),
             settings.arms,
             settings.seeds,
             settings.output,

@@ -22,7 +22,8 @@ def run(settings: CompareSettings) -> None:
         return prepare_task(settings, settings, seed=0), shifted
 
     console, rewards = report_console(), rewards_of(settings)
-    report = compared(settings, settings.arms, settings.seeds, settings.output, drawn, rewards, console)
+    made_with = settings.model_dump(mode="json")
+    report = compared(settings, made_with, settings.arms, settings.seeds, settings.output, drawn, rewards, console)
     for table in report.tables:
         console.print(terminal_table(table, stacked=True))
     console.print(f"Records and {TABLE_FILE} are in {settings.output}.")

@@ -21,6 +21,7 @@ def run(settings: SweepSettings) -> None:
     with ExitStack() as open_data:
         report = swept(
             settings,
+            settings.model_dump(mode="json"),
             settings.grid,
             settings.base,
             settings.seeds,

@@ -14,7 +14,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 
 from moe_bias.evaluation.statistics import Floats
-from moe_bias.mistakes import Interrupted, UserError, as_kind, read_json
+from moe_bias.mistakes import SAME_CALL, Interrupted, UserError, as_kind, read_json
 from moe_bias.records import RecordKind, provenance, write_json
 
 
@@ -84,7 +84,7 @@ class ArmRecords(Generic[Kept]):
         except KeyboardInterrupt as interrupt:
             done = sum(self.load(*each) is not None for each in wanted)
             raise Interrupted(
-                f"{done} of {len(wanted)} are done and kept in {self.folder}; run the same command again for the others"
+                f"{done} of {len(wanted)} are done and kept in {self.folder}; run {SAME_CALL} again for the others"
             ) from interrupt
         found = [self.load(*each) for each in wanted]
         return [arm for arm in found if arm is not None]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,12 +33,21 @@ from moe_bias.training.sft import Prepared
 class Workshop:
     """A folder of cells, and the model and features to make them from, had when they are first needed and only once.
 
-    `config` is that of the cells but for what each changes; `batch_size` examples are measured at a time under LoRA.
+    `config` is that of the cells but for what each changes, `made_with` says what the folder is of; `batch_size`
+    examples are measured at a time under LoRA.
     """
 
-    def __init__(self, config: SFTConfig, folder: Path, opened: Callable[[], Data], batch_size: int = 16) -> None:
+    def __init__(
+        self,
+        config: SFTConfig,
+        folder: Path,
+        made_with: Mapping[str, Any],
+        opened: Callable[[], Data],
+        batch_size: int = 16,
+    ) -> None:
         self.records = ArmRecords(folder, RecordKind.CELLS, Cell)
-        self._config, self._folder, self._opened, self._batch_size = config, folder, opened, batch_size
+        self._config, self._opened, self._batch_size = config, opened, batch_size
+        self._begin = partial(begin, folder, made_with)
         self._prepared: dict[str, Prepared] = {}
         self._logits: tuple[tuple[str, int], BaseLogits] | None = None
 
@@ -46,7 +56,7 @@ class Workshop:
         """Model and features; the folder is for these from then on."""
         config, data = self._config, self._opened()
         self._prepared[config.support] = prepared = data.on(config.support)
-        begin(self._folder, config.model_dump(mode="json"), digests(prepared.train, prepared.held_out))
+        self._begin(digests(prepared.train, prepared.held_out))
         return data
 
     def on(self, support: str) -> Prepared:
