@@ -131,12 +131,15 @@ def test_mistakes_are_one_sentence_that_names_the_argument(base, data, call, sen
 
 
 def test_arms_of_another_config_or_other_data_are_not_gone_on_with(base, data):
-    config, few = mb.ArmsConfig(**CONFIG), {"arms": ["static"], "seeds": [0], "lora": False, "output": "out"}
+    config, few = (
+        mb.ArmsConfig(support="auto:40", **CONFIG),
+        {"arms": ["static"], "seeds": [0], "lora": False, "output": "out"},
+    )
     report = mb.arms(base, data, config, **few)
     assert mb.arms(base, data, config, **few).arms == report.arms
     with pytest.raises(mb.UserError, match="an unfinished run with `epochs` 2, not 3"):
-        mb.arms(base, data, mb.ArmsConfig(**{**CONFIG, "epochs": 3}), **few)
-    others = mb.extract(base, "rows.jsonl", support="auto:40", held_out=0.3, seed=1)
+        mb.arms(base, data, mb.ArmsConfig(support="auto:40", **{**CONFIG, "epochs": 3}), **few)
+    others = mb.extract(base, data.store.folders[0], held_out=0.3, seed=1)
     with pytest.raises(mb.UserError, match="an unfinished run with `held_out_rows` "):
         mb.arms(base, others, config, **few)
     rows = [{"prompt": f"w{n} w4", "completion": "w5 w6"} for n in range(9)]
