@@ -19,7 +19,7 @@ def test_slices_are_even(tokens, bounds):
 
 @pytest.mark.parametrize("tokens", [0, 1, 4, 5, 9])
 def test_entropy_in_pieces_has_the_bits_of_all_at_once(tokens, monkeypatch):
-    monkeypatch.setattr("moe_bias.layer.ENTROPY", AtOnce(4 * 50, 4 * 50))
+    monkeypatch.setattr("moe_bias.layer.entropy.ENTROPY", AtOnce(4 * 50, 4 * 50))
     logits_NV = 5 * torch.randn(tokens, 50)
     seen = []
     found_N = entropy_in_pieces(logits_NV, 50, lambda piece: seen.append(len(piece)) or 2 * piece)

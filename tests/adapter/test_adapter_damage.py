@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 
 from helpers.models import HIDDEN, VOCABULARY, randomise, tiny_model, token_ids
 from moe_bias import MoEBiasConfig, apply_moe_bias, find_adapter_head, load_moe_bias_layer
-from moe_bias import layer as layer_module
 from moe_bias.adapter.saved import load_layer, read_saved
 from moe_bias.backbone import HeadTransform, find_head
 from moe_bias.config import LayerConfig
 from moe_bias.layer import LARGEST_INPUT, MoEBiasLayer
+from moe_bias.layer import module as layer_module
 from moe_bias.mistakes import UserError
 from moe_bias.serving.rows import Tenant, move_rows, rows_by_tenant
 from moe_bias.serving.versions import read_version

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from helpers.models import randomise
-from moe_bias import layer as layer_module
 from moe_bias.backbone import OutputRows
 from moe_bias.config import LayerConfig
 from moe_bias.layer import MoEBiasLayer
+from moe_bias.layer import module as layer_module
 from moe_bias.serving.pool import AdapterPool, layer_bytes
 
 ONE, TWO, THREE = Path("1"), Path("2"), Path("3")

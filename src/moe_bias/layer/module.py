@@ -1,23 +1,4 @@
-"""The MoE-Bias layer: routed logit biases, gated by the entropy of the base model.
-
-For a token with hidden state h (the exact input of the output embedding) and base logits z:
-
-    p = softmax(G n(h))                      router probabilities; n is a fixed normalisation
-    g_e = p_e / sum_{top-k} p                for the k largest, 0 elsewhere
-    w = sigmoid(alpha H + beta)              H: entropy of softmax(z) in nats; w = 1 without the gate
-    b = w sum_e g_e (W_S (c_e + U_e V_e n(h)) + B_e)
-    z' = z + s b                             on the support; z' = z off it
-
-W_S are the output embedding's rows of the support's tokens: the model's own, and never kept with the layer.
-c_e (D,) is a direction in its space, U_e and V_e make the direction depend on the hidden state with rank r,
-B_e (M,) are free entries. A layer has those parts that its config names. All but V start at zero, so a
-fresh layer changes nothing.
-
-Whatever the parts, b is a thin product: with the table P = [W_S c + B; W_S U] (C, M), C = E (1 + r), and the
-coefficients a = w [g; g V n(h)] (T, C) of each token, b = a P. `table` and `mix` make the two, and all
-that applies, trains, samples or reads a layer starts from them. The plain reference is `plain_bias`.
-
-The load-balance loss is the one of the Switch Transformer (arXiv 2101.03961).
+"""The layer as a module: its parameters, and what it makes of hidden states and entropies.
 
 Shapes: T tokens (any leading shape where a docstring says `...`), D hidden size, E experts, R rank,
 C coefficients, V vocabulary, M support (M = V without one).
@@ -26,39 +7,22 @@ C coefficients, V vocabulary, M support (M = V without one).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_bias.chunks import ENTROPY
 from moe_bias.config import LayerConfig, Normalisation, Reach
-from moe_bias.limits import in_short, refuse_beyond_memory
+from moe_bias.layer.entropy import at_least_float32
+from moe_bias.layer.routing import Routing
+from moe_bias.layer.table import EmbeddingRows, Kept, state_of
+from moe_bias.layer.values import ROUTER, check_layer_tensors, check_layer_values, refuse_layer_beyond_memory
 from moe_bias.mistakes import UserError
 
-LOWEST_LOG_PROB = -1e4
-"""Log-probabilities are raised to this before `p log p`: exp(-1e4) is 0 in float32 and in float64,
-so no value changes, and 0 * -inf cannot arise."""
-LARGEST_INPUT = 65504.0
-"""The largest number of half precision: hidden states and weights of a model are not beyond it."""
-LARGEST_OUTPUT = 1e38
-"""Moves beyond it are not finite in float32 or bfloat16, or no longer so once they are added to a logit."""
-_TINY = torch.finfo(torch.float32).tiny
-ROUTER = "router.weight"
-"""Files of before have it of a single expert too, where it had no effect."""
 _PIECE = 2**26
 """Numbers of an output embedding that a frozen layer's table is made from at once: 256 MiB of float32."""
-
-
-@dataclass(frozen=True)
-class Routing:
-    """What the router decided for each token: `probs` and `gates`, both (..., E); gates sum to 1."""
-
-    probs: Tensor
-    gates: Tensor
 
 
 @dataclass(frozen=True)
@@ -79,80 +43,8 @@ class LayerOutput:
     routing: Routing
 
 
-class EmbeddingRows(Protocol):
-    """The output embedding that a layer's experts are made through."""
-
-    def __call__(self, token_M: Tensor | None) -> Tensor:
-        """The weight's rows of some tokens (M, D), of all tokens for None; in float32 or better, without gradient."""
-
-    def state(self) -> tuple[object, ...]:
-        """Equal as long as the rows are the same."""
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """The tensor in float32, or unchanged where its type is already wider."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def entropy_from_logits(logits: Tensor) -> Tensor:
-    """Entropy in nats of softmax(logits) over the last axis, in float32 or better, without gradient.
-
-    `logits` (..., V) of any float type; returns (...,). Entries of -inf have probability 0.
-    With c = z - max z the entropy is `log sum e^c - sum e^c c / sum e^c`, two terms of one sign, so
-    that nothing cancels.
-    """
-    with torch.no_grad():
-        logits = at_least_float32(logits)
-        centred = (logits - logits.amax(-1, keepdim=True)).clamp_(min=LOWEST_LOG_PROB)
-        mass = centred.exp()
-        total = mass.sum(-1)
-        entropy: Tensor = total.log() - torch.linalg.vecdot(mass, centred) / total
-        return entropy
-
-
-def entropy_in_pieces(rows: Tensor, vocab_size: int, logits_of: Callable[[Tensor], Tensor]) -> Tensor:
-    """Entropies (N,) of the logits (N, V) that `logits_of` makes of rows (N, ...), some rows at a time."""
-    most = ENTROPY.rows(vocab_size, rows.device)
-    if len(rows) <= most:
-        return entropy_from_logits(logits_of(rows))
-    return torch.cat([entropy_from_logits(logits_of(piece)) for piece in rows.split(most)])
-
-
-def in_type(exact: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rounded to a type; what is finite stays finite also in half precision, which ends at 65504."""
-    if dtype != torch.float16:
-        return exact.to(dtype)
-    bounded = exact.clamp(-LARGEST_INPUT, LARGEST_INPUT)
-    return torch.where(exact.isfinite(), bounded, exact).to(dtype)
-
-
-def itself(tensor: Tensor) -> Tensor:
-    """The sum over the processes where there is one."""
-    return tensor
-
-
-def load_balance_loss(
-    routing: Routing, counted: Tensor | None = None, total: Callable[[Tensor], Tensor] = itself
-) -> Tensor:
-    """Switch load-balance loss `E sum_e f_e P_e` (arXiv 2101.03961), a scalar; 1 when uniform.
-
-    `f_e` is the share of routed (token, slot) pairs that go to expert e, `P_e` its mean router
-    probability. `counted` (...,) bool names the tokens that count in the loss (default all);
-    with none the loss is 0. Where the batch is spread over processes, `total` sums a tensor over
-    them, and the result is this process's summand of the loss.
-    """
-    num_experts = routing.probs.shape[-1]
-    probs_TE = routing.probs.reshape(-1, num_experts)
-    routed_TE = (routing.gates > 0).reshape(-1, num_experts).to(probs_TE.dtype)
-    weight_T = probs_TE.new_ones(len(probs_TE)) if counted is None else counted.flatten().to(probs_TE.dtype)
-    routed_E = total(weight_T @ routed_TE)
-    share_E = routed_E / routed_E.sum().clamp(min=1)
-    mean_E = (weight_T @ probs_TE) / total(weight_T.sum()).clamp(min=1)
-    return num_experts * (share_E * mean_E).sum()
-
-
 class MoEBiasLayer(nn.Module):
-    """Router, experts and entropy gate, as the module docstring defines them.
+    """Router, experts and entropy gate, as `moe_bias.layer` defines them.
 
     Parameters: `router.weight` (E, D), of several experts, as a single one takes every token; `directions` (E, D),
     `writes` and `reads` (E, R, D), the rows of U and V; `experts` (E, M), the free entries; `entropy_gate` alpha and
@@ -188,7 +80,7 @@ class MoEBiasLayer(nn.Module):
         self.strength = config.strength
         self.reach: Reach = config.reach
         self.embedding = embedding
-        self._kept = _Kept()
+        self._kept = Kept()
         experts, rank = config.num_experts, config.rank
         self.router = nn.Linear(hidden_size, experts, bias=False) if config.has_router else None
         has_entries, through = config.has_entries, config.through_embedding
@@ -309,7 +201,7 @@ class MoEBiasLayer(nn.Module):
         trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values())
         if trained or torch.compiler.is_compiling():
             return
-        state = (self.strength, *map(_state_of, tensors.values()))
+        state = (self.strength, *map(state_of, tensors.values()))
         if state != self._kept.checked_state:
             check_layer_values(tensors, self.strength)
             self._kept.checked_state = state
@@ -330,7 +222,7 @@ class MoEBiasLayer(nn.Module):
         if torch.compiler.is_compiling():  # a traced graph would hold the table of when it was traced
             return self._made_table(self._rows())
         parts = (self.directions, self.writes, self.experts)
-        state = [_state_of(part) for part in parts if part is not None]
+        state = [state_of(part) for part in parts if part is not None]
         trained = [part for part in parts if part is not None and part.requires_grad]
         make = (lambda: self._made_table(self._rows())) if trained else self._table_in_pieces
         return self._kept.table_of((self.reach, self._embedding_state(), *state), trained, make)
@@ -416,123 +308,5 @@ class MoEBiasLayer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def refuse_layer_beyond_memory(config: LayerConfig, hidden_size: int, vocab_size: int) -> None:
-    """Raises UserError where the machine does not hold what training such a layer takes, in float32.
-
-    That is its parameters with their gradients and AdamW's two moments, and its table with its gradient.
-    """
-    parameters, support_size = config.num_parameters(hidden_size, vocab_size), config.support_size(vocab_size)
-    table = config.num_experts * (1 + config.rank) * support_size if config.through_embedding else 0
-    of_rank = f" of rank {config.rank:,}" if config.rank else ""
-    refuse_beyond_memory(
-        4 * (4 * parameters + 2 * table),
-        f"training {config.num_experts:,} {config.experts} experts{of_rank} on {support_size:,} tokens, "
-        f"{in_short(parameters)} parameters,",
-        "give fewer experts, a lower rank or a smaller support",
-    )
-
-
-class _Kept:
-    """What a layer derives and keeps; a copy of the layer derives its own."""
-
-    def __init__(self) -> None:
-        self.table: Tensor | None = None
-        self.rows: Tensor | None = None
-        self.rows_state: tuple[object, ...] = ()
-        self._table_state: tuple[object, ...] = ()
-        self._made_of: list[Tensor] = []
-        self.checked_state: tuple[object, ...] = ()
-
-    def table_of(self, state: tuple[object, ...], trained: list[nn.Parameter], make: Callable[[], Tensor]) -> Tensor:
-        """The table of this state and of these contents of what is being trained.
-
-        Fused optimisers write to parameters without a trace in their version, so contents are compared.
-        """
-        kept = self.table
-        same = len(trained) == len(self._made_of) and self._table_state == state
-        if kept is None or not (same and all(map(torch.equal, trained, self._made_of))):
-            with torch.inference_mode(False), torch.no_grad():
-                kept, self._made_of = make(), [part.clone() for part in trained]
-            self.table, self._table_state = kept, state
-        return kept
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Kept:
-        return _Kept()
-
-
-def plain_bias(layer: MoEBiasLayer, hidden_TD: Tensor, entropy_T: Tensor, rows_MD: Tensor) -> Tensor:
-    """The plain reference of the layer's bias (T, M): each expert's direction, token by token, through the embedding.
-
-    `rows_MD` is the output embedding's weight on the layer's support.
-    """
-    normed_TD = layer.normed(hidden_TD)
-    gates_TE, weight_T = layer.route(hidden_TD).gates, layer.gate_weight(entropy_T)
-    bias_TM = normed_TD.new_zeros(len(hidden_TD), len(rows_MD))
-    for token in range(len(hidden_TD)):
-        for expert in range(layer.config.num_experts):
-            direction_D = normed_TD.new_zeros(layer.hidden_size)
-            if layer.directions is not None:
-                direction_D = direction_D + layer.directions[expert]
-            if layer.writes is not None and layer.reads is not None:
-                direction_D = direction_D + layer.writes[expert].T @ (layer.reads[expert] @ normed_TD[token])
-            expert_M = rows_MD @ direction_D
-            if layer.experts is not None:
-                expert_M = expert_M + layer.experts[expert]
-            bias_TM[token] = bias_TM[token] + weight_T[token] * gates_TE[token, expert] * expert_M
-    return bias_TM
-
-
 def _zeros(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.zeros(*shape))
-
-
-def _state_of(tensor: Tensor) -> tuple[object, ...]:
-    """Changes when the tensor is another, or is written to; tensors made in inference mode do not count that."""
-    version = -1 if tensor.is_inference() else tensor._version
-    return tensor.data_ptr(), version, tensor.dtype, tensor.device
-
-
-def check_layer_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises ValueError naming the first tensor of another type or shape, or with values that no layer has."""
-    for name, tensor in tensors.items():
-        if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            kind = str(tensor.dtype).removeprefix("torch.")
-            raise UserError(f"adapter tensor {name!r} has type {kind}; it must be a float of 16 bits or more")
-        if tuple(tensor.shape) != shapes[name]:
-            raise UserError(
-                f"adapter tensor {name!r} has shape {tuple(tensor.shape)}, this model and config need {shapes[name]}"
-            )
-        if not tensor.is_meta and not torch.isfinite(tensor).all():
-            raise UserError(f"adapter tensor {name!r} holds NaN or infinite values; the file is damaged")
-    router = tensors.get(ROUTER)
-    if router is not None and not router.is_meta and 0 < at_least_float32(router).abs().max() < _TINY:
-        raise UserError(f"adapter tensor {ROUTER!r} holds numbers below 1e-37 alone; the file is damaged")
-
-
-@torch.no_grad()
-def check_layer_values(tensors: Mapping[str, Tensor], strength: float = 1.0) -> None:
-    """Raises ValueError where a layer of these tensors, by their names in it, could give more than `LARGEST_OUTPUT`.
-
-    The bound is of hidden states and an output embedding up to `LARGEST_INPUT`, each number at its worst sign.
-    """
-    if any(tensor.is_meta for tensor in tensors.values()):
-        return
-    if not (tensors["hidden_scale"] > 0).all():
-        raise UserError("adapter tensor 'hidden_scale', which hidden states are divided by, is not above 0 throughout")
-    of = {name: at_least_float32(tensor).abs() for name, tensor in tensors.items()}
-    normed_D = (LARGEST_INPUT + of["hidden_mean"]) / of["hidden_scale"]
-    bias_E = normed_D.new_zeros(1)
-    if "experts" in of:
-        bias_E = bias_E + of["experts"].amax(-1)
-    if "directions" in of:
-        bias_E = bias_E + LARGEST_INPUT * of["directions"].sum(-1)
-    if "reads" in of:
-        bias_E = bias_E + LARGEST_INPUT * ((of["reads"] @ normed_D) * of["writes"].sum(-1)).sum(-1)
-    bounds = {"router": of[ROUTER] @ normed_D} if ROUTER in of else {}
-    bounds["bias"] = bias_E * max(abs(strength), 1.0)
-    for what, largest in bounds.items():
-        if not bool((largest <= LARGEST_OUTPUT).all()):
-            raise UserError(
-                f"the adapter's values are so large, or its hidden_scale so small, that its {what} could overflow "
-                f"({float(largest.max()):.3g} for hidden states of {LARGEST_INPUT:g}); the file or the layer is damaged"
-            )
