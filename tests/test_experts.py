@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from helpers.models import HIDDEN, VOCABULARY, Rows, randomise, tiny_model, token_ids
+from helpers.objectives import rows_of
 from helpers.training import features_of
 from moe_bias import MoEBiasConfig, find_adapter_head, load_moe_bias_layer
 from moe_bias.adapter import read_adapter, save_layer
@@ -175,8 +176,7 @@ def test_gradients_of_policies_are_those_of_autograd_over_the_whole_batch(kind, 
     layer, features = layer_at(head, **kind), features_of(head)
     logits_TM = head.columns(features.support)(features.hidden) / temperature
     sampled = Sampled(torch.full((len(features),), -2.0), torch.linspace(-1, 1, len(features)))
-    logits_of = lambda rows: logits_TM[rows].clone()  # noqa: E731
-    found = gradients(layer, features, logits_of, head.transform, objective, sampled, temperature)
+    found = gradients(layer, features, rows_of(logits_TM), head.transform, objective, sampled, temperature)
     by_chunks = {name: parameter.grad.clone() for name, parameter in layer.named_parameters()}
     layer.zero_grad()
     adapted = adapted_policy(layer, features, logits_TM, head.transform, temperature, objective.needs_stats)

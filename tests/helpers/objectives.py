@@ -45,5 +45,10 @@ def problem(name="llama", tokens=61, temperature=0.7, **choices):
     return SimpleNamespace(head=head, layer=layer, features=features, sampled=sampled, logits=logits_TV)
 
 
+def rows_of(logits_TM):
+    """What makes the base's logits of some rows, as training asks for them: each time a tensor of its own."""
+    return lambda rows: logits_TM[rows].clone()
+
+
 def gradients_of(layer):
     return {name: parameter.grad.clone() for name, parameter in layer.named_parameters()}

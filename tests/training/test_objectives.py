@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import moe_bias
 from helpers.models import VOCABULARY, tiny_model
-from helpers.objectives import gradients_of, problem
+from helpers.objectives import gradients_of, problem, rows_of
 from helpers.reinforcement import Setting, settings_of
 from helpers.training import features_of, head_of, layer_of, lines_of, run_settings
 from helpers.training_processes import train_in
@@ -66,15 +66,14 @@ def test_dpo_and_its_gradient_are_those_of_the_full_softmax(monkeypatch, name, e
     wanted = gradients_of(p.layer)
     p.layer.zero_grad()
     monkeypatch.setattr(adapted_module, "UPDATE", AtOnce(elements, elements))
-    logits_of = lambda rows: logits_TM[rows].clone()  # noqa: E731
-    loss = gradients(p.layer, p.features, logits_of, p.head.transform, DPO(0.3))
+    loss = gradients(p.layer, p.features, rows_of(logits_TM), p.head.transform, DPO(0.3))
     torch.testing.assert_close(loss.total, (expected + 0.2 * balance).detach(), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(loss.metrics["margin"], margin_N.mean().detach(), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(loss.metrics["preferred"], (margin_N > 0).double().mean())
     assert (float(loss.units), len(loss.log_prob)) == (3.0, 61)
     for key, gradient in gradients_of(p.layer).items():
         torch.testing.assert_close(gradient, wanted[key], rtol=1e-8, atol=1e-10, msg=key)
-    found = mean_loss(p.layer, p.features, logits_of, p.head.transform, DPO(0.3))
+    found = mean_loss(p.layer, p.features, rows_of(logits_TM), p.head.transform, DPO(0.3))
     assert found == pytest.approx(float(expected), rel=1e-9)
 
 
@@ -82,7 +81,7 @@ def test_a_process_without_a_pair_takes_part_with_zeros():
     p = pairs_problem()
     nothing = p.features.at(slice(0, 0))
     logits_TM = p.logits[:0, p.features.support]
-    loss = gradients(p.layer, nothing, lambda rows: logits_TM[rows].clone(), p.head.transform, DPO(), total=lambda x: x)
+    loss = gradients(p.layer, nothing, rows_of(logits_TM), p.head.transform, DPO(), total=lambda x: x)
     assert float(loss.total) == 0
     assert all((gradient == 0).all() for gradient in gradients_of(p.layer).values())
 
@@ -116,15 +115,14 @@ def test_the_gradient_of_dpo_is_that_of_differences_of_the_layer(monkeypatch):
     monkeypatch.setattr(adapted_module, "UPDATE", AtOnce(58 * 7, 58 * 7))
     p = pairs_problem()
     logits_TM = p.logits[:, p.features.support]
-    logits_of = lambda rows: logits_TM[rows].clone()  # noqa: E731
-    gradients(p.layer, p.features, logits_of, p.head.transform, DPO(0.3))
+    gradients(p.layer, p.features, rows_of(logits_TM), p.head.transform, DPO(0.3))
     direction = torch.randn_like(p.layer.experts)
     slope = float((p.layer.experts.grad * direction).sum())
     values = []
     for step in (1e-5, -1e-5):
         moved = copy.deepcopy(p.layer)
         moved.experts.data.add_(step * direction)
-        values.append(mean_loss(moved, p.features, logits_of, p.head.transform, DPO(0.3)))
+        values.append(mean_loss(moved, p.features, rows_of(logits_TM), p.head.transform, DPO(0.3)))
     assert (values[0] - values[1]) / 2e-5 == pytest.approx(slope, rel=1e-5)
 
 
@@ -320,7 +318,7 @@ def test_one_s_own_objective_has_the_gradient_of_autograd(monkeypatch, elements,
     wanted = gradients_of(p.layer)
     p.layer.zero_grad()
     monkeypatch.setattr(adapted_module, "UPDATE", AtOnce(elements, elements))
-    loss = gradients(p.layer, p.features, lambda rows: logits_TM[rows].clone(), p.head.transform, objective)
+    loss = gradients(p.layer, p.features, rows_of(logits_TM), p.head.transform, objective)
     torch.testing.assert_close(loss.total, whole.total.detach())
     for key, gradient in gradients_of(p.layer).items():
         torch.testing.assert_close(gradient, wanted[key], msg=key)

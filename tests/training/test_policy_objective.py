@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers.objectives import gradients_of, problem
+from helpers.objectives import gradients_of, problem, rows_of
 from moe_bias.backbone import HeadTransform
 from moe_bias.chunks import AtOnce
 from moe_bias.features import adapted as adapted_module
@@ -380,8 +380,7 @@ def test_gradients_of_processes_sum_to_those_of_the_whole_batch():
     def run(rows, total=itself):
         layer = copy.deepcopy(p.layer)
         batch, sampled = p.features.at(rows), p.sampled.at(rows)
-        logits_of = lambda inner: logits_TM[rows][inner].clone()  # noqa: E731
-        loss = gradients(layer, batch, logits_of, p.head.transform, ALL_TERMS, sampled, 0.7, total)
+        loss = gradients(layer, batch, rows_of(logits_TM[rows]), p.head.transform, ALL_TERMS, sampled, 0.7, total)
         return loss, gradients_of(layer)
 
     def total_in(rank):
@@ -446,9 +445,8 @@ def test_a_fresh_layer_samples_what_it_is_trained_on():
     logits_TM = p.logits[:, p.features.support]
     base_T = full_log_prob(p.logits, torch.zeros_like(logits_TM), p.features.support, p.features.token)
     sampled = replace(p.sampled, log_prob=base_T)
-    logits_of = lambda rows: logits_TM[rows].clone()  # noqa: E731
     p.layer.config = p.layer.config.model_copy(update={"load_balance_weight": 0.0})
-    loss = gradients(p.layer, p.features, logits_of, HeadTransform(), DAPO(), sampled, 0.7)
+    loss = gradients(p.layer, p.features, rows_of(logits_TM), HeadTransform(), DAPO(), sampled, 0.7)
     torch.testing.assert_close(loss.total, -sampled.advantage.mean())
     assert float(loss.metrics["clipped"]) == 0
     assert p.layer.experts.grad.abs().max() > 0
