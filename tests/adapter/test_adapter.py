@@ -87,6 +87,10 @@ def test_settings_that_cannot_be_built_are_refused_in_one_sentence(settings, mes
     assert "\n" not in str(caught.value)
 
 
+def test_the_defaults_are_those_of_the_layer():
+    assert MoEBiasConfig().layer_config() == LayerConfig()
+
+
 def test_support_outside_the_vocabulary_is_refused():
     with pytest.raises(ValueError, match="support id 97 is outside the vocabulary of 97 tokens"):
         get_peft_model(tiny_model(), MoEBiasConfig(experts="free", support=[97]))

@@ -74,10 +74,10 @@ class MoEBiasConfig(PeftConfig):
     """
 
     task_type: str | None = "CAUSAL_LM"
-    num_experts: int = LayerConfig.model_fields["num_experts"].default
-    top_k: int = LayerConfig.model_fields["top_k"].default
+    num_experts: int = 4
+    top_k: int = 2
     experts: str | None = None
-    expert_rank: int = LayerConfig.model_fields["expert_rank"].default
+    expert_rank: int = 7
     free_entries: bool = False
     support: list[int] | None = None
     reach: str = "support"
