@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from figure_text import svg_text
+from figure_text import LINE, svg_text
 
 ROOT = Path(__file__).parent.parent
 FIGURES = ROOT / "docs" / "figures"
@@ -84,7 +84,7 @@ def drawn(task: str, found: dict[str, list[Curve]]) -> Figure:
         axes.set_xlabel("steps")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylim(0, None)
-        axes.grid(which="major", color="#DDDDDD", linewidth=0.6)
+        axes.grid(which="major", color=LINE, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("problems solved, %")
     handles, labels = panels[0].get_legend_handles_labels()

@@ -19,12 +19,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from figure_text import svg_text
+from figure_text import INK, LINE, svg_text
 from moe_bias.records import write_whole
 
 ROOT = Path(__file__).parent.parent
 FIGURE = ROOT / "docs" / "figures" / "update-growth.svg"
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#000000")
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", INK)
 """Okabe and Ito's, which the colour-blind tell apart; one for each size of support, ascending."""
 STYLES = {"support": ("-", "o"), "full": ("-", "o"), "kept": ("--", "s")}
 Line = tuple[list[int], list[float]]
@@ -99,7 +99,7 @@ def _finish(axes: Axes, tokens: list[int]) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.grid(which="major", color="#DDDDDD", linewidth=0.6)
+    axes.grid(which="major", color=LINE, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
 
 

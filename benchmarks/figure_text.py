@@ -1,4 +1,7 @@
-"""A figure as text that is the same each time: no date, no program's version, no random names, no trailing spaces."""
+"""A figure as text that is the same each time: no date, no program's version, no random names, no trailing spaces.
+
+It has no ground of its own, and what is neutral in it is light where the page that shows it is dark.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,20 @@ import io
 import matplotlib
 from matplotlib.figure import Figure
 
+INK, LINE = "#000000", "#dddddd"
+"""What figures draw text and axes in, and grids."""
+_THEME = """<style>
+svg { --ink: #1c2024; --line: #dddddd; fill: var(--ink) }
+@media (prefers-color-scheme: dark) { svg { --ink: #eceff3; --line: #3a424b } }
+</style>
+"""
+
 
 def svg_text(figure: Figure) -> str:
     """The figure as SVG."""
-    text = io.StringIO()
+    content = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "moe-bias"}):
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    return "".join(f"{line.rstrip()}\n" for line in text.getvalue().splitlines())
+        figure.savefig(content, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = content.getvalue().replace(INK, "var(--ink)").replace(LINE, "var(--line)")
+    text = text.replace(" <metadata>", f"{_THEME} <metadata>", 1)
+    return "".join(f"{line.rstrip()}\n" for line in text.splitlines())
