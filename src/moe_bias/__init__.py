@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from moe_bias.api.adapters import generate, load_layer, save
     from moe_bias.api.data import extract
     from moe_bias.api.experiments import arms, compare, sweep
+    from moe_bias.api.headroom import Headroom, headroom
     from moe_bias.api.labels import LabelsReport, labels
     from moe_bias.api.measuring import analyze, evaluate
     from moe_bias.api.reports import Analysis, ArmsReport, CompareReport, Evaluation, RLReport, SFTReport
@@ -69,6 +70,7 @@ __all__ = [
     "EvalConfig",
     "Evaluation",
     "Frozen",
+    "Headroom",
     "HiddenShift",
     "InsertedShift",
     "LabelsConfig",
@@ -102,6 +104,7 @@ __all__ = [
     "generate",
     "get_load_balance_loss",
     "get_moe_bias_layer",
+    "headroom",
     "labels",
     "load",
     "load_layer",
@@ -129,6 +132,10 @@ _HOMES = {
     "api.rewarded": (
         "Watch",
         "train_rl",
+    ),
+    "api.headroom": (
+        "Headroom",
+        "headroom",
     ),
     "api.measuring": (
         "analyze",

@@ -27,6 +27,7 @@ from typing import Any, NoReturn
 
 from pydantic_settings import CliSettingsSource
 
+from moe_bias.commands.headroom_settings import HeadroomSettings
 from moe_bias.commands.label_settings import LabelsSettings
 from moe_bias.commands.looking_settings import (
     AnalyzeSettings,
@@ -267,6 +268,7 @@ COMMANDS = (
     Command("extract", ExtractSettings, "extract", writes=("manifest.json",), shared=True),
     Command("verify", VerifySettings, "verify", argument="STORE"),
     Command("tasks", TasksSettings, "tasks", argument="[NAME]"),
+    Command("headroom", HeadroomSettings, "headroom"),
     Command("sweep", SweepSettings, "sweep", writes=("table.json",)),
     Command("arms", ArmsSettings, "arms", writes=("table.json",)),
     Command("compare", CompareSettings, "compare", writes=("table.json",), shared=True),

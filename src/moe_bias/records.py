@@ -44,6 +44,7 @@ class RecordKind(StrEnum):
     DEMO = "demo"
     INSPECTION = "inspect-text"
     LABELS = "labels"
+    HEADROOM = "headroom"
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

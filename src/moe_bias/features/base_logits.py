@@ -8,6 +8,7 @@ Shapes: T tokens, D hidden, M support.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 
@@ -41,6 +42,12 @@ class BaseLogits:
             return lambda rows: self._columns(batch.hidden[rows])
         index = index.to(kept_TM.device)
         return lambda rows: kept_TM.index_select(0, index[rows])
+
+    def between(self, start: int, stop: int) -> BaseLogits:
+        """Those of the source's tokens from `start` to before `stop`, as a source of their own has them."""
+        part = copy.copy(self)
+        part._kept_TM = None if self._kept_TM is None else self._kept_TM[start:stop]
+        return part
 
     def _all_of(self, source: FeatureSource, head: Head) -> Tensor:
         kept_TM = torch.empty(len(source), len(source.support), device=head.device)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from moe_bias.records import RecordKind
-from moe_bias.report import analysis, comparison, evaluation, labels, training
+from moe_bias.report import analysis, comparison, evaluation, headroom, labels, training
 from moe_bias.report.content import Block, Note, Report, Topic, slug
 from moe_bias.report.cost import cost_block
 from moe_bias.report.inspector import read_inspection
@@ -43,6 +43,7 @@ _BLOCKS: Mapping[RecordKind, Callable[[Record], Iterator[Block]]] = {
     RecordKind.DEMO: comparison.demo,
     RecordKind.INSPECTION: _inspection,
     RecordKind.LABELS: labels.labels,
+    RecordKind.HEADROOM: headroom.headroom,
 }
 
 

@@ -97,11 +97,22 @@ def prepare_stored(
     support: str | Sequence[int] = OWN_SUPPORT,
     always: Sequence[int] = (),
 ) -> Prepared:
+    """The two parts of `stored_parts`, with the support's coverage of the held-out tokens that the store kept."""
+    return _prepared(head, *stored_parts(store, head, held_out, support, always))
+
+
+def stored_parts(
+    store: FeatureStore,
+    head: Head,
+    held_out: Sequence[int],
+    support: str | Sequence[int] = OWN_SUPPORT,
+    always: Sequence[int] = (),
+) -> tuple[FeatureSource, Features, float]:
     """A store's tokens: a view to train on, and the examples `held_out` (their rows) read into memory.
 
     Tokens are in the order of their examples, however the store is cut into parts. A `support` other
     than the store's own is chosen on the training part, `always` in it; R, A and columns are then
-    computed anew. Coverage is of the held-out tokens that the store kept. Raises UserError on a
+    computed anew. The third is the seconds that the view took, by its share of the tokens. Raises UserError on a
     support that cannot be.
     """
     order = store.example.argsort(stable=True)
@@ -120,7 +131,7 @@ def prepare_stored(
     features = held.at(slice(None))
     # Numbered anew: the numbers of the source's rows have gaps, which would count as examples without tokens.
     features = replace(features, example=features.example.unique(return_inverse=True)[1])
-    return _prepared(head, train, features, seconds)
+    return train, features, seconds
 
 
 def _chosen(
