@@ -16,6 +16,7 @@ from statistics import median
 from typing import Any
 
 from moe_bias.evaluation.statistics import estimate_of, percent
+from moe_bias.report.headroom import probes
 from moe_bias.report.labels import ways
 from moe_bias.report.table import Column, Table
 from moe_bias.report.tables import (
@@ -121,6 +122,23 @@ def _of_problems(record: dict[str, Any], arm: dict[str, Any]) -> dict[str, Any]:
         "to the first": arm["change"].get(record["arms"][0]["name"]),
         "one of all": arm["pass_at"].get(str(samples)),
     }
+
+
+def headroom(stem: str) -> str:
+    """What `headroom` found on a text, the verdict first."""
+    record = _read(RECORDS / "headroom" / f"{stem}.json")
+    seconds = sum(probe["seconds"] for probe in record["probes"])
+    return (
+        f"*{record['verdict']}.*\n\n{_shown(probes(record))}\n{seconds:,.0f} s for these probes, the curve's trainings "
+        f"besides; {_machine(record)}.\n"
+    )
+
+
+def headroom_curve(stem: str) -> str:
+    """The curve behind a forecast, and what was then measured at more tokens, where a record says."""
+    record = _read(RECORDS / "headroom" / f"{stem}.json")
+    rows = [[f"{point['tokens']:,}", f"{point['nll']:.3f}"] for point in record["curve"]]
+    return _table(["training tokens", "held-out NLL of the layer"], rows)
 
 
 def extraction() -> str:
@@ -537,6 +555,8 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"experts-{path.stem}": partial(analysis_experts, path.stem) for path in RECORDS.glob("analysis/*.json")},
     **{f"labels-{stem}": partial(labels, stem) for stem in _LABELLED},
     **{f"labels-{stem}-chosen": partial(labels_chosen, stem) for stem in _LABELLED},
+    **{f"headroom-{path.stem}": partial(headroom, path.stem) for path in RECORDS.glob("headroom/*.json")},
+    **{f"headroom-{path.stem}-curve": partial(headroom_curve, path.stem) for path in RECORDS.glob("headroom/*.json")},
     "costs": costs,
     "gains": gains,
     "compare-products-variants": partial(policy_variants, "products"),

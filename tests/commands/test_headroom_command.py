@@ -44,8 +44,10 @@ def test_command_and_call_leave_the_same_record(folder, capsys):
         *("base", "static", "moe-bias", "network", "choice")
     ]
     assert len(report.rows()) <= 10
+    assert "are in the support" in " ".join(str(report).split())
+    assert "what needs the backbone" in report._repr_html_()
     assert report.title in report._repr_html_().replace("&#x27;", "'")
-    assert list(report.frame().columns) == ["step", "held_out_nll"]
+    assert list(report.frame().columns) == ["tokens", "held_out_nll"]
     assert len(report.frame()) == 7
     (found,) = read_records([folder / "out"])
     assert found.kind == "headroom"

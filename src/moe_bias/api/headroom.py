@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from moe_bias.api.arguments import config_of, refuse_other_base
 from moe_bias.api.data import refuse_other_data
-from moe_bias.api.reports import Curve, Report
+from moe_bias.api.reports import WIDTH, Curve, Report
 from moe_bias.config import OWN_SUPPORT, SFTConfig
 from moe_bias.evaluation.statistics import Estimate
 from moe_bias.experiments.headroom import (
@@ -56,6 +58,30 @@ class Headroom(Report):
             return f"The base's held-out NLL is {base.nll['all'].value:.3f} nats per token; no probe was begun in time"
         return f"{_gain(base, best, found)}; {_outlook(found.forecast, found.train_tokens)}"
 
+    @property
+    def notes(self) -> list[str]:
+        """Two sentences below the table: where the loss is, and what is not known of the rest of it."""
+        found, held = self.findings, self.findings.coverage
+        where = (
+            f"{held.support:.1%} of the {found.held_out_tokens:,} held-out targets are in the support. The fifth "
+            f"of highest entropy has {held.high_share:.0%} of the loss, {held.top_at_forks:.0%} of it are among the "
+            f"base's top {found.top} of the support; targets outside those have {held.nll_outside:.3f} nats per token."
+        )
+        best = found.best and found.probe(found.best)
+        left = f"the {best.nll['all'].value:.3f} nats" if best else "what"
+        rest = (
+            f"Of {left} that no probe takes it is not told what is chance in the text, what more tokens would bring, "
+            "and what needs the backbone; probes are lower bounds. Training LoRA tells, as moe-bias arms does."
+        )
+        return [where, rest]
+
+    def __repr__(self) -> str:
+        return "\n".join([super().__repr__(), *(line for note in self.notes for line in wrap(note, WIDTH))])
+
+    def _repr_html_(self) -> str:
+        """The table and the curve, then the notes."""
+        return super()._repr_html_() + "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
+
     def rows(self) -> list[dict[str, str]]:
         """A row for each probe, and for what more tokens are expected to bring to the layer."""
         rows = [_row(probe, is_best=probe.name == self.findings.best) for probe in self.findings.probes]
@@ -63,7 +89,7 @@ class Headroom(Report):
 
     def record(self) -> dict[str, Any]:
         """What the record holds beside settings and provenance."""
-        return {"kind": RecordKind.HEADROOM, "verdict": self.title, **asdict(self.findings)}
+        return {"kind": RecordKind.HEADROOM, "verdict": self.title, "notes": self.notes, **asdict(self.findings)}
 
 
 def headroom(
@@ -116,7 +142,7 @@ def measured(
     train, held_out, _ = stored_parts(data.store, data.base.head, data.held_out, support, data.always)
     ground = prepared_ground(train, held_out, data.base.head, config, data.by_unit)
     findings = measure(ground, options, len(train))
-    points = [{"step": float(point.tokens), "held_out_nll": point.nll} for point in findings.curve]
+    points = [{"tokens": float(point.tokens), "held_out_nll": point.nll} for point in findings.curve]
     report = Headroom(findings, points)
     if output is not None:
         write_json(

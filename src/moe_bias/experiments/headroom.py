@@ -131,6 +131,7 @@ class Findings:
     held_out_tokens: int
     examples: int
     available_tokens: int
+    top: int
     left_out: list[str] = field(default_factory=list)
 
     def probe(self, name: str) -> Probe | None:
@@ -234,6 +235,7 @@ def measure(ground: Ground, options: Options, available: int) -> Findings:
         len(ground.held_out),
         len(ground.by_unit(counts_by_stratum(ground.held_out)["all"])),
         available,
+        options.top,
         left_out,
     )
 

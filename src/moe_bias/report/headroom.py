@@ -16,17 +16,24 @@ HEADINGS = ["probe", "parameters", "held-out NLL", "change", "of high entropy", 
 def headroom(record: Record) -> Iterator[Block]:
     """The verdict, the probes, and what more tokens are expected to bring."""
     content = record.content
+    table = probes(content, slug(record.name, "headroom"))
+    yield Block(
+        Topic.RESULT, record.name, [Note(f"{content['verdict']}.", lead=True), table, *map(Note, content["notes"])]
+    )
+
+
+def probes(content: Mapping[str, Any], name: str = "") -> Table:
+    """What each probe of a record was measured to do, and what more tokens are expected to bring to the layer."""
     caption = (
         "NLL in nats per token [95% interval over examples], paired change to the base, and how often the answer's "
         "token is the likeliest one at high entropy; what is expected has its interval over learning curves"
     )
-    rows = [probe_row(probe) for probe in content["probes"]]
-    rows += [expected_row(tokens, nll) for tokens, nll in content["forecast"]["nll"].items()]
-    table = Table.of_texts(slug(record.name, "headroom"), caption, HEADINGS, rows)
-    yield Block(Topic.RESULT, record.name, [Note(f"{content['verdict']}.", lead=True), table])
+    rows = [_probe(probe) for probe in content["probes"]]
+    rows += [_expected(tokens, nll) for tokens, nll in content["forecast"]["nll"].items()]
+    return Table.of_texts(name, caption, HEADINGS, rows)
 
 
-def probe_row(probe: Mapping[str, Any]) -> list[str]:
+def _probe(probe: Mapping[str, Any]) -> list[str]:
     """A probe of a record."""
     nll, picked = with_interval(estimate_of(probe["nll"]["all"]), "{:.3f}"), percent(estimate_of(probe["picked"]))
     changes = ["", "", ""]
@@ -35,7 +42,7 @@ def probe_row(probe: Mapping[str, Any]) -> list[str]:
     return [probe["name"], f"{probe['parameters']:,}", nll, *changes, picked]
 
 
-def expected_row(tokens: str, nll: Mapping[str, float]) -> list[str]:
+def _expected(tokens: str, nll: Mapping[str, float]) -> list[str]:
     """What so many tokens are expected to bring to the layer."""
     expected = f"{with_interval(estimate_of(nll), '{:.3f}')} expected"
     return [f"moe-bias, {int(tokens):,} tokens", "", expected, "", "", "", ""]
