@@ -106,7 +106,7 @@ def test_a_comparison_by_rewards_is_that_of_the_command(base, prepared_folder):
             base, "summing:Sums", config, shifted="summing:Sums", output="of-python", train_problems=12, test_problems=5
         )
     assert "to base" in str(report)
-    assert list(report.frame()["held out, %"]) == [row.accuracy["held out"].value for row in report.arms]
+    assert list(report.frame()["held out, %"]) == [100 * row.accuracy["held out"].value for row in report.arms]
     assert "<svg" in report._repr_html_()
 
 

@@ -45,6 +45,8 @@ def test_cells_are_written_by_their_columns():
     bare = Table("t", "", [Column("NLL", ("nll", "all"), "{:.2f}", bare=True)], ROWS)
     assert bare.cells == [["1.00"], ["2.00"]]
     assert bare.values() == [{"NLL": 1.0}, {"NLL": 2.0}]
+    parts = Table("t", "", [Column("change, points", ("change", "all"), "{:+.1f}", 100)], ROWS).values()
+    assert parts[1] == {"change, points": 50.0, "change, points, low": -25.0, "change, points, high": 75.0}
 
 
 def test_a_terminal_has_second_lines_or_intervals_below_values():

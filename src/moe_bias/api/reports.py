@@ -328,20 +328,29 @@ class CompareReport(Report):
 
     @property
     def tables(self) -> Sequence[Table]:
-        """What each arm took, and what it solves with its paired changes."""
-        rows = [asdict(arm) for arm in self.arms]
-        return costs_of_arms(rows), solved(rows)
+        """What each arm took, what it solves, and its paired changes against others with the tokens of its answers."""
+        whole = self._whole
+        after = [heading for heading in whole.headings if heading.startswith(("to ", "tokens"))]
+        before = [heading for heading in whole.headings if heading not in after]
+        caption = "Paired changes of the held-out problems solved, in points, to other arms; and tokens of an answer"
+        changes = replace(whole.only("arm", *after), caption=caption)
+        return costs_of_arms([asdict(arm) for arm in self.arms]), whole.only(*before), *([changes] if after else [])
 
     @property
     def table(self) -> Table:
         """Accuracy of each arm, what its steps gained, and its paired changes against others, in points."""
-        measured = self.tables[1]
-        others = [heading for heading in measured.headings if heading.startswith("to ")]
-        return replace(measured.only("arm", "held out, %", "gained, points", *others, "tokens, held out"), caption="")
+        others = [heading for heading in self._whole.headings if heading.startswith("to ")]
+        return replace(
+            self._whole.only("arm", "held out, %", "gained, points", *others, "tokens, held out"), caption=""
+        )
 
     def numbers(self) -> list[Mapping[str, Any]]:
         """What each arm solves, and its changes, with the ends of intervals."""
-        return list(self.tables[1].values())
+        return list(self._whole.values())
+
+    @property
+    def _whole(self) -> Table:
+        return solved([asdict(arm) for arm in self.arms])
 
 
 def _table(columns: Sequence[Column], rows: Sequence[Any]) -> Table:

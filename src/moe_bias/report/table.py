@@ -101,16 +101,14 @@ class Table:
         return replace(self, columns=kept)
 
     def values(self) -> list[dict[str, Any]]:
-        """The rows for a data frame: by heading the value, of an estimate the ends of its interval too."""
+        """The rows for a data frame: by heading the value in its unit, of an estimate the ends of its interval too."""
         return [dict(_values(self.columns, row)) for row in self.rows]
 
 
 def _values(columns: Sequence[Column], row: Row) -> Iterable[tuple[str, Any]]:
     for column in columns:
         value = column.value(row)
-        if isinstance(value, Estimate):
-            yield column.heading, value.value
-            if not column.bare:
-                yield from ((f"{column.heading}, {end}", getattr(value, end)) for end in ("low", "high"))
-        else:
-            yield column.heading, value
+        ends = {} if column.bare or not isinstance(value, Estimate) else {"low": value.low, "high": value.high}
+        found = value.value if isinstance(value, Estimate) else value
+        yield column.heading, found if column.scale == 1 or found is None else column.scale * found
+        yield from ((f"{column.heading}, {end}", column.scale * number) for end, number in ends.items())
