@@ -6,7 +6,7 @@ It fits 100 columns, and can be read in 80.
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 from rich import box
 from rich.console import Console
@@ -19,7 +19,7 @@ from moe_bias.backbone import Head
 from moe_bias.commands.expert_table import OFF_SUPPORT, moved, readings_table
 from moe_bias.commands.training_settings import DemoSettings
 from moe_bias.evaluation.statistics import with_interval
-from moe_bias.experiments.comparison import Arm
+from moe_bias.experiments.demonstration import DemoReport, Reinforced
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.progress import text_console
 from moe_bias.report.tables import demonstration
@@ -33,39 +33,6 @@ SHOWN_READINGS = 1
 """Of each linear expert, its strongest."""
 SHOWN_CHARACTERS = 150
 _SHARE = "{:.1%}"
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A held-out problem with each arm's answer, and whether it was right."""
-
-    question: str
-    gold: str
-    answers: list[str]
-    correct: list[bool]
-
-
-@dataclass(frozen=True)
-class Reinforced:
-    """What reinforcement learning took: steps, sampled tokens, and seconds, those of updating apart."""
-
-    steps: int
-    sampled_tokens: int
-    seconds: float
-    updating_seconds: float
-
-
-@dataclass(frozen=True)
-class DemoReport:
-    """Everything the demonstration found; `expert_share` is of routed slots on held-out tokens."""
-
-    arms: list[Arm]
-    samples: list[Sample]
-    expert_share: list[float]
-    fork_coverage: float
-    train_tokens: int
-    reinforced: Reinforced
-    seconds: float
 
 
 def report_console() -> Console:
