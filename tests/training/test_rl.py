@@ -121,6 +121,14 @@ class Deadly(DAPO):
         return super().__call__(now, then)
 
 
+def test_base_logits_that_do_not_fit_are_made_again_and_change_nothing():
+    kept, made = (Setting(settings_of(kl_bound=1.0, logits_budget=budget)) for budget in (2**20, 0))
+    for setting in (kept, made):
+        setting.trainer.run()
+    for one, other in zip(kept.layer.parameters(), made.layer.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 def test_no_update_exceeds_the_bound_on_kl():
     free, bound = Setting(settings_of(steps=6)), Setting(settings_of(steps=6, kl_bound=0.02))
     free.trainer.run()

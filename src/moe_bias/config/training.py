@@ -138,6 +138,10 @@ class RLConfig(SamplingConfig, StartOptions, OptimizerOptions):
     rho: float = Field(0.2, gt=0, le=1, description="share of the tokens to learn from, those of highest entropy")
     epochs: int = Field(4, ge=1, description="passes over a step's tokens")
     batch_tokens: int = Field(1024, ge=1, description="selected tokens in one optimiser step")
+    logits_budget: ByteSize = Field(
+        ByteSize(2**32),
+        description="memory to keep the base logits of a step's tokens in; where they do not fit they are recomputed",
+    )
     eps_low: float = Field(0.2, ge=0, lt=1, description="how far the ratio may fall below 1")
     eps_high: float = Field(0.28, ge=0, description="how far the ratio may rise above 1")
     kl_weight: float = Field(0.0, ge=0, description="weight of the exact KL to the base")

@@ -51,6 +51,8 @@ from moe_bias.training.objectives import DAPO, Objective, Sampled, check_objecti
 from moe_bias.training.optimisation import Optimisation
 from moe_bias.training.processes import ALONE
 
+LogitsAt = Callable[[Tensor | slice], Tensor]
+"""Base logits (T, M) of the tokens of a step with these numbers."""
 HALVINGS = 8
 """How often an update that exceeds a bound on KL is halved before it is undone."""
 
@@ -204,28 +206,35 @@ class Update:
         """
         device = self._head.device
         batch, sampled = on_device(batch, device), Sampled(sampled.log_prob.to(device), sampled.advantage.to(device))
-        logits_TM = self._columns(batch.hidden) / self._settings.temperature
+        logits_of = self._base_logits(batch)
         sampler = copy.deepcopy(self._layer).requires_grad_(False)
-        bounds = self._bounds(sampler, batch, logits_TM)
+        bounds = self._bounds(sampler, batch, logits_of)
         losses, gap = [], 0.0
         for index in self._minibatches(batch, step):
             before = self._weights()
-            losses.append(self._step(batch, sampled, index, logits_TM, step, share))
+            losses.append(self._step(batch, sampled, index, logits_of, step, share))
             if len(losses) == 1:
                 gap = float((losses[0].log_prob - sampled.log_prob[index]).abs().max())
             self._hold(bounds, before)
-        moved = self._kl_from(sampler, batch, logits_TM)
-        return self._metrics(losses, gap, self._kl(batch, logits_TM)) | {"step_kl": moved, "rate_share": share}
+        moved = self._kl_from(sampler, batch, logits_of)
+        return self._metrics(losses, gap, self._kl(batch, logits_of)) | {"step_kl": moved, "rate_share": share}
 
-    def _bounds(self, sampler: MoEBiasLayer, batch: Features, logits_TM: Tensor) -> list[Callable[[], bool]]:
+    def _base_logits(self, batch: Features) -> LogitsAt:
+        """Final base logits over the temperature, u_S (T, M), of any of the tokens: kept where they fit, else made."""
+        if 4 * len(batch) * len(batch.support) > self._settings.logits_budget:
+            return lambda rows: self._columns(batch.hidden[rows]) / self._settings.temperature
+        logits_TM = self._columns(batch.hidden) / self._settings.temperature
+        return lambda rows: logits_TM[rows]
+
+    def _bounds(self, sampler: MoEBiasLayer, batch: Features, logits_of: LogitsAt) -> list[Callable[[], bool]]:
         """What must hold after each update of a step. A KL to the base that begins above its bound may not grow."""
         bounds: list[Callable[[], bool]] = []
         if self._settings.kl_bound is not None:
-            to_base = max(self._settings.kl_bound, self._kl(batch, logits_TM))
-            bounds.append(lambda: self._kl(batch, logits_TM) <= to_base)
+            to_base = max(self._settings.kl_bound, self._kl(batch, logits_of))
+            bounds.append(lambda: self._kl(batch, logits_of) <= to_base)
         if self._settings.step_kl is not None:
             to_sampler = self._settings.step_kl
-            bounds.append(lambda: self._kl_from(sampler, batch, logits_TM) <= to_sampler)
+            bounds.append(lambda: self._kl_from(sampler, batch, logits_of) <= to_sampler)
         return bounds
 
     def _weights(self) -> dict[str, Tensor]:
@@ -239,14 +248,14 @@ class Update:
         return map(units.tokens_of, drawn)
 
     def _step(
-        self, batch: Features, sampled: Sampled, index: Tensor, logits_TM: Tensor, step: int, share: float
+        self, batch: Features, sampled: Sampled, index: Tensor, logits_of: LogitsAt, step: int, share: float
     ) -> Loss:
         """An update by the tokens `index` (T,) of the step's."""
         self._optimisation.zero_grad()
         loss = gradients(
             self._layer,
             batch.at(index),
-            lambda rows: logits_TM[index[rows]],
+            lambda rows: logits_of(index[rows]),
             self._head.transform,
             self._objective,
             sampled.at(index),
@@ -262,17 +271,13 @@ class Update:
         self._optimisation.step(step, share)
         return loss
 
-    def _kl(self, batch: Features, logits_TM: Tensor) -> float:
+    def _kl(self, batch: Features, logits_of: LogitsAt) -> float:
         """Exact mean KL to the base over the tokens, in nats."""
-        return mean_kl_to_base(
-            self._layer, batch, lambda rows: logits_TM[rows], self._head.transform, self._settings.temperature
-        )
+        return mean_kl_to_base(self._layer, batch, logits_of, self._head.transform, self._settings.temperature)
 
-    def _kl_from(self, sampler: MoEBiasLayer, batch: Features, logits_TM: Tensor) -> float:
+    def _kl_from(self, sampler: MoEBiasLayer, batch: Features, logits_of: LogitsAt) -> float:
         """Exact mean KL to the policy that sampled over the tokens, in nats."""
-        return mean_kl_between(
-            self._layer, sampler, batch, lambda rows: logits_TM[rows], self._head.transform, self._settings.temperature
-        )
+        return mean_kl_between(self._layer, sampler, batch, logits_of, self._head.transform, self._settings.temperature)
 
     @torch.no_grad()
     def _hold(self, bounds: Sequence[Callable[[], bool]], before: Mapping[str, Tensor]) -> None:
