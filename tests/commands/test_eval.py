@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from helpers.complaints import complaint
 from helpers.evaluations import COMMON, SAMPLED, lines, words_to, write
 from helpers.models import tiny_model
-from helpers.saved import save_adapter
+from helpers.saved import save_adapter, save_model
 from moe_bias import MoEBiasConfig, find_adapter_head
 from moe_bias.cli import main
 from moe_bias.commands import eval_model
@@ -361,6 +361,12 @@ def test_mistakes_are_told_before_any_answer(ground, more, sentence, capsys):
     save_lora(ground / "lora")
     assert complaint(capsys, *COMMON, *more.split()).startswith(sentence)
     assert not Path("o/samples.jsonl").exists()
+
+
+def test_a_chat_needs_a_template(ground, capsys):
+    save_model(ground / "plain", chat_template=None)
+    words = ["plain" if word == "model" else word for word in words_to("out")]
+    assert complaint(capsys, *words).endswith("plain' has no chat template; turn --chat off")
 
 
 def save_prefix():

@@ -168,6 +168,7 @@ def test_a_chat_needs_a_template(folder, capsys):
     data = write_rows(folder / "rows.jsonl", {"question": "w5", "answer": "w6"})
     sentence = complaint(capsys, *arguments(model, data, "store"))
     assert "has no chat template; give plain text in prompt and completion columns" in sentence
+    assert sentence.endswith("or write a template into its folder, as chat_template.jinja")
 
 
 @pytest.mark.parametrize(

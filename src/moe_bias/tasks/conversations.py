@@ -161,7 +161,8 @@ def _require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
     if not tokenizer.chat_template:
         raise UserError(
             f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; give plain text "
-            "in prompt and completion columns instead of questions or messages"
+            "in prompt and completion columns instead of questions or messages, or write a template into its folder, "
+            "as chat_template.jinja"
         )
 
 
