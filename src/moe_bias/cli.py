@@ -95,8 +95,14 @@ class Command:
         return self.words.rpartition(" ")[2]
 
     def run(self, settings: Config) -> None:
-        """Runs it."""
-        importlib.import_module(f"moe_bias.commands.{self.module}").run(settings)
+        """Runs it, or says what it would take."""
+        module = "dry_run" if is_dry(settings) else self.module
+        importlib.import_module(f"moe_bias.commands.{module}").run(settings)
+
+
+def is_dry(settings: Config) -> bool:
+    """Whether the command is only to be worked out: it then writes nothing."""
+    return bool(getattr(settings, "dry_run", False))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -188,7 +194,7 @@ def _as_typed(command: Command) -> Iterator[None]:
 
 def _folder_held(command: Command, settings: Any) -> AbstractContextManager[None]:
     """The run's folder, where the command has one, for this run alone."""
-    if not command.writes:
+    if not command.writes or is_dry(settings):
         return nullcontext()
     from moe_bias.commands.run_lock import held
 

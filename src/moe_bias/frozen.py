@@ -89,6 +89,13 @@ def frozen(settings: ModelConfig) -> Frozen:
     return Frozen(*load_model(settings))
 
 
+def load_tokenizer(settings: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model whose weights are not wanted. Raises UserError where it cannot be had."""
+    path = resolve_model(settings.model)
+    found: PreTrainedTokenizerBase = _from_pretrained(AutoTokenizer, path, settings.model, settings.trust_remote_code)
+    return found
+
+
 def load_model(settings: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model and the tokenizer of `load`, before anything is asked of the output embedding."""
     return _loaded(settings.model, settings.device, settings.dtype, settings.trust_remote_code)
@@ -118,6 +125,13 @@ def model_config(settings: ModelConfig) -> Any:
     if file is not None and not is_converted(file, cache_folder()):
         return gguf_config(file)
     return _from_pretrained(AutoConfig, resolve_model(settings.model), settings.model, settings.trust_remote_code)
+
+
+def place_of(settings: ModelConfig, config: Any) -> tuple[torch.device, torch.dtype]:
+    """Where the model of a config of transformers would be, and the type of its weights. Raises as `load`."""
+    device, weights = _place(settings.device, settings.dtype)
+    own = getattr(config, "dtype", None) or torch.float32
+    return device, own if weights == "auto" else getattr(torch, weights)
 
 
 def resolve_model(name: str) -> str:
@@ -153,15 +167,18 @@ def _loaded(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if not isinstance(name, str | os.PathLike):
         raise UserError(f"`model` is {shown(name)}, no name; a model in memory is moe_bias.Frozen(model, tokenizer)")
-    device = _device(device_name)
-    weights = _named_dtype(dtype)
-    if weights == "auto" and device.type == "cpu":
-        weights = "float32"
+    device, weights = _place(device_name, dtype)
     path = resolve_model(str(name))
     model = _from_pretrained(AutoModelForCausalLM, path, str(name), trust_remote_code, dtype=weights).to(device)
     tokenizer = _from_pretrained(AutoTokenizer, path, str(name), trust_remote_code)
     _freeze(model)
     return model, tokenizer
+
+
+def _place(device_name: str | torch.device, dtype: str | torch.dtype) -> tuple[torch.device, str]:
+    """Where a model goes, and the type of its weights by name, or 'auto' for the checkpoint's own."""
+    device, weights = _device(device_name), _named_dtype(dtype)
+    return device, "float32" if weights == "auto" and device.type == "cpu" else weights
 
 
 def _freeze(model: nn.Module) -> None:

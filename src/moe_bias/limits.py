@@ -68,6 +68,14 @@ def in_bytes(count: float) -> str:
     return f"{count:,.1f} TiB"
 
 
+def in_time(seconds: float) -> str:
+    """A duration in the largest unit that leaves a number above 1.5."""
+    for unit, size in (("hours", 3600), ("minutes", 60)):
+        if seconds > 1.5 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
 def in_days(seconds: float) -> str:
     """A long time in days, or in years."""
     days = seconds / _DAY

@@ -46,7 +46,7 @@ def _run(settings: TrainSFTSettings, made_with: Mapping[str, Any], checkpoints: 
     processes = Processes.join(settings.device)
     console = text_console(quiet=not processes.is_first)
     objective = make_objective(settings.objective)
-    answers = _answers(settings)
+    answers = answers_of(settings)
     if answers is not None:
         say(console, f"{answers.summary()}; measure the adapter on other problems")
     texts, pairs = None if answers is None else answers.texts, objective is not None and objective.unit == "pair"
@@ -65,7 +65,7 @@ def _run(settings: TrainSFTSettings, made_with: Mapping[str, Any], checkpoints: 
         processes.wait()
 
 
-def _answers(settings: TrainSFTSettings) -> RightAnswers | None:
+def answers_of(settings: TrainSFTSettings) -> RightAnswers | None:
     """The samples to learn from, where there are any."""
     if settings.samples is None:
         return None

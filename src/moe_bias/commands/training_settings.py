@@ -29,6 +29,16 @@ from moe_bias.config import (
 from moe_bias.limits import LONGEST_ANSWER
 
 
+class DryRunSettings(Config):
+    """A run that can be worked out before it is begun."""
+
+    dry_run: bool = Field(
+        False,
+        exclude=True,
+        description="say what it would hold and how long it would take, and stop",
+    )
+
+
 class TextSettings(Config):
     """Prompts and answers, and where hidden states are kept."""
 
@@ -118,7 +128,7 @@ class SupervisedSettings(ModelConfig, SFTConfig, DataSettings):
         return {"support": OWN_SUPPORT, **values} if values.get("store") else values
 
 
-class TrainSFTSettings(SupervisedSettings):
+class TrainSFTSettings(DryRunSettings, SupervisedSettings):
     """Train an adapter on prompts and answers by supervised learning."""
 
     samples: Path | None = Field(
@@ -185,7 +195,7 @@ class ArmsSettings(SupervisedSettings, ArmsConfig):
     lora: bool = Field(True, description="train the arms of LoRA too, which takes by far the longest")
 
 
-class ExtractSettings(ModelConfig):
+class ExtractSettings(DryRunSettings, ModelConfig):
     """Run the model over a corpus once and keep what training needs of it on disk."""
 
     data: str = Field(description="JSON Lines file or Hub data set of prompts and answers")
@@ -221,7 +231,7 @@ class ExtractSettings(ModelConfig):
         return int(number), int(parts)
 
 
-class TrainRLSettings(ModelConfig, TaskConfig, RewardConfig, RLConfig):
+class TrainRLSettings(DryRunSettings, ModelConfig, TaskConfig, RewardConfig, RLConfig):
     """Train an adapter by reinforcement learning with verifiable rewards."""
 
     adapter: str | None = Field(None, description="adapter folder or Hub id to start from; none: a fresh layer")

@@ -43,6 +43,7 @@ from moe_bias.features.extract import (
 from moe_bias.features.fingerprint import ModelFacts, corpus_hash
 from moe_bias.features.manifest import Manifest, Recipe, ids_hash
 from moe_bias.features.writer import StoreFolder
+from moe_bias.limits import in_time
 from moe_bias.mistakes import Interrupted, UserError
 from moe_bias.progress import Meter, meter
 from moe_bias.support import VocabularySplit, fork_threshold, split_vocabulary
@@ -192,16 +193,8 @@ class _Pace:
         self.batches, self.done = self.batches + 1, self.done + tokens
         if self.batches == ESTIMATE_BATCHES and self.done < self.tokens:
             rate = self.done / (time.monotonic() - self.start)
-            more = _in_time((self.tokens - self.done) / rate)
+            more = in_time((self.tokens - self.done) / rate)
             self.bar.say(f"{rate:,.0f} tokens/s, prompts counted: about {more} more are expected")
-
-
-def _in_time(seconds: float) -> str:
-    """A duration in the largest unit that leaves a number above 1.5."""
-    for unit, size in (("hours", 3600), ("minutes", 60)):
-        if seconds > 1.5 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} seconds"
 
 
 def _new_manifest(model: nn.Module, head: Head, plan: Plan) -> Manifest:

@@ -32,7 +32,7 @@ from moe_bias.rollout.sampler import (
 from moe_bias.serving.recording import kept_dtype
 from moe_bias.support import RestScalars, at_temperature, scalars_at_temperature, split_vocabulary
 
-_SCALAR_BYTES = 160
+SCALAR_BYTES = 160
 """A token's numbers besides its hidden state: 80 bytes while sampling, 73 in the result."""
 
 
@@ -63,7 +63,7 @@ class TransformersSampler:
         description: str = "samples",
     ) -> Rollouts:
         """See `Sampler`. Raises UserError where `buffer_bytes` might not hold the features, or a prompt is empty."""
-        token_bytes = self.head.hidden_size * kept_dtype(self.head.dtype).itemsize + _SCALAR_BYTES
+        token_bytes = self.head.hidden_size * kept_dtype(self.head.dtype).itemsize + SCALAR_BYTES
         check_prompts(prompts, choices, token_bytes, self.buffer_bytes)
         samples = len(prompts) * choices.group
         generator = torch.Generator().manual_seed(seed)

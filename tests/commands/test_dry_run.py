@@ -1,0 +1,93 @@
+"""`--dry-run`: what is said of a run, and that nothing of it is begun."""
+
+import json
+import shutil
+
+import pytest
+
+from helpers.complaints import complaint
+from moe_bias.cli import main, settings_of
+from moe_bias.commands import dry_run
+
+RL = (
+    "train rl --model model --problems problems.jsonl --gold-column gold --train-problems 12 --test-problems 4 "
+    "--support auto:40 --device cpu --prompts 3 --group 4 --max-new-tokens 5 --output new --dry-run"
+)
+SFT = "train sft --model model --data rows.jsonl --support auto:40 --device cpu --output new --dry-run"
+EXTRACT = "extract --model model --data rows.jsonl --support auto:40 --device cpu --output new --dry-run"
+
+
+@pytest.fixture
+def folder(prepared_folder):
+    rows = [{"problem": f"w{5 + n} w6", "gold": str(n)} for n in range(20)]
+    (prepared_folder / "problems.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return prepared_folder
+
+
+@pytest.fixture
+def said(folder, capsys):
+    def said(*words: str) -> str:
+        before = sorted(path.name for path in folder.iterdir())
+        assert main([*words]) == 0
+        assert sorted(path.name for path in folder.iterdir()) == before
+        return " ".join(capsys.readouterr().out.split())
+
+    return said
+
+
+def test_reinforcement_learning_is_worked_out_and_not_begun(said):
+    text = said(*RL.split())
+    assert "trainable" in text
+    assert "A step samples up to 60 tokens, 3 problems x 4 answers x 5, and learns from 12 of them; 40 steps." in text
+    assert "key-value cache of 12 answers" in text
+    assert "tokens a second were sampled, in 12 rows" in text
+
+
+def test_supervised_training_is_worked_out_and_not_begun(said):
+    text = said(*SFT.split())
+    assert "feature store" in text
+    assert "tokens go through the model once, prompts counted" in text
+    assert "the one pass through the model takes" in text
+
+
+def test_extraction_is_worked_out_and_not_begun(said):
+    whole, half = (said(*EXTRACT.split(), *more) for more in ((), ("--shard", "1/2")))
+    assert "completion tokens" in whole
+    assert int(whole.split(" completion tokens")[0].split()[-1]) > int(half.split(" completion tokens")[0].split()[-1])
+    assert "tokens a second went through the model: all take" in whole
+
+
+def test_training_on_a_store_extracts_nothing(said, folder):
+    assert main([*EXTRACT.split()[:-1]]) == 0
+    text = said(*[word for word in SFT.split() if word not in ("--data", "rows.jsonl")], "--store", "new")
+    assert "feature store" not in text
+    assert "it is not tried here" in text
+
+
+def test_model_without_weights_is_worked_out_from_its_config(said, folder, capsys):
+    (folder / "model" / "model.safetensors").unlink()
+    for words in (RL, SFT, EXTRACT):
+        text = said(*words.split())
+        assert "weights" in text
+        assert "The model is not tried, so that no hours are expected: model 'model' cannot be loaded" in text
+    shutil.rmtree(folder / "model")
+    assert "model 'model' cannot be loaded" in complaint(capsys, *RL.split())
+
+
+def test_what_does_not_fit_is_said(said, monkeypatch):
+    monkeypatch.setattr(dry_run, "machine_bytes", lambda: 1000)
+    text = said(*RL.split(), "--sample-budget", "100")
+    assert "of 1000 B in memory, which does not fit." in text
+    assert "no hours are expected: its weights take" in text
+    assert "The first step would be refused: `sample_budget` 100 B does not hold" in text
+
+
+def test_run_that_was_worked_out_is_the_same_run():
+    words = [word for word in RL.split() if word != "--dry-run"]
+    assert settings_of(RL.split())[1].model_dump() == settings_of(words)[1].model_dump()
+    assert settings_of(RL.split())[1].dry_run
+
+
+def test_mistakes_of_the_run_are_told(folder, capsys):
+    assert "--support 'auto:4000' is none of" in complaint(capsys, *RL.split(), "--support", "auto:4000")
+    assert "rows.jsonl" in complaint(capsys, *SFT.split(), "--data", "missing-rows.jsonl")
