@@ -55,7 +55,7 @@ def main() -> None:
         random.Random(0).shuffle(kept)
         lines = (json.dumps({"text": text, "label": label}, ensure_ascii=False) + "\n" for text, label in kept)
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-        sys.stdout.write(f"{name}: {len(kept):,} texts\n")
+        print(f"{name}: {len(kept):,} texts")
 
 
 def messages(path: Path) -> Iterator[Row]:

