@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from moe_bias.api.reports import Analysis, ArmsReport, CompareReport, Evaluation, RLReport, SFTReport
     from moe_bias.api.rewarded import Watch, train_rl
     from moe_bias.api.right_answers import RightAnswers, right_answers
+    from moe_bias.api.static_bias import static_bias
     from moe_bias.api.supervised import train_sft
     from moe_bias.api.tasks import task
     from moe_bias.config import (
@@ -114,6 +115,7 @@ __all__ = [
     "save",
     "save_moe_bias_layer",
     "shift_hidden_states",
+    "static_bias",
     "sweep",
     "task",
     "train_rl",
@@ -146,6 +148,7 @@ _HOMES = {
         "compare",
         "sweep",
     ),
+    "api.static_bias": ("static_bias",),
     "api.right_answers": (
         "RightAnswers",
         "right_answers",

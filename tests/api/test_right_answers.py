@@ -208,6 +208,15 @@ def test_right_answers_come_of_an_evaluation_in_memory_as_of_its_folder(folder, 
         assert of_memory.tokens == of_folder.tokens
 
 
+def test_answers_of_a_model_that_was_told_more_are_learned_after_that(folder):
+    measured(lengths_of(9, 4, arm="instructed"))
+    record = json.loads(Path("measured/record.json").read_text())
+    record["arms"] = [{"name": "base", "instruction": ""}, {"name": "instructed", "instruction": "w7"}]
+    Path("measured/record.json").write_text(json.dumps(record))
+    found = mb.right_answers("measured", samples_of="instructed", samples_take="shortest")
+    assert found.texts.conversations == [sampled("w5 w6\n\nw7", "w11")]
+
+
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
@@ -314,7 +323,7 @@ def test_held_out_sums_are_those_of_problems():
 def test_what_cannot_be_trained_on_is_told_in_one_sentence(folder, more, sentence, capsys):
     wrong = [sample("p1", n, "w1", "wrong") for n in range(3)]
     measured([*wrong, sample("p2", 0, "w9", finished=False), sample("p2", 0, "w9", arm="adapter")])
-    for name, record in (("old", {"problems": {}, "protocol": {}}), ("rl", {"accuracy": {}, "right": {}})):
+    for name, record in (("old", {"problems": {}, "protocol": {}, "arms": []}), ("rl", {"accuracy": {}, "right": {}})):
         Path(name).mkdir()
         Path(name, "record.json").write_text(json.dumps(record))
         Path(name, "samples.jsonl").write_text('{"step": 1, "question": "w5", "completion": "8"}\n')

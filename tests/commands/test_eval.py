@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from transformers import GenerationConfig
 
 from helpers.complaints import complaint
-from helpers.evaluations import COMMON, SAMPLED, lines, words_to, write
+from helpers.evaluations import COMMON, SAMPLED, generated, lines, words_to, write
 from helpers.models import tiny_model
 from helpers.saved import save_adapter, save_model
 from moe_bias import MoEBiasConfig, find_adapter_head
@@ -49,12 +49,6 @@ def save_lora(folder: Path, targets=("q_proj",)):
         if "lora" in name:
             parameter.data.mul_(3)
     adapted.save_pretrained(folder)
-
-
-def generated(model, prompt, limit=6):
-    out = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=limit, eos_token_id=2, pad_token_id=0)
-    new = out[0, len(prompt) :].tolist()
-    return new[: new.index(2)] if 2 in new else new
 
 
 def test_every_arm_answers_as_generate_does(ground, capsys):

@@ -80,7 +80,7 @@ def test_loops_distinct_ngrams_and_their_changes_by_hand():
     # "go on go on" and "on go on go" of 37 runs of four of the 40 words, and 2 of 2.
     assert base.distinct.value == pytest.approx((1 + (1 + 2 / 37) / 2) / 2)
     assert it.distinct.value == pytest.approx((2 / 37 + (1 + 2 / 37) / 2) / 2)
-    assert base.changes == {name: {} for name in ("tokens", "cut", "looping", "distinct")}
+    assert base.changes == {name: {} for name in ("tokens", "cut", "looping", "distinct", "pass@2")}
     changes = {name: change["base"] for name, change in it.changes.items()}
     assert changes["looping"].value == changes["cut"].value == 0.5
     assert (changes["looping"].low, changes["looping"].high) == (0, 1)  # p1 changes by 1, p2 not at all

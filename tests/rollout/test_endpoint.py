@@ -115,6 +115,18 @@ def test_a_server_is_asked_by_the_protocol_and_graded(serve, capsys):
     assert "m" in capsys.readouterr().out
 
 
+def test_a_model_of_a_server_is_told_more(serve):
+    server = serve()
+    assert main(words_to(server, "out", "--instruction", "Be brief.", models="m,n")) == 0
+    prompts = [(request["model"], request["messages"][0]["content"]) for request in server.asked]
+    told = {(model, prompt.endswith("\n\nBe brief.")) for model, prompt in prompts}
+    assert told == {("m", False), ("n", False), ("m", True)}
+    arms = json.loads(Path("out/record.json").read_text())["arms"]
+    assert [(arm["name"], arm["instruction"]) for arm in arms] == [("m", ""), ("n", ""), ("instructed", "Be brief.")]
+    assert arms[2]["token_share"]["value"] == 1  # all answers have 7 tokens
+    assert main(words_to(server, "other", "--instruction", "Be brief.", models="instructed")) == 2
+
+
 def test_plain_text_is_continued(serve):
     server = serve()
     assert main(words_to(server, "out", "--no-chat", "--prompt-template", "{question} It is")) == 0

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_bias.mistakes import UserError
@@ -114,6 +114,7 @@ def test_among_right_answers_the_shorter_is_worth_no_less_and_no_wrong_one_gains
     assert wrong[0] == wrong[1] <= right[1] <= right[0] <= 1
 
 
+@settings(deadline=None)
 @given(st.integers(2, 9), st.data(), st.floats(0.01, 1))
 def test_what_length_teaches_a_group_that_is_all_right_grows_with_the_penalty(group, data, penalty):
     """Each group divided by its own spread would be taught length as hard by any penalty."""
@@ -133,6 +134,7 @@ def test_what_length_teaches_a_group_that_is_all_right_grows_with_the_penalty(gr
         torch.testing.assert_close(found[penalty], expected)
 
 
+@settings(deadline=None)
 @given(st.integers(2, 9), st.data())
 def test_the_bound_leaves_groups_of_right_and_wrong_as_they_are(group, data):
     right = data.draw(st.lists(st.booleans(), min_size=3 * group, max_size=3 * group))

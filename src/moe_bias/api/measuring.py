@@ -18,12 +18,13 @@ from moe_bias.api.reports import Analysis, Evaluation
 from moe_bias.config import EvalConfig
 from moe_bias.evaluation.answering import Asker
 from moe_bias.evaluation.ledger import Ledger
-from moe_bias.evaluation.samples import SampleFile
+from moe_bias.evaluation.samples import INSTRUCTED, SampleFile
 from moe_bias.evaluation.scores import scores
 from moe_bias.frozen import Frozen
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.mistakes import UserError
 from moe_bias.records import temporary_folder
+from moe_bias.rollout.policy import Policy, base_policy
 from moe_bias.tasks.benchmarks import drawn_from, problem_set, protocol_of
 from moe_bias.tasks.catalogue import make_task
 from moe_bias.tasks.task import Task
@@ -41,7 +42,8 @@ def evaluate(
 
     The problems are of a task, an object or a name (those that training with the same seed takes are left out), or
     of what the config names: a `benchmark`, or `data` of questions and gold answers. How they are answered is the
-    config's: greedy for tasks where it says nothing, else `samples` of each problem at a `temperature`.
+    config's: greedy for tasks where it says nothing, else `samples` of each problem at a `temperature`. With the
+    config's `instruction` the frozen model is a policy once more, 'instructed', which has that below each prompt.
 
     Raises UserError on problems, adapters and settings that cannot be used.
     """
@@ -57,17 +59,23 @@ def evaluate(
     if not policies:
         raise UserError("`policies` is empty; give a layer by name, such as {'base': None, 'mine': layer}")
     layers = {name: _layer(base, given) for name, given in policies.items()}
+    told = _by_instruction(base, layers, config.instruction)
+    names = [name for answering in told.values() for name in answering]
     with ExitStack() as stack:
         folder = stack.enter_context(temporary_folder("eval"))
-        ledger = Ledger(problems, list(layers), SampleFile(folder, protocol.samples))
-        asker = Asker.of(protocol, base.model, base.tokenizer, ledger, config.batch_size)
-        asker.check_context(base.model)
-        answering = {name: policy_of(layer, base.head) for name, layer in layers.items()}
-        asker.ask(base.model, base.head, answering, range(len(problems.problems)))
+        ledger = Ledger(problems, names, SampleFile(folder, protocol.samples))
+        askers = [
+            Asker.of(protocol, base.model, base.tokenizer, ledger, config.batch_size, instruction)
+            for instruction in told
+        ]
+        for asker in askers:
+            asker.check_context(base.model)
+        for asker, answering in zip(askers, told.values(), strict=True):
+            asker.ask(base.model, base.head, answering, range(len(problems.problems)))
         samples = list(ledger.file.read())
-    found = scores(samples, list(layers), {})
+    found = scores(samples, names, {})
     asked = {name: protocol.prompt(problem) for name, problem in zip(problems.ids, problems.problems, strict=True)}
-    return Evaluation(problems.name, len(problems.problems), found, samples, asked, protocol.chat)
+    return Evaluation(problems.name, len(problems.problems), found, samples, asked, protocol.chat, config.instruction)
 
 
 def analyze(
@@ -91,6 +99,18 @@ def analyze(
     found = survey(own, base.head, text, marks, 0, contexts, "layer")
     shared = overlap(text, marks, found.adapted_entropy)
     return Analysis(adapter_record("layer", own, found, shared, [], top, decode), rho)
+
+
+def _by_instruction(
+    base: Frozen, layers: Mapping[str, MoEBiasLayer | None], instruction: str
+) -> dict[str, dict[str, Policy]]:
+    """What answers by name, by what stands below its prompts."""
+    told = {"": {name: policy_of(layer, base.head) for name, layer in layers.items()}}
+    if instruction:
+        if INSTRUCTED in layers:
+            raise UserError(f"`policies` names {INSTRUCTED!r}, which is the one with the `instruction`; rename it")
+        told[instruction] = {INSTRUCTED: base_policy}
+    return told
 
 
 def _named(config: EvalConfig, task: Task | str | None) -> EvalConfig:

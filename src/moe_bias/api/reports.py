@@ -181,7 +181,7 @@ class Evaluation(Report):
     """Policies on the same problems, compared in pairs; `scores` are in the order in which policies were given.
 
     `samples` are all answers with their verdicts, `prompts` the user's turns by the problems' ids; `chat` says whether
-    they were put into the model's chat template.
+    they were put into the model's chat template. `instruction` stood below the prompts of the policy 'instructed'.
     """
 
     problems: str
@@ -190,6 +190,7 @@ class Evaluation(Report):
     samples: Sequence[Sample]
     prompts: Mapping[str, str]
     chat: bool
+    instruction: str = ""
     curve: Curve = field(default=(), compare=False)
 
     @property
@@ -209,10 +210,20 @@ class Evaluation(Report):
             Column("policy", ("name",), words=True),
             Column("solved", ("accuracy",), "{:.1%}"),
             points(f"to {first}, points", "change", first),
+            *(Column(f"pass@{k}", ("pass_at", k), "{:.1%}") for k in list(self.scores[0].pass_at)[-1:]),
             Column("tokens", ("tokens",), "{:,.0f}", bare=True),
+            *self._within_half(),
             Column("loops", ("looping",), "{:.0%}", bare=True),
         ]
         return _table(columns if len(self.scores) > 1 else [*columns[:2], *columns[3:]], self.scores)
+
+    def _within_half(self) -> list[Column]:
+        """Accuracy at equal tokens, half of the longest answer's; the scores' `at_limits` have every limit."""
+        limits = self.scores[0].at_limits
+        if not limits:
+            return []
+        middle = (len(limits) - 1) // 2
+        return [Column(f"within {limits[middle].limit:,}", ("at_limits", middle, "accuracy"), "{:.1%}", bare=True)]
 
 
 @dataclass(frozen=True, repr=False)

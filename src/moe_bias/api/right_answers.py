@@ -23,12 +23,18 @@ from moe_bias.api.arguments import named
 from moe_bias.api.data import HasTexts, Texts
 from moe_bias.api.reports import Evaluation
 from moe_bias.config import Take
-from moe_bias.evaluation.samples import PROMPTS_FILE, RECORD_FILE, Sample, SampleFile, read_prompts
+from moe_bias.evaluation.samples import (
+    BASE,
+    INSTRUCTED,
+    PROMPTS_FILE,
+    RECORD_FILE,
+    Sample,
+    SampleFile,
+    read_prompts,
+)
 from moe_bias.mistakes import UserError, read_json
+from moe_bias.tasks.benchmarks import instructed
 from moe_bias.tasks.conversations import ask
-
-BASE = "base"
-"""What the model without an adapter is called."""
 
 
 def right_answers(samples: Evaluation | str | Path, samples_of: str = BASE, samples_take: Take = "all") -> RightAnswers:
@@ -44,7 +50,7 @@ def right_answers(samples: Evaluation | str | Path, samples_of: str = BASE, samp
         raise UserError(f"`samples_take` is {named(samples_take)}; give one of {', '.join(map(repr, get_args(Take)))}")
     if isinstance(samples, Evaluation):
         problems = {"name": samples.problems, "count": samples.count}
-        asked = Asked("the evaluation", problems, samples.prompts, samples.chat)
+        asked = Asked("the evaluation", problems, samples.prompts, samples.chat, samples.instruction)
         return RightAnswers.of(asked, samples.samples, samples_of, samples_take)
     if not isinstance(samples, str | Path):
         raise UserError(f"`samples` is {named(samples)}; give what evaluate returned, or the folder of a moe-bias eval")
@@ -53,12 +59,16 @@ def right_answers(samples: Evaluation | str | Path, samples_of: str = BASE, samp
 
 @dataclass(frozen=True)
 class Asked:
-    """What was asked in an evaluation: its problems as a record has them, and their prompts by id."""
+    """What was asked in an evaluation: its problems as a record has them, and their prompts by id.
+
+    `instruction` stood below the prompts of the row of that name.
+    """
 
     where: str
     problems: Mapping[str, Any]
     prompts: Mapping[str, str]
     chat: bool
+    instruction: str = ""
 
 
 @dataclass(frozen=True)
@@ -86,7 +96,8 @@ class RightAnswers(HasTexts):
         Raises UserError where the folder is none of a finished `eval`, has no such arm, or no right answer of it.
         """
         record, prompts = _record(folder), _prompts(folder)
-        asked = Asked(str(folder), record["problems"], prompts, record["protocol"]["chat"])
+        told = next((one["instruction"] for one in record["arms"] if one.get("instruction")), "")
+        asked = Asked(str(folder), record["problems"], prompts, record["protocol"]["chat"], told)
         return cls.of(asked, SampleFile(folder, 1).read(), arm, take)
 
     @classmethod
@@ -100,7 +111,7 @@ class RightAnswers(HasTexts):
             asked,
             arm,
             take,
-            _texts(taken, asked, f"the right answers of {arm!r} in {asked.where}"),
+            _texts(taken, asked, f"the right answers of {arm!r} in {asked.where}", arm),
             len(own),
             sum(not sample.finished for sample in right),
             _mean_tokens(different, taken),
@@ -142,7 +153,7 @@ class RightAnswers(HasTexts):
 def _record(folder: Path) -> dict[str, Any]:
     path = folder / RECORD_FILE
     record = read_json(path, "record") if path.is_file() else {}
-    if not isinstance(record, dict) or not {"problems", "protocol"} <= record.keys():
+    if not isinstance(record, dict) or not {"problems", "protocol", "arms"} <= record.keys():
         raise UserError(
             f"`samples` {str(folder)!r} is not the folder of a finished moe-bias eval, which alone keeps every sample "
             "with its verdict; give its `output`"
@@ -210,12 +221,14 @@ def _mean_tokens(right: Mapping[str, Sequence[Sample]], taken: Sequence[Sample])
     return fmean(map(fmean, of_taken.values())), fmean(map(fmean, of_right.values()))
 
 
-def _texts(samples: Iterable[Sample], asked: Asked, source: str) -> Texts:
+def _texts(samples: Iterable[Sample], asked: Asked, source: str, arm: str) -> Texts:
     """In an order that does not depend on the batches in which they were sampled."""
     place = {problem: number for number, problem in enumerate(asked.prompts)}
     ordered = sorted(samples, key=lambda sample: (place[sample.problem], sample.number))
+    told = asked.instruction if arm == INSTRUCTED else ""
+    prompts = {problem: instructed(prompt, told) for problem, prompt in asked.prompts.items()}
     return Texts(
-        [replace(ask(asked.prompts[sample.problem], sample.text, asked.chat), is_sampled=True) for sample in ordered],
+        [replace(ask(prompts[sample.problem], sample.text, asked.chat), is_sampled=True) for sample in ordered],
         source,
         [place[sample.problem] for sample in ordered],
         "problems with right answers",

@@ -22,8 +22,8 @@ from safetensors import safe_open
 from torch import nn
 
 from moe_bias.adapter.saved import MOE_BIAS, WEIGHTS_FILE, adapter_of_any_method, read_saved
-from moe_bias.api.right_answers import BASE
 from moe_bias.backbone import Head, output_embedding
+from moe_bias.evaluation.samples import BASE, INSTRUCTED
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.mistakes import UserError, as_kind, read_json, reading, reason_of
 from moe_bias.records import write_json
@@ -38,6 +38,7 @@ class EvalArm:
     """An arm by its name in samples and records: the adapter as it was given, its method, parameters and digest.
 
     Of the model itself, and of a server's models, only the name is known. `strength` None is the adapter's own.
+    `instruction` stands below each prompt of this arm.
     """
 
     name: str
@@ -46,6 +47,7 @@ class EvalArm:
     parameters: int | None = None
     digest: str | None = None
     strength: float | None = None
+    instruction: str = ""
 
     @property
     def is_layer(self) -> bool:
@@ -53,18 +55,27 @@ class EvalArm:
         return self.method in (None, MOE_BIAS)
 
 
-def arms_of(adapters: Sequence[str], with_base: bool, strengths: Sequence[float] = ()) -> list[EvalArm]:
-    """The model first, if asked for, then the adapters, called after their folders where these differ.
+def arms_of(
+    adapters: Sequence[str], with_base: bool, strengths: Sequence[float] = (), instruction: str = ""
+) -> list[EvalArm]:
+    """The model first, if asked for, then with an instruction, if there is one, then the adapters, called after their
+    folders where these differ.
 
     With strengths each adapter is an arm at each of them, such as `my-adapter x0.5`. Raises UserError where an
     adapter is missing, damaged, puts tokens of its own before the prompt, or has no strength to be set.
     """
     short = [Path(adapter).name for adapter in adapters]
-    names = short if len({BASE, *short}) > len(short) else adapters
+    names = short if len({BASE, INSTRUCTED, *short}) == len(short) + 2 else adapters
     found = [_arm(name, adapter) for name, adapter in zip(names, adapters, strict=True)]
     if strengths:
         found = [at for arm in found for at in _at_strengths(arm, strengths)]
-    return [EvalArm(BASE), *found] if with_base else found
+    plain = [EvalArm(BASE)] if with_base else []
+    return [*plain, *instructed_arm(instruction), *found]
+
+
+def instructed_arm(instruction: str) -> list[EvalArm]:
+    """The model without an adapter that is told more, where there is something to tell."""
+    return [EvalArm(INSTRUCTED, instruction=instruction)] if instruction else []
 
 
 def refuse_changed_arms(folder: Path, arms: Sequence[EvalArm]) -> None:
@@ -78,6 +89,11 @@ def refuse_changed_arms(folder: Path, arms: Sequence[EvalArm]) -> None:
         if arm.name in before and before[arm.name].digest != arm.digest:
             raise UserError(
                 f"adapter {arm.adapter!r} is not the one that {str(folder)!r} has samples of; give another --output"
+            )
+        if arm.name in before and before[arm.name].instruction != arm.instruction:
+            raise UserError(
+                f"{str(folder)!r} has samples of --instruction {before[arm.name].instruction!r}, not of "
+                f"{arm.instruction!r}; give another --output"
             )
     write_json(path, {name: asdict(arm) for name, arm in (before | {arm.name: arm for arm in arms}).items()})
 

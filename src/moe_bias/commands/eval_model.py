@@ -27,10 +27,15 @@ def answer_by_model(settings: EvalSettings, protocol: Protocol, arms: Sequence[E
         return
     model, tokenizer = load_model(settings)
     head = find_head(model)[1]
-    asker = Asker.of(protocol, model, tokenizer, ledger, settings.batch_size)
-    asker.check_context(model)
+    askers = {
+        instruction: Asker.of(protocol, model, tokenizer, ledger, settings.batch_size, instruction)
+        for instruction in {arm.instruction for arm in left}
+    }
+    for asker in askers.values():
+        asker.check_context(model)
     _check_fit(model, head, left)
     for group in _groups(left, missing):
+        asker = askers[group[0].instruction]
         numbers = missing[group[0].name]
         names = [arm.name for arm in group]
         if group[0].is_layer:
@@ -50,8 +55,9 @@ def _check_fit(model: Any, head: Head, arms: Sequence[EvalArm]) -> None:
 
 
 def _groups(arms: Sequence[EvalArm], missing: dict[str, list[int]]) -> list[list[EvalArm]]:
-    """The arms that answer together: those on the frozen backbone that lack the same problems; any other alone."""
+    """The arms that answer together: those on the frozen backbone that lack and are asked the same; any other alone."""
     groups: dict[Any, list[EvalArm]] = {}
     for arm in arms:
-        groups.setdefault(tuple(missing[arm.name]) if arm.is_layer else arm.name, []).append(arm)
+        key = (arm.instruction, *missing[arm.name]) if arm.is_layer else arm.name
+        groups.setdefault(key, []).append(arm)
     return list(groups.values())

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from moe_bias.report.table import Table
-from moe_bias.report.tables import by_group, others_of, percents, scores, writing
+from moe_bias.report.tables import by_group, equal_tokens, has_lengths, others_of, passes, percents, scores, writing
 from moe_bias.report.terminal import terminal_table
 
 
@@ -19,6 +19,10 @@ def print_scores(console: Console, record: Mapping[str, Any]) -> None:
     arms = record["arms"]
     console.print(terminal_table(_scores(record), stacked=True))
     console.print(terminal_table(writing(arms)))
+    if arms[0]["pass_at"]:
+        console.print(terminal_table(passes(arms)))
+    if has_lengths(arms):
+        console.print(terminal_table(equal_tokens(arms), stacked=True))
     for column in arms[0]["groups"]:
         console.print(terminal_table(by_group(arms, column), stacked=True))
     if len(arms) > 2:

@@ -13,12 +13,12 @@ from dataclasses import asdict
 from typing import Any
 
 from moe_bias.commands.demo_report import report_console
-from moe_bias.commands.eval_arms import EvalArm, arms_of, refuse_changed_arms
+from moe_bias.commands.eval_arms import EvalArm, arms_of, instructed_arm, refuse_changed_arms
 from moe_bias.commands.eval_model import answer_by_model
 from moe_bias.commands.eval_table import print_scores
 from moe_bias.commands.looking_settings import EvalSettings
 from moe_bias.evaluation.ledger import Ledger
-from moe_bias.evaluation.samples import RECORD_FILE, SampleFile, write_prompts
+from moe_bias.evaluation.samples import INSTRUCTED, RECORD_FILE, SampleFile, write_prompts
 from moe_bias.evaluation.scores import GROUPS, Score, scores
 from moe_bias.mistakes import Interrupted, UserError
 from moe_bias.progress import meter, say
@@ -63,6 +63,8 @@ def run(settings: EvalSettings) -> None:
     write_json(settings.output / RECORD_FILE, record)
     console = report_console()
     print_scores(console, record)
+    if settings.instruction:
+        say(console, f"{INSTRUCTED} is the model without an adapter, told below each prompt: {settings.instruction}")
     unread = {sample.problem for sample in ledger.file.read() if sample.outcome == "bad gold"}
     if unread:
         named = of_bad_golds([name for name in problems.ids if name in unread], len(problems.ids))
@@ -71,15 +73,17 @@ def run(settings: EvalSettings) -> None:
 
 
 def _arms(settings: EvalSettings) -> list[EvalArm]:
-    if settings.endpoint:
-        return [EvalArm(name) for name in settings.endpoint_model]
-    return arms_of(settings.adapter, settings.base, settings.strength)
+    if not settings.endpoint:
+        return arms_of(settings.adapter, settings.base, settings.strength, settings.instruction)
+    if settings.instruction and INSTRUCTED in settings.endpoint_model:
+        raise UserError(f"--endpoint-model names {INSTRUCTED!r}, which is the row of --instruction; leave one out")
+    return [*map(EvalArm, settings.endpoint_model), *instructed_arm(settings.instruction)]
 
 
 def _answer(settings: EvalSettings, protocol: Protocol, arms: Sequence[EvalArm], ledger: Ledger) -> None:
     try:
         if settings.endpoint:
-            _answer_by_endpoint(settings, protocol, ledger)
+            _answer_by_endpoint(settings, protocol, arms, ledger)
         else:
             answer_by_model(settings, protocol, arms, ledger)
     except EndpointError as error:
@@ -88,7 +92,7 @@ def _answer(settings: EvalSettings, protocol: Protocol, arms: Sequence[EvalArm],
         raise Interrupted(ledger.kept()) from interrupt
 
 
-def _answer_by_endpoint(settings: EvalSettings, protocol: Protocol, ledger: Ledger) -> None:
+def _answer_by_endpoint(settings: EvalSettings, protocol: Protocol, arms: Sequence[EvalArm], ledger: Ledger) -> None:
     choices = EndpointChoices(
         protocol.samples,
         protocol.temperature,
@@ -99,11 +103,12 @@ def _answer_by_endpoint(settings: EvalSettings, protocol: Protocol, ledger: Ledg
         settings.endpoint_timeout,
         settings.endpoint_retries,
     )
+    told = {arm.name: arm.instruction for arm in arms}
     for name, numbers in ledger.missing().items():
         asked = {number: ledger.problems.problems[number] for number in numbers}
-        prompts = {number: protocol.prompt(problem) for number, problem in asked.items()}
+        prompts = {number: protocol.prompt(problem, told[name]) for number, problem in asked.items()}
         seeds = {number: protocol.seed_of(problem) for number, problem in asked.items()}
-        endpoint = Endpoint(settings.endpoint, name, choices)
+        endpoint = Endpoint(settings.endpoint, settings.endpoint_model[0] if told[name] else name, choices)
         with meter(name, len(numbers) * protocol.samples, "answers") as bar:
             for number, answers in endpoint.answers(prompts, seeds):
                 ledger.keep(number, {name: answers})

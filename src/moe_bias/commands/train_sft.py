@@ -9,10 +9,11 @@ from rich.console import Console
 
 from moe_bias.adapter.saved import refuse_overwriting
 from moe_bias.api.reports import SFTReport
-from moe_bias.api.right_answers import BASE, RightAnswers
+from moe_bias.api.right_answers import RightAnswers
 from moe_bias.api.supervised import Extra, save_run, train_on
 from moe_bias.commands.material import opened
 from moe_bias.commands.training_settings import TrainSFTSettings
+from moe_bias.evaluation.samples import BASE
 from moe_bias.evaluation.statistics import with_interval
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.mistakes import Interrupted

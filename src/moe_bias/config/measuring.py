@@ -102,6 +102,9 @@ class EvalConfig(Config):
     prompt_template: str = Field(
         "", description="user's turn with {question} in it; none: asks for the answer in a box where a task does not"
     )
+    instruction: str = Field(
+        "", description="ask the model without an adapter once more, with this below each prompt: the row 'instructed'"
+    )
     chat: bool = Field(True, description="put the prompt into the chat template")
     seed: int = Field(0, ge=0, description="seed of the samples, and of which problems are drawn")
     batch_size: int = Field(

@@ -38,16 +38,22 @@ class Asker:
 
     @classmethod
     def of(
-        cls, protocol: Protocol, model: nn.Module, tokenizer: PreTrainedTokenizerBase, ledger: Ledger, rows: int
+        cls,
+        protocol: Protocol,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        ledger: Ledger,
+        rows: int,
+        instruction: str = "",
     ) -> Asker:
-        """Puts the problems into the prompt template, and that into the chat template.
+        """Puts the problems into the prompt template, an instruction below that, and all into the chat template.
 
         Raises UserError where that is wanted and there is none.
         """
         if protocol.chat and not tokenizer.chat_template:
             raise UserError(f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; turn `chat` off")
         problems = ledger.problems.problems
-        asked = [ask(protocol.prompt(problem), is_chat=protocol.chat) for problem in problems]
+        asked = [ask(protocol.prompt(problem, instruction), is_chat=protocol.chat) for problem in problems]
         choices = AnswerChoices(
             protocol.samples,
             protocol.temperature,

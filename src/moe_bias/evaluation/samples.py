@@ -23,6 +23,8 @@ from moe_bias.tasks.verdict import Outcome
 FILE = "samples.jsonl"
 RECORD_FILE = "record.json"
 """What a finished run has beside them."""
+BASE, INSTRUCTED = "base", "instructed"
+"""The arms of the model without an adapter: as it is, and told more."""
 PROMPTS_FILE = "problems.jsonl"
 _REMEDY = "remove the line to have its problem answered again"
 

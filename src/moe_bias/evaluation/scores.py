@@ -6,10 +6,12 @@ With n samples of a problem, c of them correct:
     pass@k   1 - C(n - c, k) / C(n, k), unbiased for the chance that one of k is correct (arXiv 2107.03374)
     maj@n    whether the answer given most often is correct; of tied answers the share that is
 
+    tokens   of a sample, end token included; also as a share of the first arm's, paired by problem
+
 Each is averaged over problems, with a bootstrap interval over problems, as are the measures of how the answers
 are written, which `repetition` defines; a change is the difference of two arms on the same problems, resampled
-in pairs. Answers are the same where their text is, spaces left out; a sample in which no answer could be read
-votes for none.
+in pairs. `equal_tokens` says what accuracy is under every limit of tokens. Answers are the same where their text is,
+spaces left out; a sample in which no answer could be read votes for none.
 """
 
 from __future__ import annotations
@@ -22,14 +24,17 @@ from math import comb
 
 import numpy as np
 
+from moe_bias.evaluation.equal_tokens import AtLimit, at_limits, limits_of
 from moe_bias.evaluation.repetition import repetition_of
 from moe_bias.evaluation.samples import Sample
-from moe_bias.evaluation.statistics import Estimate, Floats, mean, share
+from moe_bias.evaluation.statistics import Estimate, Floats, mean, ratio_of_sums, share
 from moe_bias.tasks.verdict import Outcome
 
 GROUPS = ("level", "subject")
 """The columns that accuracy is given apart by, where the problems have them."""
 TOKENS, CUT, LOOPING, DISTINCT = "tokens", "cut", "looping", "distinct"
+PASS = "pass@"
+"""Followed by k."""
 _FAILURES: tuple[Outcome, ...] = ("unparseable", "timed out", "bad gold")
 
 
@@ -48,7 +53,9 @@ class Score:
     `tokens` is the mean length of a sample and None where a server did not tell. `cut`, and the outcomes
     in `failures`, are shares of the samples. `looping` is the share of the samples that end in a loop, `distinct`
     their mean distinct-4. `groups` has, by column and value, those of two problems or more. `change` is that of
-    the accuracy to each other arm before it; `changes` has the same of the other quantities, by their names.
+    the accuracy to each other arm before it; `changes` has the same of the other quantities, by their names, pass@k
+    among them. `token_share` is the arm's tokens over the first arm's, `at_limits` accuracy at equal tokens. Both are
+    None where not all lengths are known, the former for the first arm too.
     """
 
     name: str
@@ -64,6 +71,8 @@ class Score:
     groups: dict[str, dict[str, GroupScore]]
     change: dict[str, Estimate]
     changes: dict[str, dict[str, Estimate]]
+    token_share: Estimate | None
+    at_limits: list[AtLimit] | None
 
 
 @dataclass
@@ -95,6 +104,20 @@ class _Seen:
         known = {name: [tokens for tokens in row if tokens is not None] for name, row in lengths.items()}
         return {TOKENS: _means(known), **found} if known == lengths else found
 
+    @cached_property
+    def passed(self) -> dict[str, dict[str, float]]:
+        """By `pass@k` and problem, for each k that is told."""
+        size = len(next(iter(self.samples.values())))
+        counts = {name: sum(sample.is_correct for sample in group) for name, group in self.samples.items()}
+        return {
+            f"{PASS}{k}": {name: pass_at(count, size, k) for name, count in counts.items()} for k in _choices_of_k(size)
+        }
+
+    @cached_property
+    def compared(self) -> dict[str, dict[str, float]]:
+        """All that arms are compared by besides accuracy."""
+        return self.writing | self.passed
+
 
 def scores(
     samples: Iterable[Sample], arms: Sequence[str], groups: Mapping[str, Mapping[str, Sequence[str]]]
@@ -104,8 +127,9 @@ def scores(
     for sample in samples:
         if sample.arm in seen:
             seen[sample.arm].add(sample)
+    limits = limits_of([seen[arm].samples for arm in arms])
     return [
-        _score(arm, seen[arm], {other: seen[other] for other in arms[:number]}, groups)
+        _score(arm, seen[arm], {other: seen[other] for other in arms[:number]}, groups, limits)
         for number, arm in enumerate(arms)
     ]
 
@@ -135,9 +159,9 @@ def _means(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 def _changes(quantity: str, seen: _Seen, before: Mapping[str, _Seen]) -> dict[str, Estimate]:
     return {
-        name: _change(seen.writing[quantity], other.writing[quantity])
+        name: _change(seen.compared[quantity], other.compared[quantity])
         for name, other in before.items()
-        if quantity in other.writing
+        if quantity in other.compared
     }
 
 
@@ -145,17 +169,29 @@ def _change(of: Mapping[str, float], against: Mapping[str, float]) -> Estimate:
     return mean(np.array([of[name] - against[name] for name in of]))
 
 
+def _token_share(seen: _Seen, before: Sequence[_Seen]) -> Estimate | None:
+    """Tokens over the first arm's, resampled by problem."""
+    if not before or not (TOKENS in seen.writing and TOKENS in before[0].writing):
+        return None
+    own, first = seen.writing[TOKENS], before[0].writing[TOKENS]
+    return ratio_of_sums(_values(own), np.array([first[name] for name in own]))
+
+
 def _score(
-    arm: str, seen: _Seen, before: Mapping[str, _Seen], groups: Mapping[str, Mapping[str, Sequence[str]]]
+    arm: str,
+    seen: _Seen,
+    before: Mapping[str, _Seen],
+    groups: Mapping[str, Mapping[str, Sequence[str]]],
+    limits: Sequence[int],
 ) -> Score:
-    problems, writing = seen.samples, seen.writing
+    problems, writing, others = seen.samples, seen.writing, list(before.values())
     every = [sample for group in problems.values() for sample in group]
     size = len(every) // len(problems)
     known = [sample.tokens for sample in every if sample.tokens is not None]
     return Score(
         name=arm,
         accuracy=share(_values(seen.accuracy)),
-        pass_at={str(k): share(_passed(problems, size, k)) for k in _choices_of_k(size)},
+        pass_at={name.removeprefix(PASS): share(_values(passed)) for name, passed in seen.passed.items()},
         majority=share(np.array([majority(group) for group in problems.values()])) if size > 1 else None,
         tokens=mean(_values(writing[TOKENS])) if TOKENS in writing else None,
         sampled_tokens=sum(known) if TOKENS in writing else None,
@@ -165,17 +201,14 @@ def _score(
         failures={name: float(np.mean([sample.outcome == name for sample in every])) for name in _FAILURES},
         groups={column: _by_value(seen.accuracy, values) for column, values in groups.items()},
         change={name: _change(seen.accuracy, other.accuracy) for name, other in before.items()},
-        changes={quantity: _changes(quantity, seen, before) for quantity in writing},
+        changes={quantity: _changes(quantity, seen, before) for quantity in seen.compared},
+        token_share=_token_share(seen, others),
+        at_limits=at_limits(problems, others[0].samples if others else None, limits) if limits else None,
     )
 
 
 def _values(means: Mapping[str, float]) -> Floats:
     return np.array(list(means.values()))
-
-
-def _passed(problems: Mapping[str, Sequence[Sample]], size: int, k: int) -> Floats:
-    counts = [sum(sample.is_correct for sample in group) for group in problems.values()]
-    return np.array([pass_at(count, size, k) for count in counts])
 
 
 def _choices_of_k(samples: int) -> list[int]:

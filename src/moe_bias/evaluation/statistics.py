@@ -12,6 +12,8 @@ from scipy.stats import binomtest, bootstrap
 
 CONFIDENCE = 0.95
 RESAMPLES = 4000
+_DRAWN = 2**22
+"""Problems drawn at once, which bounds the memory of an interval."""
 Floats = npt.NDArray[np.float64]
 
 
@@ -92,6 +94,29 @@ def ratio_of_sums(numerator: Floats, denominator: Floats, seed: int = 0) -> Esti
 def mean(values: Floats, seed: int = 0) -> Estimate:
     """The mean over problems, resampled by problem."""
     return ratio_of_sums(values, np.ones_like(values), seed)
+
+
+def means(values_PL: Floats, seed: int = 0) -> list[Estimate]:
+    """`mean` of each of L columns of values of P problems: the same draws of problems for all, in one product."""
+    problems = len(values_PL)
+    generator, at_once = np.random.default_rng(seed), max(_DRAWN // problems, 1)
+    found = []
+    for start in range(0, RESAMPLES, at_once):
+        drawn_RP = generator.integers(0, problems, (min(at_once, RESAMPLES - start), problems))
+        drawn_RP += problems * np.arange(len(drawn_RP))[:, None]
+        times_RP = np.bincount(drawn_RP.ravel(), minlength=drawn_RP.size).reshape(drawn_RP.shape)
+        found.append(times_RP @ values_PL / problems)
+    tail = (1 - CONFIDENCE) / 2
+    low_L, high_L = np.quantile(np.concatenate(found), [tail, 1 - tail], axis=0)
+    return [Estimate(*map(float, row)) for row in zip(values_PL.mean(0), low_L, high_L, strict=True)]
+
+
+def shares(values_PL: Floats, seed: int = 0) -> list[Estimate]:
+    """`share` of each of L columns of values of P problems, as `means` draws them."""
+    return [
+        share(column_P) if np.all(column_P == column_P[0]) else estimate
+        for column_P, estimate in zip(values_PL.T, means(values_PL, seed), strict=True)
+    ]
 
 
 def share(values: Floats, seed: int = 0) -> Estimate:

@@ -19,6 +19,7 @@ class Topic(Enum):
 
     RESULT = "Result"
     TRAINING = "Training"
+    LENGTH = "Accuracy and length"
     ACCURACY = "Where it helps"
     ENTROPY = "Entropy"
     ROUTING = "Routing"

@@ -21,7 +21,7 @@ from moe_bias.report.content import (
 )
 from moe_bias.report.record import Record
 from moe_bias.report.table import Table
-from moe_bias.report.tables import by_group, changes_in_writing, scores
+from moe_bias.report.tables import by_group, changes_in_writing, equal_tokens, has_lengths, scores
 
 
 def evaluation(record: Record) -> Iterator[Block]:
@@ -35,9 +35,70 @@ def evaluation(record: Record) -> Iterator[Block]:
     if len(arms) > 1 and all("changes" in arm for arm in arms):
         parts.append(changes_in_writing(arms, slug(record.name, "writing")))
     yield Block(Topic.RESULT, record.name, parts)
+    if has_lengths(arms):
+        yield Block(Topic.LENGTH, record.name, list(_lengths(record)))
     groups = [part for column in arms[0]["groups"] for part in _group(record, column)]
     if groups:
         yield Block(Topic.ACCURACY, record.name, groups)
+
+
+def _lengths(record: Record) -> Iterator[Part]:
+    """Accuracy at equal tokens; and against tokens, each adapter along its strengths."""
+    arms: Sequence[Mapping[str, Any]] = record.content["arms"]
+    for name, shown in _drawn_together(arms).items():
+        yield Plot(
+            slug(record.name, f"equal tokens {name}"),
+            f"Accuracy of {name or 'each arm'} under every limit of tokens, against the tokens then spent",
+            figures.trade_off({arm["name"]: _under_limits(arm) for arm in shown}, "tokens spent an answer", "right, %"),
+            "A line is an arm under limits up to the longest answer of any, with its 95% band over problems: what has "
+            "not ended by then is not right. At equal tokens the higher line is better.",
+        )
+    if len(arms) > 1:
+        yield Plot(
+            slug(record.name, "trade-off"),
+            "Accuracy against tokens of an answer: each adapter at its strengths, beside the first arm under limits",
+            figures.trade_off(_by_strength(arms), "tokens an answer", "right, %"),
+            "A point is an arm under the limit that all had, with its 95% interval over problems; what has not ended "
+            "by then is not right. Lines join an adapter's strengths.",
+        )
+    yield equal_tokens(arms, slug(record.name, "under limits"))
+
+
+def _under_limits(arm: Mapping[str, Any]) -> figures.Trade:
+    points = arm["at_limits"]
+    return figures.Trade([point["tokens"] for point in points], [estimate_of(point["accuracy"]) for point in points])
+
+
+def _of_one_adapter(arms: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """The arms by adapter, in order of strength where there are several."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for arm in arms:
+        name = arm["name"] if arm.get("strength") is None else arm["name"].rsplit(" x", 1)[0]
+        groups.setdefault(name, []).append(arm)
+    return {name: sorted(group, key=_strength) for name, group in groups.items()}
+
+
+def _strength(arm: Mapping[str, Any]) -> float:
+    """That it was measured at, 1 where it was its own."""
+    strength = arm.get("strength")
+    return 1.0 if strength is None else float(strength)
+
+
+def _drawn_together(arms: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Every adapter at its strength nearest to 1, under no name; and each at all of its strengths, beside the first."""
+    first, groups = arms[0], _of_one_adapter(arms[1:])
+    nearest = [min(group, key=lambda arm: abs(_strength(arm) - 1)) for group in groups.values()]
+    return {"": [first, *nearest]} | {name: [first, *group] for name, group in groups.items() if len(group) > 1}
+
+
+def _by_strength(arms: Sequence[Mapping[str, Any]]) -> dict[str, figures.Trade]:
+    """The first arm's limits as a line; other arms as points, those of one adapter joined by strength."""
+    lines = {arms[0]["name"]: _under_limits(arms[0])}
+    for name, group in _of_one_adapter(arms[1:]).items():
+        last = [arm["at_limits"][-1] for arm in group]
+        found = [estimate_of(point["accuracy"]) for point in last]
+        lines[name] = figures.Trade([point["tokens"] for point in last], found, marked=True)
+    return lines
 
 
 def _lead(record: Record) -> str:

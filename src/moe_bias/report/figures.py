@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
@@ -45,6 +46,17 @@ _STYLE: Any = {
     "svg.fonttype": "none",
     "pdf.fonttype": 42,
 }
+
+
+@dataclass(frozen=True)
+class Trade:
+    """Accuracy at numbers of tokens, in order; `marked` points are drawn as such, with their intervals."""
+
+    tokens: Sequence[float]
+    accuracy: Sequence[Estimate]
+    marked: bool = False
+
+
 Row = tuple[str, Estimate]
 Line = tuple[Sequence[float], Sequence[float]]
 
@@ -89,6 +101,27 @@ def curves(lines: Mapping[str, Line], x_unit: str, unit: str, height: float = 2.
             numbers = np.asarray([x, y], dtype=np.float64)  # matplotlib would search texts for dates
             axes.plot(*numbers, color=colour, linewidth=1.6, marker="o" if len(x) < 25 else "", markersize=3.5)
             ends.append((y[-1], label, colour))
+        _finish_curves(axes, x_unit, unit)
+        _label_ends(axes, ends)
+        return _settled(figure)
+
+
+def trade_off(lines: Mapping[str, Trade], x_unit: str, unit: str) -> Figure:
+    """Accuracy in percent over tokens: each line with its interval as a band, or as marked points that it joins."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _axes(3.4)
+        ends = []
+        for number, (label, line) in enumerate(lines.items()):
+            colour = BASE if label.startswith("base") else SERIES[number % len(SERIES)]
+            x = np.asarray(line.tokens, dtype=np.float64)
+            value, low, high = np.asarray([[e.value, e.low, e.high] for e in line.accuracy], dtype=np.float64).T * 100
+            if line.marked:
+                reach = np.maximum([value - low, high - value], 0)  # ends may be rounded past the value
+                axes.errorbar(x, value, reach, color=colour, fmt="o-", markersize=5, linewidth=1.4)
+            else:
+                axes.fill_between(x, low, high, color=colour, alpha=0.1, linewidth=0)
+                axes.plot(x, value, color=colour, linewidth=1.6)
+            ends.append((float(value[-1]), label, colour))
         _finish_curves(axes, x_unit, unit)
         _label_ends(axes, ends)
         return _settled(figure)

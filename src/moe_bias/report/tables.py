@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from moe_bias.analysis.quantities import QUANTITIES
-from moe_bias.evaluation.scores import CUT, DISTINCT, LOOPING, TOKENS
+from moe_bias.evaluation.equal_tokens import shown_limits
+from moe_bias.evaluation.scores import CUT, DISTINCT, LOOPING, PASS, TOKENS
 from moe_bias.evaluation.statistics import estimate_of, with_interval
 from moe_bias.experiments.policy_arms import AGAINST, HELD_OUT, measured_after, percent_by_seed
 from moe_bias.report.table import Column, Row, Table
@@ -22,12 +23,12 @@ PARAMETERS = Column("parameters", ("parameters",), "{:,}")
 SEEDS = Column("seeds", ("seeds",))
 
 
-def percents(heading: str, *place: str, **more: Any) -> Column:
+def percents(heading: str, *place: str | int, **more: Any) -> Column:
     """A share, in percent."""
     return Column(heading, place, "{:.1f}", 100, **more)
 
 
-def points(heading: str, *place: str, **more: Any) -> Column:
+def points(heading: str, *place: str | int, **more: Any) -> Column:
     """The change of a share, in percentage points."""
     return Column(heading, place, "{:+.1f}", 100, **more)
 
@@ -128,6 +129,40 @@ def writing(arms: Sequence[Mapping[str, Any]]) -> Table:
     )
     against = f"; changes to {first} are paired by problem" if len(arms) > 1 else ""
     return Table("", caption + against, [ARM, *values, *changes], arms)
+
+
+def passes(arms: Sequence[Mapping[str, Any]]) -> Table:
+    """The share of problems of an evaluation that k samples solve, for every k that is told, and what changed."""
+    first = arms[0]["name"]
+    columns = [ARM]
+    for k in ("1", *arms[0]["pass_at"]):
+        heading, change = f"{PASS}{k}, %", (("change",) if k == "1" else ("changes", f"{PASS}{k}"))
+        columns.append(percents(heading, *(("accuracy",) if k == "1" else ("pass_at", k))))
+        columns.append(points(f"{PASS}{k} to {first}, points", *change, first, below=heading))
+    caption = "Problems that at least one of k samples solves [95% interval over problems]"
+    against = f"; changes to {first} are paired by problem, in points" if len(arms) > 1 else ""
+    return Table("", caption + against, columns, arms).without_empty_columns()
+
+
+def has_lengths(arms: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether an evaluation knows how long all answers are; records of before do not say."""
+    return all(arm.get("at_limits") for arm in arms)
+
+
+def equal_tokens(arms: Sequence[Mapping[str, Any]], name: str = "") -> Table:
+    """Accuracy of the arms of an evaluation under some limits of tokens, and the changes against its first arm."""
+    first, limits = arms[0]["name"], [point["limit"] for point in arms[0]["at_limits"]]
+    columns = [ARM, Column(f"tokens, % of {first}", ("token_share",), "{:.1f}", 100)]
+    for limit in shown_limits(limits):
+        heading, place = f"within {limit:,}, %", ("at_limits", limits.index(limit))
+        columns.append(percents(heading, *place, "accuracy"))
+        columns.append(points(f"within {limit:,} to {first}, points", *place, "change", below=heading))
+    caption = (
+        "Accuracy at equal tokens: samples that are right and ended by themselves within a limit [95% interval over "
+        "problems]"
+    )
+    against = f"; changes to {first} are paired by problem, in points" if len(arms) > 1 else ""
+    return Table(name, caption + against, columns, arms).without_empty_columns()
 
 
 def changes_in_writing(arms: Sequence[Mapping[str, Any]], name: str) -> Table:

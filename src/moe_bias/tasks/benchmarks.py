@@ -61,9 +61,9 @@ class Protocol:
     chat: bool
     seed: int
 
-    def prompt(self, problem: Problem) -> str:
-        """The user's turn, or without a chat the text to go on with."""
-        return self.prompt_template.replace(PLACE, problem.question)
+    def prompt(self, problem: Problem, instruction: str = "") -> str:
+        """The user's turn, or without a chat the text to go on with; an instruction stands below it."""
+        return instructed(self.prompt_template.replace(PLACE, problem.question), instruction)
 
     def seed_of(self, problem: Problem) -> int:
         """Of a problem's samples, from 0 to 2^31: from its text, so that other problems beside it change nothing."""
@@ -84,6 +84,11 @@ class ProblemSet:
         """SHA-256 of ids and questions; gold answers are left out, so that they can be mended and graded again."""
         text = json.dumps([[name, problem.question] for name, problem in zip(self.ids, self.problems, strict=True)])
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def instructed(prompt: str, instruction: str) -> str:
+    """The prompt with an instruction below it, where there is one."""
+    return f"{prompt}\n\n{instruction}" if instruction else prompt
 
 
 def protocol_of(settings: EvalConfig) -> Protocol:
