@@ -96,11 +96,17 @@ def test_a_damaged_adapter_is_told_and_the_others_are_served(started, free_port,
     assert len(started) == 1
 
 
+def test_adapters_may_come_later(started, free_port):
+    Path("empty").mkdir()
+    assert main(["serve", "--model", "models/tiny", "--adapters", "empty", "--port", free_port]) == 0
+    assert len(started) == 1
+
+
 def test_adapters_that_cannot_be_had(started, folder, free_port, capsys):
     asked = ("serve", "--model", "models/tiny", "--port", free_port, "--adapters")
     assert complaint(capsys, *asked, "nowhere") == "--adapters 'nowhere' is not a folder"
     assert complaint(capsys, *asked, "models").startswith(
-        "--adapters 'models' holds no adapter, that is no folder with"
+        "--adapters 'models' holds other things but no adapter, that is no folder with"
     )
     for name in ("first", "second"):
         (folder / "adapters" / name / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))

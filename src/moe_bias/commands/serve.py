@@ -51,13 +51,19 @@ def _check_port(host: str, port: int) -> None:
         raise UserError(f"a server cannot listen at {place}, choose others: {error.strerror}") from error
 
 
-def _damages(folder: Path, may_be_empty: bool) -> list[str]:
-    """What is wrong with adapters of the folder. Raises UserError where none of them can be read."""
+def _damages(folder: Path, may_have_others: bool) -> list[str]:
+    """What is wrong with adapters of the folder, which may be empty at first: they may come while it serves.
+
+    Raises UserError where none of them can be read, and on a folder of other things that is to have adapters alone.
+    """
     if not folder.is_dir():
         raise UserError(f"--adapters {str(folder)!r} is not a folder")
     names = adapter_names(folder)
-    if not names and not may_be_empty:
-        raise UserError(f"--adapters {str(folder)!r} holds no adapter, that is no folder with a file {CONFIG_FILE}")
+    if not names and not may_have_others and any(folder.iterdir()):
+        raise UserError(
+            f"--adapters {str(folder)!r} holds other things but no adapter, that is no folder with a file "
+            f"{CONFIG_FILE}; name a folder of adapters, or an empty one"
+        )
     damages = []
     for name in names:
         try:
