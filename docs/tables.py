@@ -127,15 +127,11 @@ def _of_problems(record: dict[str, Any], arm: dict[str, Any]) -> dict[str, Any]:
 def headroom(stem: str) -> str:
     """What `headroom` found on a text, the verdict first."""
     record = _read(RECORDS / "headroom" / f"{stem}.json")
-    seconds = sum(probe["seconds"] for probe in record["probes"])
-    return (
-        f"*{record['verdict']}.*\n\n{_shown(probes(record))}\n{seconds:,.0f} s for these probes, the curve's trainings "
-        f"besides; {_machine(record)}.\n"
-    )
+    return f"*{record['verdict']}.*\n\n{_shown(probes(record))}\n{' '.join(record['notes'])} {_machine(record)}.\n"
 
 
 def headroom_curve(stem: str) -> str:
-    """The curve behind a forecast, and what was then measured at more tokens, where a record says."""
+    """The losses behind a forecast."""
     record = _read(RECORDS / "headroom" / f"{stem}.json")
     rows = [[f"{point['tokens']:,}", f"{point['nll']:.3f}"] for point in record["curve"]]
     return _table(["training tokens", "held-out NLL of the layer"], rows)

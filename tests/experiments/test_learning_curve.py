@@ -32,12 +32,12 @@ def test_a_known_curve_is_found(asymptote, height, exponent):
 
 
 def test_the_interval_covers_as_often_as_it_says():
-    """Forty curves with noise: nineteen of twenty intervals hold what four times the tokens give, about."""
+    """Twenty curves with noise: nineteen of the intervals hold what four times the tokens give, about."""
     held = []
-    for seed in range(40):
+    for seed in range(20):
         found = forecast(points(0.9, 0.06, 0.6, noise=0.002, seed=seed), 1.4).nll.get(4 * max(SIZES))
         held.append(found is not None and found.low <= 0.9 + 0.06 * 4**-0.6 <= found.high)
-    assert sum(held) >= 36
+    assert sum(held) >= 18
 
 
 def test_one_that_has_flattened_is_saturated():

@@ -147,7 +147,7 @@ def measured(
     if output is not None:
         write_json(
             output / RECORD_FILE,
-            report.record() | {"settings": dict(made_with), "provenance": provenance(), "model": _model(data)},
+            report.record() | {"settings": dict(made_with), "provenance": provenance()},
         )
     return report
 
@@ -159,10 +159,6 @@ def refuse_other_record(output: Path | None) -> None:
     found = read_json(output / RECORD_FILE, "record")
     if not isinstance(found, dict) or found.get("kind") != RecordKind.HEADROOM:
         raise UserError(f"`output` {str(output)!r} holds the record of another run; name another folder")
-
-
-def _model(data: Data) -> str:
-    return data.store.manifest.recipe.model.name
 
 
 def _probe(found: Findings, name: str) -> Probe:
@@ -217,18 +213,16 @@ def _row(probe: Probe, is_best: bool) -> dict[str, str]:
     is_base = probe.name == BASE
     return {
         "": f"{probe.name} (best)" if is_best else probe.name,
-        "parameters": f"{probe.parameters:,}",
-        "held-out NLL": _plain(probe.nll["all"]),
+        "held-out NLL": _plain(probe.nll["all"]) if is_base else f"{probe.nll['all'].value:.3f}",
         "change": "" if is_base else _signed(probe.change["all"]),
         "of high entropy": "" if is_base else f"{probe.change['high'].value:+.3f}",
         "right there": f"{probe.picked.value:.0%}",
-        "seconds": f"{probe.seconds:,.0f}",
     }
 
 
 def _expected(tokens: int, nll: Estimate) -> dict[str, str]:
-    empty = dict.fromkeys(("change", "of high entropy", "right there", "seconds"), "")
-    return {"": f"{LAYER}, {tokens:,} tokens", "parameters": "", "held-out NLL": f"{_plain(nll)} expected", **empty}
+    empty = dict.fromkeys(("change", "of high entropy", "right there"), "")
+    return {"": f"{LAYER}, {tokens:,} tokens, expected", "held-out NLL": _plain(nll), **empty}
 
 
 def _plain(value: Estimate) -> str:

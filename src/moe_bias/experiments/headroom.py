@@ -24,6 +24,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -203,26 +204,30 @@ def measure(ground: Ground, options: Options, available: int) -> Findings:
     started = time.perf_counter()
     base = _seen(None, ground)
     probes, left_out, points = [_measured(BASE, ground, base, base, 0, 0.0, _mean(_stop_nll(None, ground)))], [], []
-    runs: dict[str, Callable[[], tuple[Seen, int, float]]] = {
-        STATIC: lambda: _run_layer(ground, _static_config(ground.config), STATIC),
-        LAYER: lambda: _run_layer(ground, ground.config, LAYER),
-        NETWORK: lambda: _run_network(ground),
-        CHOICE: lambda: _run_choice(ground, options.top),
-    }
-    for name, run in runs.items():
-        if time.perf_counter() - started > options.time_limit:
-            left_out.append(name)
-            continue
+
+    def probed(name: str, run: Callable[[], tuple[Seen, int, float]]) -> None:
         begun = time.perf_counter()
         seen, parameters, stop_nll = run()
         probes.append(_measured(name, ground, seen, base, parameters, time.perf_counter() - begun, stop_nll))
         if name == LAYER:
             points.append(Point(len(ground.train), _mean(seen.nll)))
-    for parts, draw in [(parts, draw) for parts in SHARES for draw in range(DRAWS)]:
+
+    # The choice comes last: it takes long, and seldom is the best.
+    for name, work in {
+        STATIC: partial(probed, STATIC, lambda: _run_layer(ground, _static_config(ground.config), STATIC)),
+        LAYER: partial(probed, LAYER, lambda: _run_layer(ground, ground.config, LAYER)),
+        NETWORK: partial(probed, NETWORK, lambda: _run_network(ground)),
+        **{
+            f"1/{parts} of the tokens, part {draw + 1}": partial(_add_point, points, ground, parts, draw)
+            for parts in SHARES
+            for draw in range(DRAWS)
+        },
+        CHOICE: partial(probed, CHOICE, lambda: _run_choice(ground, options.top)),
+    }.items():
         if time.perf_counter() - started > options.time_limit:
-            left_out.append(f"1/{parts} of the tokens, part {draw + 1}")
-            continue
-        points.append(_point(ground, parts, draw))
+            left_out.append(name)
+        else:
+            work()
     points.sort(key=lambda point: point.tokens)
     return Findings(
         probes,
@@ -323,7 +328,7 @@ def _run_choice(ground: Ground, top: int) -> tuple[Seen, int, float]:
     return seen, sum(parameter.numel() for parameter in choice.parameters()), stop_nll
 
 
-def _point(ground: Ground, parts: int, draw: int) -> Point:
+def _add_point(points: list[Point], ground: Ground, parts: int, draw: int) -> None:
     """The layer on one part of the tokens; draws are far apart, so that those of a size share none."""
     size = len(ground.train) // parts
     start = draw * (len(ground.train) // DRAWS)
@@ -331,7 +336,7 @@ def _point(ground: Ground, parts: int, draw: int) -> Point:
     config = ground.config.model_copy(update={"seed": ground.config.seed + draw})
     layer = fresh_layer(config, ground.support, ground.head)
     _fitted(layer, part, ground, config, ground.logits.between(start, start + size), f"1/{parts} of it, {draw + 1}")
-    return Point(size, _mean(_seen(layer, ground).nll))
+    points.append(Point(size, _mean(_seen(layer, ground).nll)))
 
 
 def _seen(layer: MoEBiasLayer | None, ground: Ground) -> Seen:
