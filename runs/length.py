@@ -3,7 +3,7 @@
 uv run python runs/length.py plan|hand|lora|strengths|named ...
 """
 
-# ruff: noqa: T201  # a script that tells by printing
+# a script that tells by printing
 
 from __future__ import annotations
 
