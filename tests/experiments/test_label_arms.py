@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from helpers.models import tiny_model
 from moe_bias.backbone import find_head
 from moe_bias.experiments.label_arms import (
+    ALONE,
     DEFAULT,
     LABELS,
     MOE_BIAS,
@@ -22,6 +23,7 @@ from moe_bias.experiments.label_arms import (
     zero_shot_arms,
 )
 from moe_bias.features.extract import HiddenTokens, with_scalars
+from moe_bias.support import reduced_log_prob
 
 TOKEN = torch.tensor([40, 7, 21])
 
@@ -81,8 +83,10 @@ def texts(labels: Labels, count: int, seed: int) -> Texts:
     label_N = torch.arange(count) % 3
     hidden_ND = 2 * torch.eye(16)[label_N + 4] + 0.3 * torch.randn(count, 16, generator=generator)
     tokens = HiddenTokens(hidden_ND, TOKEN[label_N], torch.arange(count))
-    supports = {LABELS: TOKEN.tolist(), DEFAULT: [3, 7, 9, 21, 40, 50]}
-    return Texts({name: with_scalars(labels.head, tokens, ids, name) for name, ids in supports.items()}, label_N)
+    narrow, wide = (with_scalars(labels.head, tokens, ids, "") for ids in (TOKEN.tolist(), [3, 7, 9, 21, 40, 50]))
+    made = Texts.of(narrow, wide, TOKEN)
+    assert made.label.tolist() == label_N.tolist()
+    return made
 
 
 def test_the_base_is_its_logits_on_the_labels_alone(labels):
@@ -98,15 +102,27 @@ def test_a_layer_learns_the_labels_and_gives_what_the_whole_model_would(labels, 
     found = trained(arm, labels, train, test, folds=3, seed=0)
     assert found.layer is not None
     assert found.choice is not None
-    assert found.choice["steps"] in range(0, 31, 10)
+    assert found.choice["steps"] in range(0, 31, 5)
     before = nll(labels.base_log_probs(test), test.label).mean()
     assert nll(found.log_prob, test.label).mean() < before
-    features = test.on[found.choice["support"]]
+    features = test.on[found.choice["trained on"]]
     with torch.no_grad():
         whole = labels.head.logits(features.hidden)
         bias = found.layer.on_vocabulary(found.layer(features.hidden, features.entropy).bias)
         moved = whole + labels.head.transform.reachable(whole, bias)
     assert torch.allclose(found.log_prob, moved[:, TOKEN].log_softmax(-1), atol=1e-4)
+
+
+@pytest.mark.parametrize(("trained_on", "others"), [(ALONE, False), (LABELS, True), (DEFAULT, True)])
+def test_alone_a_loss_is_of_the_labels_and_else_of_the_whole_vocabulary(labels, trained_on, others):
+    part = texts(labels, 6, 0)
+    features = part.on[trained_on]
+    logits_NM = labels.head.columns(features.support)(features.hidden)
+    still = torch.zeros_like(logits_NM)
+    found = reduced_log_prob(features.logit, features.column, logits_NM, still, features.rest)
+    whole = labels.head.logits(part.hidden).log_softmax(-1).gather(-1, features.token[:, None])[:, 0]
+    among = -nll(labels.base_log_probs(part), part.label)
+    assert torch.allclose(found, whole if others else among, atol=1e-5)
 
 
 def test_what_is_chosen_follows_from_the_labelled_texts_alone(labels):

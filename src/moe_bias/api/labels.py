@@ -7,13 +7,12 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, starmap
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from moe_bias.adapter import save_layer
 from moe_bias.api.arguments import config_of, refuse_other_base
@@ -22,8 +21,6 @@ from moe_bias.api.reports import Curve, Report
 from moe_bias.config import LabelsConfig
 from moe_bias.experiments.arm import ArmRecords, Outcome, Wanted
 from moe_bias.experiments.label_arms import (
-    DEFAULT,
-    LABELS,
     MOE_BIAS,
     STATIC,
     Chosen,
@@ -164,7 +161,7 @@ def _ground(base: Frozen, rows: str | Sequence[Any], config: LabelsConfig, folde
     own = own.at(own.example.argsort())
     wide = on_support(own, base.head, _default_support(base, split, own, config), "the default support").at(slice(None))
     ends = [0, len(split.test), len(split.test) + len(split.pool), len(split.examples)]
-    test, pool, free = (_texts(own, wide, token_K, slice(*part)) for part in pairwise(ends))
+    test, pool, free = (Texts.of(own.at(rows), wide.at(rows), token_K) for rows in starmap(slice, pairwise(ends)))
     return _Ground(base, split, Labels(base.head, token_K), test, pool, free, store)
 
 
@@ -174,11 +171,6 @@ def _default_support(base: Frozen, split: _Split, own: Features, config: LabelsC
     always = sorted({*answer_ends(base.model, base.tokenizer, config.chat), *split.token})
     size = min(DEFAULT_SUPPORT, base.head.vocab_size)
     return support_for(measure_fork_mass(base.head, pool.hidden), pool.token, size, always)
-
-
-def _texts(own: Features, wide: Features, token_K: Tensor, rows: slice) -> Texts:
-    label_N = (own.token[rows, None] == token_K).int().argmax(-1)
-    return Texts({LABELS: own.at(rows), DEFAULT: wide.at(rows)}, label_N)
 
 
 def _split(base: Frozen, rows: str | Sequence[Any], config: LabelsConfig, console: Console) -> _Split:

@@ -13,9 +13,10 @@ a way gives probabilities of the K labels:
     lora         LoRA on the backbone, in `label_lora`
 
 What a way has to choose it chooses by the NLL of the labels in cross-validation over its labelled texts alone, the same
-folds for all: `static` among two learning rates, `moe-bias` among two on the support of the labels' tokens and the
-default one on the default support, both of them when to stop, and `logistic` among strengths of its penalty. Learning
-rates do not decay, so that a run of the longest length shows all shorter ones.
+folds for all: `static` among two learning rates, `moe-bias` among two of them and three things to be trained on (see
+`ALONE`), both of them when to stop, and `logistic` among strengths of its penalty. Learning rates do not decay, so that a
+run of the longest length shows all shorter ones. Where the frozen model gives the labels little probability, a layer that
+is trained with the whole vocabulary first learns to answer with a label at all.
 
 Shapes: N texts, D hidden, K labels, M support.
 """
@@ -26,7 +27,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -40,15 +41,17 @@ from moe_bias.features.base_logits import BaseLogits
 from moe_bias.features.extract import Features
 from moe_bias.layer import MoEBiasLayer, at_least_float32
 from moe_bias.progress import without_bars
+from moe_bias.support import RestScalars
 from moe_bias.training.loop import Evaluate, Watching
 from moe_bias.training.sft import fit, fresh_layer
 
 MOST_STEPS = 100
-EVERY = 10
+EVERY = 5
 """Steps between the points at which a layer may stop, 0 among them."""
 BATCH = 64
-LABELS, DEFAULT = "labels", "default"
-"""Names of the two supports."""
+ALONE, LABELS, DEFAULT = "alone", "labels", "default"
+"""What a layer is trained on: the labels' tokens alone, as if there were no others; these as a support, with the rest of
+the vocabulary in the softmax; or the default support."""
 PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """C of scikit-learn: one over the weight of the penalty."""
 _LOWEST = 1e-12
@@ -58,10 +61,19 @@ Choice = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Texts:
-    """Hidden states at the ends of prompts on each support by name, and the number of each text's label (N,)."""
+    """Hidden states at the ends of prompts, by what a layer is trained on, and the number of each text's label (N,)."""
 
     on: Mapping[str, Features]
     label: Tensor
+
+    @classmethod
+    def of(cls, narrow: Features, wide: Features, token_K: Tensor) -> Texts:
+        """Of the same texts on the support of the labels' tokens and on the default one."""
+        nothing = RestScalars(
+            torch.full_like(narrow.rest.log_sum_exp, -math.inf), torch.zeros_like(narrow.rest.mean_logit)
+        )
+        label_N = (narrow.token[:, None] == token_K).int().argmax(-1)
+        return cls({ALONE: replace(narrow, rest=nothing), LABELS: narrow, DEFAULT: wide}, label_N)
 
     def __len__(self) -> int:
         return len(self.label)
@@ -89,7 +101,7 @@ class Labels:
 
     @torch.no_grad()
     def layer_log_probs(self, layer: MoEBiasLayer, texts: Texts, support: str) -> Tensor:
-        """Under a layer on one of the supports, (N, K) float32."""
+        """Under a layer that is trained on `support`, (N, K) float32."""
         features, logits_NK = texts.on[support], self._logits(texts)
         column_K = (features.support[:, None] == self.token).int().argmax(0)
         bias_NM = layer(features.hidden.to(layer.device), features.entropy.to(layer.device)).bias
@@ -218,7 +230,7 @@ def _parts(train: Texts, fold_N: Tensor) -> Iterator[tuple[Texts, Texts]]:
 
 @dataclass(frozen=True)
 class LayerArm:
-    """A kind of layer, and what is tried of it: a support by its name with a learning rate of the experts."""
+    """A kind of layer, and what is tried of it: what it is trained on, with a learning rate of the experts."""
 
     name: str
     layer: Mapping[str, Any]
@@ -228,10 +240,10 @@ class LayerArm:
 STATIC = LayerArm(
     "static",
     {"experts": "free", "num_experts": 1, "top_k": 1, "entropy_gate": False},
-    ((LABELS, 2e-2), (LABELS, 1e-1)),
+    ((ALONE, 2e-2), (ALONE, 1e-1)),
 )
-MOE_BIAS = LayerArm("moe-bias", {}, ((LABELS, 3e-4), (LABELS, 3e-3), (DEFAULT, 3e-3)))
-"""The default rate, and a tenth of it: few texts are soon learnt by heart."""
+MOE_BIAS = LayerArm("moe-bias", {}, ((ALONE, 3e-5), (ALONE, 3e-4), (LABELS, 3e-5), (DEFAULT, 3e-5)))
+"""A hundredth of the default rate, and a tenth: few texts are soon learnt by heart."""
 
 
 def trained(arm: LayerArm, labels: Labels, train: Texts, test: Texts, folds: int, seed: int) -> Chosen:
@@ -251,7 +263,7 @@ def trained(arm: LayerArm, labels: Labels, train: Texts, test: Texts, folds: int
         seconds,
         searched - started,
         layer.config.num_parameters(layer.hidden_size, layer.vocab_size),
-        {"support": support, "expert_rate": rate, "steps": steps},
+        {"trained on": support, "expert_rate": rate, "steps": steps},
         layer,
     )
 
