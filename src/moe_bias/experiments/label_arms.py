@@ -14,9 +14,9 @@ a way gives probabilities of the K labels:
 
 What a way has to choose it chooses by the NLL of the labels in cross-validation over its labelled texts alone, the same
 folds for all: `static` among two learning rates, `moe-bias` among two of them and three things to be trained on (see
-`ALONE`), both of them when to stop, and `logistic` among strengths of its penalty. Learning rates do not decay, so that a
-run of the longest length shows all shorter ones. Where the frozen model gives the labels little probability, a layer that
-is trained with the whole vocabulary first learns to answer with a label at all.
+`ALONE`), both of them when to stop, and `logistic` among strengths of its penalty. Learning rates do not decay, so that
+a run of the longest length shows all shorter ones. Where the frozen model gives the labels little probability, a layer
+that is trained with the whole vocabulary first learns to answer with a label at all.
 
 Shapes: N texts, D hidden, K labels, M support.
 """
@@ -50,8 +50,8 @@ EVERY = 5
 """Steps between the points at which a layer may stop, 0 among them."""
 BATCH = 64
 ALONE, LABELS, DEFAULT = "alone", "labels", "default"
-"""What a layer is trained on: the labels' tokens alone, as if there were no others; these as a support, with the rest of
-the vocabulary in the softmax; or the default support."""
+"""What a layer is trained on: the labels' tokens alone, as if there were no others; these as a support, with the rest
+of the vocabulary in the softmax; or the default support."""
 PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """C of scikit-learn: one over the weight of the penalty."""
 _LOWEST = 1e-12
