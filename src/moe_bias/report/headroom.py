@@ -29,7 +29,8 @@ def probes(content: Mapping[str, Any], name: str = "") -> Table:
         "token is the likeliest one at high entropy; what is expected has its interval over learning curves"
     )
     rows = [_probe(probe) for probe in content["probes"]]
-    rows += [_expected(tokens, nll) for tokens, nll in content["forecast"]["nll"].items()]
+    forecast = sorted(content["forecast"]["nll"].items(), key=lambda expected: int(expected[0]))
+    rows += [_expected(tokens, nll) for tokens, nll in forecast]
     return Table.of_texts(name, caption, HEADINGS, rows)
 
 
