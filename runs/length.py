@@ -3,8 +3,6 @@
 uv run python runs/length.py plan|hand|lora|strengths|named ...
 """
 
-# a script that tells by printing
-
 from __future__ import annotations
 
 import argparse
