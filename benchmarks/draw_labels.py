@@ -28,7 +28,8 @@ WAYS = {
     "contextual": ("contextual calibration", "#8C8C8C", "--"),
     "static": ("static bias", "#E69F00", "-"),
     "logistic": ("logistic regression", "#009E73", "-"),
-    "moe-bias": ("MoE-Bias", "#0072B2", "-"),
+    "probe": ("the same, as a layer", "#0072B2", "--"),
+    "moe-bias": ("MoE-Bias, trained", "#0072B2", "-"),
     "lora": ("LoRA", "#D55E00", "-"),
 }
 """Label, one of Okabe and Ito's colours, line."""

@@ -124,6 +124,34 @@ def _of_problems(record: dict[str, Any], arm: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def answers(stem: str) -> str:
+    """Right answers of each arm of an evaluation, and their tokens, with the changes to the first arm."""
+    record = _read(RECORDS / "experiment" / f"{stem}.json")
+    first = record["arms"][0]["name"]
+    samples, limit = record["protocol"]["samples"], record["protocol"]["max_new_tokens"]
+    change = Column("tokens, to the first", ("changes", "tokens", first), "{:+,.0f}")
+    shown = ["arm", "right, %", f"to {first}, points", f"pass@{samples}, %", "tokens", change.heading, "cut, %"]
+    how = "greedy answers" if record["protocol"]["temperature"] == 0 else f"{samples} samples of each"
+    return (
+        _shown(scores(record["arms"], more=[change]).only(*shown))
+        + f"\n{record['problems']['count']} problems, {how}, at most {limit:,} tokens; 95% intervals over problems, "
+        f"changes paired; {_machine(record)}.\n"
+    )
+
+
+def trained() -> str:
+    """Held-out NLL before and after training on each kind of answers."""
+    records = {path.stem: _read(path) for path in sorted(RECORDS.glob("experiment/sft/*.json"))}
+    rows = [{"name": name, **record} for name, record in records.items()]
+    columns = [
+        ARM,
+        Column("base", ("base_nll",), "{:.3f}"),
+        Column("adapted", ("adapted_nll",), "{:.3f}"),
+        Column("change", ("change",), "{:+.3f}"),
+    ]
+    return _shown(Table("", "", columns, rows)) + f"\n{_machine(next(iter(records.values())))}.\n"
+
+
 def headroom(stem: str) -> str:
     """What `headroom` found on a text, the verdict first."""
     record = _read(RECORDS / "headroom" / f"{stem}.json")
@@ -561,6 +589,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo-tasks": demo_tasks,
     "evaluation": partial(evaluation, "eval"),
     "generation": partial(evaluation, "generation"),
+    **{f"answers-{path.stem}": partial(answers, path.stem) for path in RECORDS.glob("experiment/*.json")},
+    "answers-trained": trained,
     "extract": extraction,
     "growth": growth,
     "rl-signal": rl_signal,

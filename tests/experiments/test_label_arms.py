@@ -22,7 +22,9 @@ from moe_bias.experiments.label_arms import (
     trained,
     zero_shot_arms,
 )
+from moe_bias.experiments.label_probe import MASS, probe, refuse_without_probe
 from moe_bias.features.extract import HiddenTokens, with_scalars
+from moe_bias.mistakes import UserError
 from moe_bias.support import reduced_log_prob
 
 TOKEN = torch.tensor([40, 7, 21])
@@ -78,13 +80,14 @@ def labels() -> Labels:
 
 
 def texts(labels: Labels, count: int, seed: int) -> Texts:
-    """Hidden states in three clouds, a label each."""
+    """Hidden states in clouds, a label each."""
     generator = torch.Generator().manual_seed(seed)
-    label_N = torch.arange(count) % 3
+    label_N = torch.arange(count) % len(labels.token)
     hidden_ND = 2 * torch.eye(16)[label_N + 4] + 0.3 * torch.randn(count, 16, generator=generator)
-    tokens = HiddenTokens(hidden_ND, TOKEN[label_N], torch.arange(count))
-    narrow, wide = (with_scalars(labels.head, tokens, ids, "") for ids in (TOKEN.tolist(), [3, 7, 9, 21, 40, 50]))
-    made = Texts.of(narrow, wide, TOKEN)
+    tokens = HiddenTokens(hidden_ND, labels.token[label_N], torch.arange(count))
+    ids = (labels.token.tolist(), [3, 7, 9, 21, 40, 50])
+    narrow, wide = (with_scalars(labels.head, tokens, support, "") for support in ids)
+    made = Texts.of(narrow, wide, labels.token)
     assert made.label.tolist() == label_N.tolist()
     return made
 
@@ -141,3 +144,24 @@ def test_ways_without_labels(labels):
     free_K = labels.base_log_probs(free).exp().mean(0)
     expected = contextual(labels.base_log_probs(test).exp(), free_K)
     assert torch.allclose(found["contextual"].log_prob.exp(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "cohere"])
+@pytest.mark.parametrize("token", [TOKEN, TOKEN[:2]], ids=["three", "two"])
+def test_the_probe_as_a_layer_answers_as_the_probe(name, token):
+    labels = Labels(find_head(tiny_model(name))[1], token)
+    train, test = texts(labels, 36, 1), texts(labels, 30, 2)
+    found, regressed = probe(labels, train, test, folds=3), logistic(train, test, folds=3)
+    assert found.choice == regressed.choice
+    assert torch.allclose(found.log_prob, regressed.log_prob, atol=2e-4)
+    features = train.on[LABELS]
+    with torch.no_grad():
+        bias = found.layer.on_vocabulary(found.layer(features.hidden, features.entropy).bias)
+        log_prob_NV = (labels.head.logits(features.hidden) + bias).log_softmax(-1)
+    mass_N = log_prob_NV[:, token].logsumexp(-1).exp()
+    assert int((mass_N > MASS - 1e-4).sum()) == 34  # 95% of 36
+
+
+def test_no_layer_is_the_probe_under_a_soft_cap(labels):
+    with pytest.raises(UserError, match="the model bounds its logits by a soft-cap"):
+        refuse_without_probe(labels.head)

@@ -33,6 +33,7 @@ from moe_bias.experiments.label_arms import (
     zero_shot_arms,
 )
 from moe_bias.experiments.label_lora import one_token, run_lora
+from moe_bias.experiments.label_probe import probe, refuse_without_probe
 from moe_bias.experiments.labels import MAIN, LabelCell, LabelRow, arm_name, compare_labels
 from moe_bias.features.build import Choices, make_plan
 from moe_bias.features.examples import length_limit
@@ -64,7 +65,8 @@ DEFAULT_SUPPORT = 4096
 SHARD_TOKENS = 256
 """Of answers, which have two or three tokens: what an interrupt loses of the pass through the model."""
 WITHOUT_LABELS = ("zero-shot", "contextual", "divided")
-LEARNING = ("static", "logistic", "moe-bias")
+PROBE = "probe"
+LEARNING = ("static", "logistic", PROBE, "moe-bias")
 _FREE = {"arms", "seeds", "lora_counts", "lora_seeds"}
 """Choices of what is run that change nothing about what else is in the folder."""
 
@@ -82,13 +84,16 @@ def labels(
     first texts of a fixed order are measured on; each seed draws those to learn from out of the next ones. Every text
     goes through the model once, LoRA's apart, and its hidden state is kept in the user's cache. In `output` every way
     that is done is kept, so that the same call goes on after an interrupt; and at the end the record, and the layers of
-    MoE-Bias of the first seed as adapters, in `adapters` by their number of labels. Without it nothing stays.
+    MoE-Bias of the first seed as adapters, in `adapters` by their number of labels, those of the probe as `probe-N`.
+    Without it nothing stays. Where no `arms` are named, the probe's layer is left out for a model with a soft-cap.
 
     Raises UserError on rows that cannot be used, on labels that begin with the same token, where there are too few
     texts, and where `output` holds a comparison of other settings or texts; Interrupted on Ctrl-C.
     """
     refuse_other_base(base)
     config = config_of(config, LabelsConfig)
+    if PROBE in config.arms:
+        refuse_without_probe(base.head)
     with nothing_stays_without(output), ExitStack() as stack:
         folder = Path(stack.enter_context(temporary_folder("labels")) if output is None else output)
         ground = _ground(base, str(rows) if isinstance(rows, Path) else rows, config, folder, text_console())
@@ -262,6 +267,8 @@ def _record(ground: _Ground, config: LabelsConfig, report: LabelsReport) -> dict
 def _wanted(ground: _Ground, config: LabelsConfig, folder: Path) -> Wanted[LabelCell]:
     """What runs each way with each number of labels and seed."""
     ways: Sequence[str] = config.arms or [*WITHOUT_LABELS, *LEARNING]
+    if not config.arms and ground.base.head.transform.cap is not None:
+        ways = [way for way in ways if way != PROBE]
     wanted: dict[tuple[str, int], Callable[[], Outcome[LabelCell]]] = {}
 
     def want(way: str, count: int, seed: int, run: Callable[[], Chosen]) -> None:
@@ -281,10 +288,11 @@ def _wanted(ground: _Ground, config: LabelsConfig, folder: Path) -> Wanted[Label
 def _outcome(
     ground: _Ground, config: LabelsConfig, folder: Path, way: str, count: int, seed: int, run: Callable[[], Chosen]
 ) -> Outcome[LabelCell]:
-    """Runs a way; MoE-Bias's layer of the first seed is kept as an adapter."""
+    """Runs a way; the layers of MoE-Bias and of the probe with the first seed are kept as adapters."""
     chosen = run()
-    if chosen.layer is not None and way == MAIN and seed == config.seeds[0]:
-        save_layer(chosen.layer, folder / ADAPTERS / str(count), ground.base.model)
+    if chosen.layer is not None and way in (MAIN, PROBE) and seed == config.seeds[0]:
+        name = str(count) if way == MAIN else f"{PROBE}-{count}"
+        save_layer(chosen.layer, folder / ADAPTERS / name, ground.base.model)
     spent = (chosen.seconds, chosen.search_seconds, chosen.parameters)
     cell = LabelCell(way, count, seed, as_lists(chosen.log_prob), *spent, dict(chosen.choice or {}))
     return cell, config.model_dump(mode="json")
@@ -298,6 +306,8 @@ def _learnt(ground: _Ground, config: LabelsConfig, name: str, count: int, seed: 
     train = ground.pool.at(drawn(ground.pool.label, count, FEWEST_OF_A_LABEL, seed))
     if name == "logistic":
         return logistic(train, ground.test, config.folds)
+    if name == PROBE:
+        return probe(ground.labels, train, ground.test, config.folds)
     arm = MOE_BIAS if name == MOE_BIAS.name else STATIC
     return trained(arm, ground.labels, train, ground.test, config.folds, seed)
 

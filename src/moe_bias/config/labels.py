@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 
 from moe_bias.config.base import Config, WholeNumber
 
-LabelArm = Literal["zero-shot", "contextual", "divided", "static", "logistic", "moe-bias", "lora"]
+LabelArm = Literal["zero-shot", "contextual", "divided", "static", "logistic", "probe", "moe-bias", "lora"]
 """Ways to choose among labels; `moe_bias.experiments.label_arms` says what each is."""
 Count = Annotated[WholeNumber, Field(ge=1)]
 Seed = Annotated[WholeNumber, Field(ge=0)]

@@ -9,6 +9,7 @@ a way gives probabilities of the K labels:
     divided      p / p_cf, made to sum to 1: it chooses as `contextual` does, and keeps p where p_cf is uniform
     static       a logit bias for each label: one expert, no gate
     logistic     logistic regression on h, each dimension standardised (scikit-learn), with a penalty on the weights
+    probe        the same as a layer, in `label_probe`
     moe-bias     a layer of the default kind, trained on the labels' tokens as `train sft` does
     lora         LoRA on the backbone, in `label_lora`
 
@@ -185,24 +186,36 @@ def _place_within(label_N: Tensor) -> Tensor:
 
 def logistic(train: Texts, test: Texts, folds: int) -> Chosen:
     """Logistic regression on the standardised hidden states."""
-    need("sklearn", "the arm `logistic`")
     started = time.perf_counter()
-    fold_N = folds_of(train.label, folds)
-    losses = {penalty: _held_out(train, fold_N, penalty) for penalty in PENALTIES}
-    best = min(losses, key=lambda penalty: losses[penalty])
+    penalty = chosen_penalty(train, folds)
     searched = time.perf_counter()
-    log_prob_NK = _regressed(train, test, best)
+    log_prob_NK = _answered(regression(train, penalty), test)
     classes = log_prob_NK.shape[-1]
     return Chosen(
         log_prob_NK,
         time.perf_counter() - searched,
         searched - started,
         (classes if classes > 2 else 1) * (train.hidden.shape[-1] + 1),
-        {"C": best},
+        {"C": penalty},
     )
 
 
-def _regressed(train: Texts, test: Texts, penalty: float) -> Tensor:
+def chosen_penalty(train: Texts, folds: int) -> float:
+    """C of the least NLL over the folds, each answered from the others."""
+    need("sklearn", "the arms `logistic` and `probe`")
+    fold_N = folds_of(train.label, folds)
+
+    def loss(penalty: float) -> float:
+        parts = _parts(train, fold_N)
+        return float(
+            torch.cat([nll(_answered(regression(rest, penalty), part), part.label) for rest, part in parts]).mean()
+        )
+
+    return min(PENALTIES, key=loss)
+
+
+def regression(train: Texts, penalty: float) -> Any:
+    """A fitted pipeline of scikit-learn: a StandardScaler and a LogisticRegression."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -212,13 +225,11 @@ def _regressed(train: Texts, test: Texts, penalty: float) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # a weak penalty has no end in separable texts
         model.fit(train.hidden.double().numpy(), train.label.numpy())
-    return torch.from_numpy(model.predict_log_proba(test.hidden.double().numpy())).float()
+    return model
 
 
-def _held_out(train: Texts, fold_N: Tensor, penalty: float) -> float:
-    """Mean NLL over the folds, each answered from the others."""
-    losses = [nll(_regressed(rest, part, penalty), part.label) for rest, part in _parts(train, fold_N)]
-    return float(torch.cat(losses).mean())
+def _answered(model: Any, texts: Texts) -> Tensor:
+    return torch.from_numpy(model.predict_log_proba(texts.hidden.double().numpy())).float()
 
 
 def _parts(train: Texts, fold_N: Tensor) -> Iterator[tuple[Texts, Texts]]:
