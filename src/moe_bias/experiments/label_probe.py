@@ -7,8 +7,8 @@ on the labels' K tokens moves their logits `z = s (W h + o)` by `W (c + U V n(h)
 
 make the two the same, up to one shift for all labels: the layer's probabilities of the labels are the probe's. The
 shift raises the labels together, until they have `MASS` of the probability on all but a few of the texts that were
-learnt from, so that the model answers with one of them. W^+ is the pseudo-inverse of the labels' rows W (K, D) of the output
-embedding, s the scale of its logits, o its own bias.
+learnt from, so that the model answers with one of them. W^+ is the pseudo-inverse of the labels' rows W (K, D) of the
+output embedding, s the scale of its logits, o its own bias.
 
 Shapes: N texts, D hidden, K labels.
 """
