@@ -231,6 +231,20 @@ def labels(stem: str) -> str:
     )
 
 
+def labels_summary(model: str) -> str:
+    """Texts right with the most labelled ones, by set of texts and way."""
+    rows = []
+    for path in sorted(RECORDS.glob(f"labels/{model}-*.json")):
+        record = _read(path)
+        most = max(row["count"] for row in record["rows"])
+        right = {row["way"]: row["accuracy"] for row in record["rows"] if row["count"] in (0, most)}
+        rows.append({"name": path.stem.removeprefix(f"{model}-"), "count": most, "right": right})
+    ways_shown = ("zero-shot", "static", "logistic", "probe", "moe-bias")
+    columns = [ARM, Column("labelled texts", ("count",)), *(percents(f"{way}, %", "right", way) for way in ways_shown)]
+    table = replace(Table("", "", columns, rows), columns=[replace(ARM, heading="texts"), *columns[1:]])
+    return _shown(table) + "\n95% intervals over texts.\n"
+
+
 def labels_chosen(stem: str) -> str:
     """What the ways chose in cross-validation."""
     rows = [row for row in _read(RECORDS / "labels" / f"{stem}.json")["rows"] if row["count"]]
@@ -581,6 +595,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"labels-{stem}-chosen": partial(labels_chosen, stem) for stem in _LABELLED},
     **{f"headroom-{path.stem}": partial(headroom, path.stem) for path in RECORDS.glob("headroom/*.json")},
     **{f"headroom-{path.stem}-curve": partial(headroom_curve, path.stem) for path in RECORDS.glob("headroom/*.json")},
+    **{f"labels-{model}": partial(labels_summary, model) for model in {stem.rpartition("-")[0] for stem in _LABELLED}},
     "costs": costs,
     "gains": gains,
     "compare-products-variants": partial(policy_variants, "products"),
