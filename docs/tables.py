@@ -17,7 +17,6 @@ from typing import Any
 
 from moe_bias.evaluation.statistics import estimate_of, percent
 from moe_bias.report.headroom import probes
-from moe_bias.report.labels import ways
 from moe_bias.report.table import Column, Table
 from moe_bias.report.tables import (
     ARM,
@@ -31,6 +30,7 @@ from moe_bias.report.tables import (
     scores,
     solved,
     strata,
+    ways,
 )
 
 RECORDS = Path(__file__).parent.parent / "records"

@@ -45,8 +45,8 @@ from moe_bias.frozen import Frozen
 from moe_bias.mistakes import UserError, nothing_stays_without
 from moe_bias.progress import say, text_console
 from moe_bias.records import RecordKind, provenance, temporary_folder, write_json
-from moe_bias.report.labels import LEAD, ways
 from moe_bias.report.table import Table
+from moe_bias.report.tables import LEAD, ways
 from moe_bias.tasks.conversations import Corpus, Example, answer_ends, encode
 from moe_bias.tasks.labels import (
     CONTENT_FREE,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from moe_bias.evaluation.statistics import estimate_of, percent
 from moe_bias.evaluation.statistics import points as in_points
@@ -10,10 +10,7 @@ from moe_bias.experiments.labels import MAIN
 from moe_bias.report import figures
 from moe_bias.report.content import Block, Note, Plot, Topic, slug
 from moe_bias.report.record import Record
-from moe_bias.report.table import Column, Row, Table
-from moe_bias.report.tables import PARAMETERS, SEEDS, percents, points
-
-TO_ZERO_SHOT, LEAD = "to zero-shot, points", "moe-bias less it, points"
+from moe_bias.report.tables import ways
 
 
 def labels(record: Record) -> Iterator[Block]:
@@ -26,29 +23,6 @@ def labels(record: Record) -> Iterator[Block]:
     plot = Plot(slug(record.name, "accuracy"), title, drawn)
     table = ways(rows, slug(record.name, "ways"))
     yield Block(Topic.RESULT, record.name, [Note(_lead(record, most), lead=True), plot, table])
-
-
-def ways(rows: Sequence[Row], name: str = "") -> Table:
-    """Every way with every number of labelled texts."""
-    columns = [
-        Column("way", ("way",), words=True),
-        Column("labels", ("count",), "{:,}"),
-        SEEDS,
-        percents("right, %", "accuracy"),
-        points(TO_ZERO_SHOT, "change", "accuracy"),
-        points(LEAD, "lead", "accuracy"),
-        percents("ECE, %", "ece"),
-        Column("NLL, nats", ("nll",), "{:.3f}"),
-        Column("NLL, moe-bias less it", ("lead", "nll"), "{:+.3f}"),
-        PARAMETERS,
-        Column("seconds", ("seconds",), "{:,.1f}"),
-        Column("of choosing", ("search_seconds",), "{:,.1f}"),
-    ]
-    caption = (
-        "Means over seeds [95% interval over texts]; ECE: calibration error of 15 bins; changes are paired by text; "
-        "seconds of training with what was chosen, and of choosing it"
-    )
-    return Table(name, caption, columns, rows)
 
 
 def _lead(record: Record, most: int) -> str:

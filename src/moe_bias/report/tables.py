@@ -23,6 +23,9 @@ PARAMETERS = Column("parameters", ("parameters",), "{:,}")
 SEEDS = Column("seeds", ("seeds",))
 
 
+TO_ZERO_SHOT, LEAD = "to zero-shot, points", "moe-bias less it, points"
+
+
 def percents(heading: str, *place: str | int, **more: Any) -> Column:
     """A share, in percent."""
     return Column(heading, place, "{:.1f}", 100, **more)
@@ -281,3 +284,26 @@ def in_context(moment: Mapping[str, Any]) -> tuple[str, str]:
 
 def _on_one_line(text: str) -> str:
     return text.replace("\n", "↵")
+
+
+def ways(rows: Sequence[Row], name: str = "") -> Table:
+    """Every way with every number of labelled texts."""
+    columns = [
+        Column("way", ("way",), words=True),
+        Column("labels", ("count",), "{:,}"),
+        SEEDS,
+        percents("right, %", "accuracy"),
+        points(TO_ZERO_SHOT, "change", "accuracy"),
+        points(LEAD, "lead", "accuracy"),
+        percents("ECE, %", "ece"),
+        Column("NLL, nats", ("nll",), "{:.3f}"),
+        Column("NLL, moe-bias less it", ("lead", "nll"), "{:+.3f}"),
+        PARAMETERS,
+        Column("seconds", ("seconds",), "{:,.1f}"),
+        Column("of choosing", ("search_seconds",), "{:,.1f}"),
+    ]
+    caption = (
+        "Means over seeds [95% interval over texts]; ECE: calibration error of 15 bins; changes are paired by text; "
+        "seconds of training with what was chosen, and of choosing it"
+    )
+    return Table(name, caption, columns, rows)
