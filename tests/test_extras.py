@@ -67,6 +67,12 @@ def of_serving() -> None:
     refuse_without_vllm()
 
 
+def of_labels() -> None:
+    from moe_bias.experiments.label_arms import chosen_penalty
+
+    chosen_penalty(None, 2)
+
+
 USES = {
     "datasets": of_data,
     "math_verify": of_benchmarks,
@@ -74,6 +80,7 @@ USES = {
     "matplotlib": of_report,
     "openai": of_endpoint,
     "trl": of_comparison,
+    "sklearn": of_labels,
     "lm_eval": of_harness,
     "vllm": of_serving,
 }
@@ -98,7 +105,8 @@ def test_a_folder_of_the_name_is_not_the_package(tmp_path, monkeypatch):
 def test_every_extra_brings_what_it_is_named_for():
     extras = PROJECT["optional-dependencies"]
     brought = names([requirement for extra in EXTRA_OF.values() for requirement in extras[extra]])
-    assert EXTRA_OF.keys() - {"pandas"} <= brought  # which comes with datasets
+    assert EXTRA_OF.keys() - {"pandas", "sklearn"} <= brought  # pandas comes with datasets
+    assert "scikit_learn" in brought  # which is imported as sklearn
     assert not names(PROJECT["dependencies"]) & EXTRA_OF.keys()
     assert set(re.findall(r"[\w-]+", extras["all"][0])) == {"moe-bias", *extras.keys()} - {"all", "vllm"}
 

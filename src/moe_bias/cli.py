@@ -194,7 +194,7 @@ def _as_typed(command: Command) -> Iterator[None]:
 
 def _folder_held(command: Command, settings: Any) -> AbstractContextManager[None]:
     """The run's folder, where the command has one, for this run alone."""
-    if not command.writes or is_dry(settings):
+    if not command.writes or settings.output is None or is_dry(settings):
         return nullcontext()
     from moe_bias.commands.run_lock import held
 
@@ -274,7 +274,7 @@ COMMANDS = (
     Command("extract", ExtractSettings, "extract", writes=("manifest.json",), shared=True),
     Command("verify", VerifySettings, "verify", argument="STORE"),
     Command("tasks", TasksSettings, "tasks", argument="[NAME]"),
-    Command("headroom", HeadroomSettings, "headroom"),
+    Command("headroom", HeadroomSettings, "headroom", writes=("record.json",)),
     Command("sweep", SweepSettings, "sweep", writes=("table.json",)),
     Command("arms", ArmsSettings, "arms", writes=("table.json",)),
     Command("compare", CompareSettings, "compare", writes=("table.json",), shared=True),

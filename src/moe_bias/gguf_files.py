@@ -78,14 +78,24 @@ def gguf_of(name: str) -> Path | None:
         if path.suffix.lower() == SUFFIX:
             raise UserError(f"model {name!r} cannot be loaded: there is no such file")
         return None
-    with path.open("rb") as file:
-        if file.read(len(_MAGIC)) != _MAGIC:
-            raise UserError(
-                f"model {name!r} is a file, and no GGUF file, which begins with the letters GGUF; "
-                "name such a file, or a folder with a model in it"
-            )
+    if _beginning(path) != _MAGIC:
+        raise UserError(
+            f"model {name!r} is a file, and no GGUF file, which begins with the letters GGUF; "
+            "name such a file, or a folder with a model in it"
+        )
     _refuse_parts([path])
     return path
+
+
+def _beginning(path: Path) -> bytes:
+    """As many bytes as the mark of a GGUF file has; none of what is no regular file, which may not end or not begin."""
+    if not path.is_file():
+        return b""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_MAGIC))
+    except OSError as error:
+        raise UserError(f"model {str(path)!r} cannot be read: {reason_of(error)}") from error
 
 
 def is_converted(file: Path, cache_folder: Path) -> bool:

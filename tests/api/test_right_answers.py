@@ -306,7 +306,10 @@ def test_held_out_sums_are_those_of_problems():
             "--samples measured --samples-of adapter",
             "the right answers of 'adapter' in measured has 1 problems with right answers; at least 3 are needed, one",
         ),
-        ("--samples old", "--samples 'old' has no problems.jsonl: it was measured before prompts were kept; give its"),
+        (
+            "--samples old",
+            "--samples 'old' has no problems.jsonl: it was measured before prompts were kept; evaluating",
+        ),
         (
             "--samples rl",
             "--samples 'rl' is not the folder of a finished moe-bias eval, which alone keeps every sample",

@@ -40,7 +40,7 @@ def test_command_and_call_leave_the_same_record(folder, capsys):
     assert record["verdict"] == report.title
     assert record["settings"]["top"] == 20
     assert " ".join(report.title.split()) in " ".join(printed.split())
-    assert [row[""].split(",")[0].removesuffix(" (best)") for row in report.rows()][:5] == [
+    assert [row["probe"].split(",")[0].removesuffix(" (best)") for row in report.rows()][:5] == [
         *("base", "static", "moe-bias", "network", "choice")
     ]
     assert len(report.rows()) <= 10

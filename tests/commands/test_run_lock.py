@@ -56,6 +56,8 @@ def words_of(command: str, model: str) -> list[str]:
         "compare": "--output out",
         "analyze": "--data rows.jsonl --features kept --adapter adapter --output out",
         "eval": "--data rows.jsonl --output out",
+        "labels": "--data rows.jsonl --output out",
+        "headroom": "--data rows.jsonl --features kept --output out",
         "report": "nothing --output out",
     }
     named = [] if command == "report" else ["--model", model]

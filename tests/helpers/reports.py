@@ -27,9 +27,13 @@ def evaluation() -> dict:
     arm = {
         **{"name": "base", "parameters": None, "accuracy": ESTIMATE, "pass_at": {"2": ESTIMATE}, "majority": None},
         **{"tokens": ESTIMATE, "sampled_tokens": 77, "cut": 0.25, "failures": {"unparseable": 0.5}, "groups": group},
-        "change": {},
+        **{"change": {}, "token_share": None},
+        "at_limits": [
+            {"limit": limit, "accuracy": ESTIMATE, "tokens": limit - 5.0, "change": None} for limit in (40, 80)
+        ],
     }
-    adapted = {**arm, "name": "mine", "parameters": 74_754, "change": {"base": CHANGE}}
+    changed = [{**point, "change": CHANGE} for point in arm["at_limits"]]
+    adapted = {**arm, "name": "mine", "parameters": 74_754, "change": {"base": CHANGE}, "at_limits": changed}
     problems = {"name": "amc23", "count": 7, "digest": "d"}
     protocol = {"samples": 2, "temperature": 0.6, "prompt_template": "{question}"}
     return {"problems": problems, "protocol": protocol, "arms": [arm, adapted], "seconds": 3.0, **SETTINGS}

@@ -13,7 +13,7 @@ from moe_bias.api.arguments import config_of, refuse_other_base
 from moe_bias.api.data import refuse_other_data
 from moe_bias.api.reports import WIDTH, Curve, Report
 from moe_bias.config import OWN_SUPPORT, SFTConfig
-from moe_bias.evaluation.statistics import Estimate
+from moe_bias.evaluation.statistics import Estimate, with_interval
 from moe_bias.experiments.headroom import (
     BASE,
     LAYER,
@@ -29,6 +29,7 @@ from moe_bias.experiments.learning_curve import SATURATED_NATS, Forecast
 from moe_bias.frozen import Frozen
 from moe_bias.mistakes import UserError, read_json
 from moe_bias.records import RecordKind, provenance, write_json
+from moe_bias.report.table import Table
 from moe_bias.training.data import Data
 from moe_bias.training.sft import refuse_impossible, stored_parts
 
@@ -82,10 +83,13 @@ class Headroom(Report):
         """The table and the curve, then the notes."""
         return super()._repr_html_() + "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
 
-    def rows(self) -> list[dict[str, str]]:
+    @property
+    def table(self) -> Table:
         """A row for each probe, and for what more tokens are expected to bring to the layer."""
         rows = [_row(probe, is_best=probe.name == self.findings.best) for probe in self.findings.probes]
-        return rows + [_expected(tokens, nll) for tokens, nll in sorted(self.findings.forecast.nll.items())]
+        rows += [_expected(tokens, nll) for tokens, nll in sorted(self.findings.forecast.nll.items())]
+        headings = ["probe", "held-out NLL", "change", "of high entropy", "right there"]
+        return Table.of_texts("", "", headings, rows)
 
     def record(self) -> dict[str, Any]:
         """What the record holds beside settings and provenance."""
@@ -209,25 +213,21 @@ def _rounded(tokens: float) -> str:
     return f"{float(f'{tokens:.1e}'):,.0f}"
 
 
-def _row(probe: Probe, is_best: bool) -> dict[str, str]:
-    is_base = probe.name == BASE
-    return {
-        "": f"{probe.name} (best)" if is_best else probe.name,
-        "held-out NLL": _plain(probe.nll["all"]) if is_base else f"{probe.nll['all'].value:.3f}",
-        "change": "" if is_base else _signed(probe.change["all"]),
-        "of high entropy": "" if is_base else f"{probe.change['high'].value:+.3f}",
-        "right there": f"{probe.picked.value:.0%}",
-    }
+def _row(probe: Probe, is_best: bool) -> list[str]:
+    name, right = f"{probe.name} (best)" if is_best else probe.name, f"{probe.picked.value:.0%}"
+    if probe.name == BASE:
+        return [name, _plain(probe.nll["all"]), "", "", right]
+    nll, of_high = f"{probe.nll['all'].value:.3f}", f"{probe.change['high'].value:+.3f}"
+    return [name, nll, _signed(probe.change["all"]), of_high, right]
 
 
-def _expected(tokens: int, nll: Estimate) -> dict[str, str]:
-    empty = dict.fromkeys(("change", "of high entropy", "right there"), "")
-    return {"": f"{LAYER}, {tokens:,} tokens, expected", "held-out NLL": _plain(nll), **empty}
+def _expected(tokens: int, nll: Estimate) -> list[str]:
+    return [f"{LAYER}, {tokens:,} tokens, expected", _plain(nll), "", "", ""]
 
 
 def _plain(value: Estimate) -> str:
-    return f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]"
+    return with_interval(value, "{:.3f}")
 
 
 def _signed(value: Estimate) -> str:
-    return f"{value.value:+.3f} [{value.low:+.3f}, {value.high:+.3f}]"
+    return with_interval(value, "{:+.3f}")

@@ -164,8 +164,8 @@ def _record(folder: Path) -> dict[str, Any]:
 def _prompts(folder: Path) -> dict[str, str]:
     if not (folder / PROMPTS_FILE).is_file():
         raise UserError(
-            f"`samples` {str(folder)!r} has no {PROMPTS_FILE}: it was measured before prompts were kept; give its "
-            "command again, which writes them down and samples nothing anew"
+            f"`samples` {str(folder)!r} has no {PROMPTS_FILE}: it was measured before prompts were kept; "
+            "evaluating into it again writes them down and samples nothing anew"
         )
     return read_prompts(folder)
 
