@@ -88,10 +88,10 @@ def gguf_of(name: str) -> Path | None:
 
 
 def _beginning(path: Path) -> bytes:
-    """As many bytes as the mark of a GGUF file has; none of what is no regular file, which may not end or not begin."""
-    if not path.is_file():
-        return b""
+    """As many bytes as the mark of a GGUF file has; none of what has no size, whose reading may never begin."""
     try:
+        if not path.is_file() or path.stat().st_size < len(_MAGIC):
+            return b""
         with path.open("rb") as file:
             return file.read(len(_MAGIC))
     except OSError as error:
