@@ -9,7 +9,6 @@ records give the same bytes.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,10 +19,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from figure_text import LINE, svg_text
+from figure_text import FIGURES, LINE, write_figures
 
 ROOT = Path(__file__).parent.parent
-FIGURES = ROOT / "docs" / "figures"
 RECORDS = ROOT / "records" / "compare"
 ARMS = {
     "moe-bias": ("MoE-Bias, RL", "#0072B2", "-"),
@@ -41,25 +39,12 @@ PANELS = {
 Curve = list[tuple[int, dict[str, float]]]
 
 
-def main() -> None:
-    """Writes the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--png", type=Path, help="folder for images to look at, in place of the figures")
-    options = parser.parse_args()
-    for path, text in figures():
-        if options.png:
-            task = path.stem.removeprefix("rl-or-sft-")
-            drawn(task, curves(task)).savefig(options.png / f"{path.stem}.png", dpi=130)
-        else:
-            path.write_text(text, encoding="utf-8")
-
-
-def figures() -> Iterator[tuple[Path, str]]:
-    """The figures of all tasks that there are records of, as path and text."""
+def figures() -> Iterator[tuple[Path, Figure]]:
+    """The figures of all tasks that there are records of, by the path of each."""
     for task in PANELS:
         found = curves(task)
         if found:
-            yield FIGURES / f"rl-or-sft-{task}.svg", svg_text(drawn(task, found))
+            yield FIGURES / f"rl-or-sft-{task}.svg", drawn(task, found)
 
 
 def curves(task: str) -> dict[str, list[Curve]]:
@@ -100,4 +85,4 @@ def _line(axes: Axes, seeds: list[Curve], name: str, label: str, colour: str, st
 
 
 if __name__ == "__main__":
-    main()
+    write_figures(__doc__, figures())

@@ -8,7 +8,6 @@ records give the same bytes.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,10 +17,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from figure_text import svg_text
+from figure_text import FIGURES, LINE, write_figures
 
 ROOT = Path(__file__).parent.parent
-FIGURES = ROOT / "docs" / "figures"
 RECORDS = ROOT / "records" / "labels"
 WAYS = {
     "zero-shot": ("zero-shot", "#8C8C8C", "-"),
@@ -37,22 +35,10 @@ SETS = ("questions", "sms", "movies", "syllogism")
 Record = dict[str, Any]
 
 
-def main() -> None:
-    """Writes the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--png", type=Path, help="folder for images to look at, in place of the figures")
-    options = parser.parse_args()
-    for path, text in figures():
-        if options.png:
-            drawn(found(path.stem.removeprefix("labels-"))).savefig(options.png / f"{path.stem}.png", dpi=130)
-        else:
-            path.write_text(text, encoding="utf-8")
-
-
-def figures() -> Iterator[tuple[Path, str]]:
-    """The figures of all models that there are records of, as path and text."""
+def figures() -> Iterator[tuple[Path, Figure]]:
+    """The figures of all models that there are records of, by the path of each."""
     for model in models():
-        yield FIGURES / f"labels-{model}.svg", svg_text(drawn(found(model)))
+        yield FIGURES / f"labels-{model}.svg", drawn(found(model))
 
 
 def models() -> list[str]:
@@ -80,7 +66,7 @@ def drawn(records: dict[str, Record]) -> Figure:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xticklabels([f"{count:,}" for count in counts])
         axes.set_xlabel("labelled texts")
-        axes.grid(which="major", color="#DDDDDD", linewidth=0.6)
+        axes.grid(which="major", color=LINE, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in panels[len(records) :]:
         axes.set_visible(False)
@@ -103,4 +89,4 @@ def _line(axes: Axes, rows: list[dict[str, Any]], label: str, colour: str, style
 
 
 if __name__ == "__main__":
-    main()
+    write_figures(__doc__, figures())

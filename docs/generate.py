@@ -30,6 +30,7 @@ import draw_curves
 import draw_growth
 import draw_labels
 import moe_bias
+from figure_text import svg_text
 from moe_bias import _HOMES
 from moe_bias.cli import COMMANDS, GROUPS, PROGRAM, build_parser, is_passed_on
 from moe_bias.commands.sources import PARTS, part_of
@@ -190,8 +191,8 @@ def pages() -> Iterator[tuple[Path, str]]:
     yield PAGE, page()
     yield REFERENCE, reference()
     yield draw_growth.FIGURE, draw_growth.svg(draw_growth.newest())
-    yield from draw_curves.figures()
-    yield from draw_labels.figures()
+    for figure_path, figure in chain(draw_curves.figures(), draw_labels.figures()):
+        yield figure_path, svg_text(figure)
     for path in written_pages():
         yield path, filled(path.read_text(encoding="utf-8"))
 
