@@ -13,6 +13,7 @@ from pydantic_settings import CliPositionalArg, NoDecode
 from moe_bias.commands.option_types import Kinds, Names, PositiveInts, option, split_at_commas
 from moe_bias.commands.training_settings import TextSettings
 from moe_bias.config import BUNDLED_MODEL, HIGHEST_RANK, Config, EvalConfig, ModelConfig, TaskConfig, not_empty
+from moe_bias.config.base import each_once
 from moe_bias.limits import LONGEST_ANSWER
 from moe_bias.variables import ServingVariables
 
@@ -115,10 +116,7 @@ class EvalSettings(EvalConfig, ModelConfig):
     @field_validator("adapter", "endpoint_model", "strength")
     @classmethod
     def _each_once(cls, names: list[Any]) -> list[Any]:
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"{name!r} stands there twice")
-        return names
+        return each_once(names)
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

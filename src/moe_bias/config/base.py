@@ -39,6 +39,14 @@ def not_empty(value: object) -> object:
     return value
 
 
+def each_once(values: list[Any]) -> list[Any]:
+    """For a list: none of its values may stand there twice."""
+    for value in values:
+        if values.count(value) > 1:
+            raise ValueError(f"{value!r} stands there twice")
+    return values
+
+
 def _plain(value: object) -> object:
     """NumPy's whole numbers as Python's."""
     return value.__index__() if hasattr(value, "__index__") and not isinstance(value, bool) else value

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from moe_bias.config.base import Config, WholeNumber
+from moe_bias.config.base import Config, WholeNumber, each_once
 
 LabelArm = Literal["zero-shot", "contextual", "divided", "static", "logistic", "probe", "moe-bias", "lora"]
 """Ways to choose among labels; `moe_bias.experiments.label_arms` says what each is."""
@@ -51,7 +51,4 @@ class LabelsConfig(Config):
     @field_validator("label_counts", "seeds", "arms", "lora_counts", "lora_seeds", "lora_rates")
     @classmethod
     def _each_once(cls, values: list[object]) -> list[object]:
-        for value in values:
-            if values.count(value) > 1:
-                raise ValueError(f"{value!r} stands there twice")
-        return values
+        return each_once(values)
