@@ -16,7 +16,6 @@ from statistics import median
 from typing import Any
 
 from moe_bias.evaluation.statistics import estimate_of, percent
-from moe_bias.report.headroom import probes
 from moe_bias.report.table import Column, Table
 from moe_bias.report.tables import (
     ARM,
@@ -27,6 +26,7 @@ from moe_bias.report.tables import (
     likelihoods,
     percents,
     points,
+    probes,
     scores,
     solved,
     strata,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
@@ -30,6 +30,7 @@ from moe_bias.frozen import Frozen
 from moe_bias.mistakes import UserError, read_json
 from moe_bias.records import RecordKind, provenance, write_json
 from moe_bias.report.table import Table
+from moe_bias.report.tables import probes
 from moe_bias.training.data import Data
 from moe_bias.training.sft import refuse_impossible, stored_parts
 
@@ -86,10 +87,8 @@ class Headroom(Report):
     @property
     def table(self) -> Table:
         """A row for each probe, and for what more tokens are expected to bring to the layer."""
-        rows = [_row(probe, is_best=probe.name == self.findings.best) for probe in self.findings.probes]
-        rows += [_expected(tokens, nll) for tokens, nll in sorted(self.findings.forecast.nll.items())]
-        headings = ["probe", "held-out NLL", "change", "of high entropy", "right there"]
-        return Table.of_texts("", "", headings, rows)
+        shown = ("probe", "held-out NLL", "change", "of high entropy", "right there, %")
+        return replace(probes(self.record()).only(*shown), caption="")
 
     def record(self) -> dict[str, Any]:
         """What the record holds beside settings and provenance."""
@@ -211,18 +210,6 @@ def _outlook(seen: Forecast, tokens: int) -> str:
 def _rounded(tokens: float) -> str:
     """Two digits are more than is known."""
     return f"{float(f'{tokens:.1e}'):,.0f}"
-
-
-def _row(probe: Probe, is_best: bool) -> list[str]:
-    name, right = f"{probe.name} (best)" if is_best else probe.name, f"{probe.picked.value:.0%}"
-    if probe.name == BASE:
-        return [name, _plain(probe.nll["all"]), "", "", right]
-    nll, of_high = f"{probe.nll['all'].value:.3f}", f"{probe.change['high'].value:+.3f}"
-    return [name, nll, _signed(probe.change["all"]), of_high, right]
-
-
-def _expected(tokens: int, nll: Estimate) -> list[str]:
-    return [f"{LAYER}, {tokens:,} tokens, expected", _plain(nll), "", "", ""]
 
 
 def _plain(value: Estimate) -> str:

@@ -307,3 +307,27 @@ def ways(rows: Sequence[Row], name: str = "") -> Table:
         "seconds of training with what was chosen, and of choosing it"
     )
     return Table(name, caption, columns, rows)
+
+
+def probes(content: Mapping[str, Any], name: str = "") -> Table:
+    """What each probe of a record was measured to do, and what more tokens are expected to bring to the layer."""
+    rows: list[Row] = []
+    for probe in content["probes"]:
+        title = f"{probe['name']} (best)" if probe["name"] == content["best"] else probe["name"]
+        rows.append({**probe, "name": title, "change": probe["change"] if probe["parameters"] else {}})
+    for tokens, nll in sorted(content["forecast"]["nll"].items(), key=lambda expected: int(expected[0])):
+        rows.append({"name": f"moe-bias, {int(tokens):,} tokens, expected", "nll": {"all": nll}})
+    columns = [
+        Column("probe", ("name",), words=True),
+        PARAMETERS,
+        Column("held-out NLL", ("nll", "all"), "{:.3f}"),
+        Column("change", ("change", "all"), "{:+.3f}"),
+        Column("of high entropy", ("change", "high"), "{:+.3f}"),
+        Column("of low entropy", ("change", "low"), "{:+.3f}"),
+        percents("right there, %", "picked"),
+    ]
+    caption = (
+        "NLL in nats per token [95% interval over examples], paired change to the base, and how often the answer's "
+        "token is the likeliest one at high entropy; what is expected has its interval over learning curves"
+    )
+    return Table(name, caption, columns, rows)
