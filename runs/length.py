@@ -1,6 +1,6 @@
-"""The parts of runs/length.sh that are no commands: its plan, rivals by hand and with LoRA, copies at strengths.
+"""The parts of runs/length.sh that are no commands: its plan, a rival by hand, copies at strengths.
 
-uv run python runs/length.py plan|hand|lora|strengths|named ...
+uv run python runs/length.py plan|hand|strengths|named ...
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import moe_bias as mb
-from moe_bias.experiments.lora import Budget, LoRAChoices, lora_on, train_lora
 
 HESITATION = ("Let", "Now", "Next", "First", "Then", "Therefore", "Thus", "So", "Wait", "However", "Actually", "To")
 """What answers to word problems begin a sentence with that could be left out."""
@@ -29,25 +28,19 @@ def main() -> None:
         planned.add_argument(f"--{name}", type=int, required=True)
     planned.add_argument("--strengths", required=True)
     by_hand = parts.add_parser("hand", help="saves a static bias on words of hesitation")
-    by_lora = parts.add_parser("lora", help="saves LoRA trained on the shortest right answers")
     copies = parts.add_parser("strengths", help="saves adapters at other strengths and prints the copies' names")
     named = parts.add_parser("named", help="a server's record with the copies' rows named and marked as strengths")
-    for part in (by_hand, by_lora, copies):
+    for part in (by_hand, copies):
         part.add_argument("model")
         part.add_argument("--dtype", default="auto")
-    by_lora.add_argument("samples", type=Path)
-    by_lora.add_argument("--features", required=True)
-    by_lora.add_argument("--seed", type=int, default=0)
-    by_lora.add_argument("--passes", type=int, default=2)
-    for part in (by_hand, by_lora):
-        part.add_argument("output", type=Path)
+    by_hand.add_argument("output", type=Path)
     copies.add_argument("adapters", type=Path)
     copies.add_argument("names", nargs="+")
     copies.add_argument("--strengths", required=True)
     named.add_argument("record", type=Path)
     named.add_argument("output", type=Path)
     options = parser.parse_args()
-    {"plan": plan, "hand": hand, "lora": lora, "strengths": strengths, "named": rename}[options.part](options)
+    {"plan": plan, "hand": hand, "strengths": strengths, "named": rename}[options.part](options)
 
 
 def plan(options: argparse.Namespace) -> None:
@@ -91,19 +84,6 @@ def hand(options: argparse.Namespace) -> None:
             biases[word] = BIAS
     mb.save(mb.static_bias(base, biases), options.output, base)
     print(f"{BIAS:+g} on {', '.join(map(str, biases))}")
-
-
-def lora(options: argparse.Namespace) -> None:
-    """LoRA on the examples that `train sft --samples-take shortest` trains a layer on."""
-    base = mb.load(options.model, dtype=options.dtype)
-    answers = mb.right_answers(options.samples, samples_take="shortest")
-    data = mb.extract(base, answers, seed=options.seed, keep=options.features)
-    train, _ = data.examples()
-    budget = Budget(options.passes * sum(len(example.completion_ids) for example in train), "tokens")
-    with lora_on(base.model, LoRAChoices().rank, options.seed) as adapted:
-        report = train_lora(adapted, train, LoRAChoices(), budget, options.seed, "LoRA on the shortest right answers")
-        adapted.save_pretrained(str(options.output))
-    print(f"{report.parameters:,} parameters, {report.tokens:,} tokens, {report.seconds:,.0f} s")
 
 
 def strengths(options: argparse.Namespace) -> None:

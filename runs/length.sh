@@ -83,7 +83,8 @@ for take in all shortest; do
 done
 has_adapter hand || run python runs/length.py hand "$model" "$out/adapters/hand" --dtype "$DTYPE"
 if [ "$LORA" = 1 ] && [ ! -f "$out/lora/adapter_config.json" ]; then
-  run python runs/length.py lora "$model" "$out/samples" "$out/lora" --features "$out/features/short" --dtype "$DTYPE" --seed "$SEED"
+  run python runs/lora_answers.py "$model" "$out/samples" "$out/lora" --take shortest --passes 2 --features "$out/features/short" \
+    --dtype "$DTYPE" --seed "$SEED"
 fi
 
 # Rewards in which tokens cost, all from the same start.
