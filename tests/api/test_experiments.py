@@ -4,8 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import moe_bias as mb
+from moe_bias.adapter.saved import WEIGHTS_FILE
 from moe_bias.cli import main
 
 OPTIONS = "--model model --device cpu --data rows.jsonl --support auto:40 --held-out 0.3 --batch-tokens 8 --epochs 2"
@@ -24,6 +27,7 @@ class Sums:
         right = [len(text) % 2 == 0 for text in completions]
         return [mb.Verdict("correct" if one else "wrong", None, float(one)) for one in right]
 """
+FOLDERS = ("of-python", "of-the-command")
 MEASURED_BY_THE_CLOCK = ("seconds", "updating_share", "peak_bytes")
 
 
@@ -98,6 +102,9 @@ def test_a_comparison_by_rewards_is_that_of_the_command(base, prepared_folder):
         assert ours["accuracy"].keys() - theirs["accuracy"].keys() == {"shifted", "shifted before"}
         for name in ("by_seed", "change", "parameters", "sampled_tokens", "seeds"):
             assert ours[name] == theirs[name]
+    first, second = (load_file(f"{folder}/adapters/moe-bias-seed1/{WEIGHTS_FILE}") for folder in FOLDERS)
+    assert all(torch.equal(first[name], second[name]) for name in first | second)
+    assert mb.load_layer("of-python/adapters/static-seed0", base).config.num_experts == 1
     assert [step["step"] for step in report.curve] == [0, 1, 2]
     assert set(report.curve[2]) == {"step", "static", "moe-bias"}
     assert report.curve[2]["moe-bias"] == pytest.approx(report["moe-bias"].accuracy["held out"].value)

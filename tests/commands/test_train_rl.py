@@ -11,6 +11,7 @@ import moe_bias as mb
 from helpers.saved import save_adapter
 from helpers.training_processes import ADAPTER, start_command
 from moe_bias.adapter import read_adapter
+from moe_bias.adapter.saved import adapter_of_any_method
 from moe_bias.cli import main
 from moe_bias.config import TaskConfig
 from moe_bias.training.problems import task_of
@@ -201,6 +202,8 @@ def test_compare_runs_arms_once_and_prints_them(ground, capsys):
     rows = json.loads((ground / "out" / "table.json").read_text())["rows"]
     assert [row["name"] for row in rows] == ["base", "first-token", "static", "moe-bias"]
     assert rows[1]["parameters"] < rows[3]["parameters"]
+    kept = sorted(path.name for path in (ground / "out" / "adapters").iterdir())
+    assert kept == ["moe-bias-seed0", "static-seed0"]
     assert main([*words[:-1], "base,stat"]) == 2
     assert "--arms has 'stat', which is none of base, first-token" in capsys.readouterr().err
 
@@ -230,6 +233,8 @@ def test_compare_goes_on_from_one_supervised_phase_of_lora(ground, capsys):
     assert arms["lora-sft-seed0"]["sampled_tokens"] == arms["moe-bias-sft-seed0"]["sampled_tokens"] == 0
     assert all([step for step, _ in arm["curve"]] == [0, 1, 2] for arm in arms.values())
     assert all(len(arm["tokens"]["held out"]) == len(arm["right"]["held out"]) == 4 for arm in arms.values())
+    kept = {path.name: adapter_of_any_method(path)[1] for path in (ground / "out" / "adapters").iterdir()}
+    assert kept == {"lora-seed0": "LORA", "lora-sft-seed0": "LORA", "moe-bias-sft-seed0": "MOE_BIAS"}
 
 
 @pytest.mark.parametrize(

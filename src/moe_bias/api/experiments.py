@@ -44,6 +44,8 @@ from moe_bias.training.run_folder import begin, refuse_other_settings
 from moe_bias.training.sft import refuse_impossible
 
 TABLE_FILE = "table.json"
+ADAPTERS = "adapters"
+"""Folder of the adapters that arms trained by rewards leave beside their records."""
 SEEDS = (0, 1, 2)
 Axes = str | Mapping[str, Sequence[Any]]
 """Fields of `SFTConfig` with the values of each, as in `{"num_experts": [4, 16]}` or "num_experts=4,16"."""
@@ -123,7 +125,9 @@ def compare(
     Each begins with a supervised phase on `warm_problems` worked answers, has the same problems, steps and samples, and
     is measured by its greedy answers to others; on those of a `shifted` task too, of which nothing is trained on. Each
     is trained with each of the `seeds`; `reward` and `rewards` are those of `train_rl`. In `output` every arm leaves
-    its record, and the same call runs those that are missing; without it nothing stays.
+    its record and, in the folder `adapters` there, what it trained, for `evaluate` to measure further ("first-token"
+    alone leaves none: an adapter acts on every token); the same call runs the arms that are missing. Without it nothing
+    stays.
 
     Raises UserError on arms that there are not or that could not be run to their end, on a task with too few problems,
     on a reward that fails on a first sample, and where `output` holds arms of other settings; Interrupted on Ctrl-C,
@@ -209,7 +213,7 @@ def compared(
     def stage() -> Stage:
         begin(folder, made_with, {})
         refuse_unfit_lora(chosen, config)
-        return prepare_stage(*drawn(), rewards, config, chosen)
+        return prepare_stage(*drawn(), rewards, config, chosen, folder / ADAPTERS)
 
     def run(name: str, seed: int) -> Outcome[PolicyArm]:
         ready = stage()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
+from moe_bias.adapter import save_layer
 from moe_bias.config import CompareConfig
 from moe_bias.experiments.grid import with_changes
 from moe_bias.experiments.grpo_lora import train_grpo_lora
@@ -38,7 +41,7 @@ from moe_bias.features.extract import Features, run_backbone, with_scalars
 from moe_bias.features.source import Subset
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.mistakes import UserError
-from moe_bias.records import peak_bytes
+from moe_bias.records import peak_bytes, whole_folder
 from moe_bias.rollout.policy import Policy
 from moe_bias.tasks.conversations import ask, encode_prompt
 from moe_bias.tasks.rewards import Rewards
@@ -70,9 +73,14 @@ def refuse_unfit_lora(names: Sequence[str], config: CompareConfig) -> None:
 
 
 def prepare_stage(
-    ground: TaskData, shifted: Shifted | None, rewards: Rewards, config: CompareConfig, names: Sequence[str]
+    ground: TaskData,
+    shifted: Shifted | None,
+    rewards: Rewards,
+    config: CompareConfig,
+    names: Sequence[str],
+    adapters: Path,
 ) -> Stage:
-    """The frozen model and all problems, which are the same for all seeds.
+    """The frozen model and all problems, which are the same for all seeds; arms leave their adapters in `adapters`.
 
     Raises UserError where an arm of these names could not be run to its end.
     """
@@ -86,7 +94,7 @@ def prepare_stage(
         task, problems = shifted
         prompts = [encode_prompt(ask(problem.question), ground.tokenizer) for problem in problems]
         tests[SHIFTED] = (task, Curriculum(list(problems), prompts))
-    return Stage(ground, tests, rewards, with_changes(config, {"seed": 0}))
+    return Stage(ground, tests, rewards, with_changes(config, {"seed": 0}), adapters)
 
 
 @dataclass(frozen=True)
@@ -100,6 +108,7 @@ class Stage:
     tests: dict[str, tuple[Task, Curriculum]]
     rewards: Rewards
     settings: CompareConfig
+    adapters: Path
     lora_starts: dict[int, _LoRAStart] = field(default_factory=dict)
 
     @cached_property
@@ -142,6 +151,8 @@ class Stage:
             watching = Watching(copies.take, settings.evaluate_every)
             position = PolicyTrainer(layer, self.ground.head, collector, settings, watching).run()
             spent = position.sampled_tokens, position.seconds, position.update_seconds
+        if not settings.first_token_only:  # an adapter acts on every token
+            save_layer(layer, self._adapter(name, settings), self.ground.model)
         answers = self._answers([policy_of(layer, self.ground.head) for layer in copies.layers], settings)
         points = list(zip(evaluated_steps(settings), answers, strict=True))
         parameters = layer.config.num_parameters(layer.hidden_size, layer.vocab_size)
@@ -205,7 +216,14 @@ class Stage:
 
             train = self._lora_supervised if name == LORA_SUPERVISED else self._lora_rewarded
             parameters, spent = train(name, adapted, settings, measure)
+            folder = self._adapter(name, settings)
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before its record
+            with whole_folder(folder) as beside:
+                adapted.save_pretrained(beside)
         return self._measured(name, settings.seed, parameters, start.seconds, spent, points)
+
+    def _adapter(self, name: str, settings: CompareConfig) -> Path:
+        return self.adapters / f"{name}-seed{settings.seed}"
 
     def _lora_start(self, adapted: Any, on_lora: Stage, settings: CompareConfig) -> _LoRAStart:
         """Brings fresh LoRA weights through the supervised phase, or to where it led the last arm of this seed."""
