@@ -23,7 +23,7 @@ MOE_BIAS=${MOE_BIAS:-uv run moe-bias}
 
 common() {
   echo "--model $model --dtype $DTYPE --problems $data/gsm8k_train.jsonl --train-problems $TRAIN --test-problems 32 --resamples 0
-    --steps $STEPS --prompts $PROMPTS --group $GROUP --max-new-tokens $LIMIT --evaluate-every $((STEPS + 1)) --seed ${1#*:}"
+    --steps $STEPS --prompts $PROMPTS --group $GROUP --max-new-tokens $LIMIT --evaluate-every $((STEPS + 1))"
 }
 arm() { # NAME:SEED
   local name=${1%:*} seed=${1#*:} parts=()
@@ -34,24 +34,25 @@ arm() { # NAME:SEED
     static) parts=(--experts free --num-experts 1 --top-k 1 --no-entropy-gate --optimizer sgd --expert-rate 1 --router-rate 0.02) ;;
     lora*)
       # shellcheck disable=SC2046
-      [ -e "$out/lora/arms/$name-seed$seed.json" ] || $MOE_BIAS compare $(common "$1") --warm-problems 0 --arms "$name" --seeds "$seed" \
+      [ -e "$out/lora/arms/$name-seed$seed.json" ] || $MOE_BIAS compare $(common) --warm-problems 0 --arms "$name" --seeds "$seed" \
         --lora-rate "$LORA_RATE" --lora-batch-size "$LORA_ROWS" --output "$out/lora"
       return ;;
     *) echo "no arm is called $name" >&2; return 2 ;;
   esac
   # shellcheck disable=SC2046
-  [ -e "$out/adapters/$name-seed$seed/record.json" ] || $MOE_BIAS train rl $(common "$1") --show-every "$STEPS" "${parts[@]}" \
+  [ -e "$out/adapters/$name-seed$seed/record.json" ] || $MOE_BIAS train rl $(common) --seed "$seed" --show-every "$STEPS" "${parts[@]}" \
     --output "$out/adapters/$name-seed$seed"
 }
 answers() { # NAME FILE ARGUMENTS...
-  local adapters=()
+  local adapters=() one
   for one in $ARMS; do
     local folder=adapters
     [ "${one#lora}" = "$one" ] || folder=lora/adapters
     adapters+=("$out/$folder/${one%:*}-seed${one#*:}")
   done
-  local IFS=,
-  [ -e "$out/$1/record.json" ] || $MOE_BIAS eval --model "$model" --dtype "$DTYPE" --data "$data/$2.jsonl" --adapter "${adapters[*]}" \
+  local joined
+  joined=$(IFS=, && echo "${adapters[*]}")
+  [ -e "$out/$1/record.json" ] || $MOE_BIAS eval --model "$model" --dtype "$DTYPE" --data "$data/$2.jsonl" --adapter "$joined" \
     --batch-size "$ROWS" --output "$out/$1" "${@:3}"
 }
 logged() { # NAME COMMAND...: its output goes to a file, and is shown where it fails

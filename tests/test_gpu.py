@@ -11,6 +11,7 @@ from moe_bias.config import LayerConfig, SFTConfig
 from moe_bias.evaluation.likelihood import token_nll
 from moe_bias.features.extract import run_backbone, with_scalars
 from moe_bias.layer import MoEBiasLayer
+from moe_bias.rollout import decoding, fixed
 from moe_bias.rollout.answers import greedy_answers
 from moe_bias.rollout.policy import base_policy, layer_policy
 from moe_bias.rollout.sampler import SamplingChoices
@@ -44,7 +45,7 @@ def test_features_training_and_answers_on_the_gpu():
     layer = MoEBiasLayer(
         LayerConfig(experts="free", num_experts=4, support=tuple(SUPPORT)), head.hidden_size, head.vocab_size
     ).cuda()
-    fit(layer, features, head, SFTConfig(epochs=40, expert_rate=0.5), "test")
+    fit(layer, features, head, SFTConfig(epochs=400, expert_rate=0.5), "test")
     assert token_nll(layer, features, head).mean() < token_nll(None, features, head).mean() - 1
     base, adapted = greedy_answers(
         model,
@@ -75,3 +76,18 @@ def test_what_a_sampler_on_the_gpu_keeps_is_what_extraction_on_the_cpu_gives():
     assert rollouts.features.token.tolist() == expected.token.tolist()
     torch.testing.assert_close(rollouts.features.hidden, expected.hidden, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(rollouts.features.entropy, expected.entropy, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+def test_a_graph_gives_the_samples_of_rows_that_move(name, monkeypatch):
+    model = tiny_model(name).double().cuda()
+    head = find_head(model)[1]
+    layer = MoEBiasLayer(LayerConfig(experts="free", num_experts=4, support=tuple(SUPPORT)), head.hidden_size, 97)
+    randomise(layer)
+    choices = SamplingChoices(temperature=1.0, max_new_tokens=40, group=9, batch_size=3, stop_ids=[2, 11, 30])
+    assert fixed.goes_into_a_graph(model, 40)
+    found = TransformersSampler(model, head).sample([[5, 6, 7], [9], [12, 13]], layer.cuda(), choices, 0)
+    monkeypatch.setattr(decoding, "goes_into_a_graph", lambda model, limit: False)
+    expected = TransformersSampler(model, head).sample([[5, 6, 7], [9], [12, 13]], layer.cuda(), choices, 0)
+    assert found.answers == expected.answers
+    torch.testing.assert_close(found.features.hidden, expected.features.hidden)

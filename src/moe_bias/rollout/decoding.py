@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from moe_bias.backbone import captured_hidden
 from moe_bias.limits import refuse_beyond_memory
 from moe_bias.progress import Meter
 from moe_bias.rollout.cache import roomy_cache
+from moe_bias.rollout.fixed import FixedRows, goes_into_a_graph
 
 Choose = Callable[[Tensor, Tensor, int], Tensor]
 """From hidden states (B, D), the rows' numbers (B,) and the count of tokens before it to the next token (B,)."""
@@ -54,20 +56,26 @@ class TextAnswer:
 
 @dataclass
 class _Rows:
-    """The rows still running: their number, cache, attention mask (B, L) and next token (B,)."""
+    """The rows still running: their number (B,), cache and attention mask (B, L)."""
 
+    model: nn.Module
     number: Tensor
     cache: Cache
     mask: Tensor
-    token: Tensor
 
-    def keep(self, alive_B: Tensor) -> None:
-        """Drops the others; the last rows take the places that come free, so that few are moved."""
+    def keep(self, alive_B: Tensor) -> Tensor:
+        """Drops the others, and returns the order of those that stay: the last take the places that come free."""
         kept = alive_B.nonzero().squeeze(-1)
         order = torch.arange(len(kept), device=kept.device)
         order[~alive_B[: len(kept)]] = kept[kept >= len(kept)]
-        self.number, self.mask, self.token = self.number[order], self.mask[order], self.token[order]
+        self.number, self.mask = self.number[order], self.mask[order]
         self.cache.batch_select_indices(order)
+        return order
+
+    def next(self, token_B: Tensor) -> Tensor:
+        """Hidden states (B, D) after the next token of each row."""
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=-1)
+        return _run(self.model, token_B[:, None], self.mask, self.mask.sum(-1, keepdim=True) - 1, self.cache)
 
 
 @torch.inference_mode()
@@ -82,29 +90,31 @@ def answer_batch(
     bar: Meter,
 ) -> list[Answer]:
     """`copies` answers to each prompt: row i answers prompt `i // copies`. The bar counts answers."""
-    rows, hidden_BD = _prefill(model, prompts, copies)
+    rows, hidden_BD = _prefill(model, prompts, copies, limit)
     stops = torch.tensor(stop_ids, dtype=torch.int64, device=hidden_BD.device)
     written: list[list[int]] = [[] for _ in range(len(prompts) * copies)]
     ends: list[int | None] = [None] * len(written)
     for step in range(limit):
-        rows.token = choose(hidden_BD, rows.number, step)
-        ended_B = torch.isin(rows.token, stops)
-        for number, token, ended in torch.stack([rows.number, rows.token, ended_B]).T.tolist():
+        token_B = choose(hidden_BD, rows.number, step)
+        ended_B = torch.isin(token_B, stops)
+        for number, token, ended in torch.stack([rows.number, token_B, ended_B]).T.tolist():
             if ended:
                 ends[number] = token
             else:
                 written[number].append(token)
         if ended_B.any():
             bar.advance(int(ended_B.sum()))
-            rows.keep(~ended_B)
+            token_B = token_B[rows.keep(~ended_B)]
         if len(rows.number) == 0 or step == limit - 1:
             break
-        hidden_BD = _decode(model, rows)
+        hidden_BD = rows.next(token_B)
     bar.advance(len(rows.number))
     return [Answer(ids, end) for ids, end in zip(written, ends, strict=True)]
 
 
-def _prefill(model: nn.Module, prompts: Sequence[list[int]], copies: int) -> tuple[_Rows, Tensor]:
+def _prefill(
+    model: nn.Module, prompts: Sequence[list[int]], copies: int, limit: int
+) -> tuple[_Rows | FixedRows, Tensor]:
     """Runs the prompts once, left-padded, and repeats cache and hidden state for every copy."""
     device = next(model.parameters()).device
     length = max(len(prompt) for prompt in prompts)
@@ -119,13 +129,10 @@ def _prefill(model: nn.Module, prompts: Sequence[list[int]], copies: int) -> tup
         "lower `batch_size`, or the answers of a problem",
     )
     cache.batch_repeat_interleave(copies)
-    number = torch.arange(len(prompts) * copies, device=device)
-    return _Rows(number, cache, mask.repeat_interleave(copies, 0), number), hidden_BD.repeat_interleave(copies, 0)
-
-
-def _decode(model: nn.Module, rows: _Rows) -> Tensor:
-    rows.mask = torch.cat([rows.mask, rows.mask.new_ones(len(rows.mask), 1)], dim=-1)
-    return _run(model, rows.token[:, None], rows.mask, rows.mask.sum(-1, keepdim=True) - 1, rows.cache)
+    hidden_BD, mask = hidden_BD.repeat_interleave(copies, 0), mask.repeat_interleave(copies, 0)
+    if goes_into_a_graph(model, limit):
+        return FixedRows(partial(_run, model), cache, mask, limit), hidden_BD
+    return _Rows(model, torch.arange(len(mask), device=device), cache, mask), hidden_BD
 
 
 def _cache_argument(model: nn.Module) -> str:
