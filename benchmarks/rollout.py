@@ -5,6 +5,7 @@ Arms, on the same left-padded batch of prompts x group rows, at the same tempera
     generate        do_sample=True, top_k=0, top_p=1, num_return_sequences=group, and nothing kept
     sampler M=4096  TransformersSampler under a layer on a support of 4,096: hidden states and scalars kept
     sampler M=V     the same on the whole vocabulary
+    launched M=...  on a GPU: the same sampler without its graph, every kernel launched one by one
     vllm M=4096     VllmSampler on an engine of vLLM in this process, with the same kept; with --engines
     vllm M=V        transformers vllm, in an environment with vLLM
 
@@ -21,7 +22,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from transformers import PreTrainedModel
@@ -29,8 +32,9 @@ from transformers import PreTrainedModel
 from moe_bias.backbone import find_head
 from moe_bias.config import LayerConfig, ModelConfig
 from moe_bias.frozen import load_model, resolve_model
+from moe_bias.rollout import decoding
 from moe_bias.rollout.engines import EngineChoices
-from moe_bias.rollout.sampler import Sampler, SamplingChoices
+from moe_bias.rollout.sampler import Rollouts, Sampler, SamplingChoices
 from moe_bias.rollout.sampling import TransformersSampler
 from moe_bias.rollout.vllm import local_sampler
 from moe_bias.tasks.conversations import answer_ends, ask, encode_prompt
@@ -64,6 +68,8 @@ def main() -> None:
     samplers: dict[str, Sampler] = {}
     if "transformers" in options.engines:
         samplers["sampler"] = TransformersSampler(model, head)
+        if head.device.type == "cuda":
+            samplers["launched"] = Launched(TransformersSampler(model, head))
     longest = max(map(len, prompts)) + options.max_new_tokens
     choices = EngineChoices(resolve_model(options.model), model.dtype, longest, CACHE_BYTES)
     with local_sampler(model, head, choices) if "vllm" in options.engines else nullcontext() as vllm:
@@ -72,6 +78,18 @@ def main() -> None:
         stops = answer_ends(model, tokenizer)
         results = [measure(model, prompts, stops, ends, samplers, options) for ends in (True, False)]
     write_record("rollout", {"options": vars(options), "results": results})
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A sampler without a graph."""
+
+    sampler: Sampler
+
+    def sample(self, *args: Any) -> Rollouts:
+        """See `Sampler`."""
+        with mock.patch.object(decoding, "goes_into_a_graph", return_value=False):
+            return self.sampler.sample(*args)
 
 
 def measure(
