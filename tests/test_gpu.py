@@ -85,9 +85,10 @@ def test_a_graph_gives_the_samples_of_rows_that_move(name, monkeypatch):
     layer = MoEBiasLayer(LayerConfig(experts="free", num_experts=4, support=tuple(SUPPORT)), head.hidden_size, 97)
     randomise(layer)
     choices = SamplingChoices(temperature=1.0, max_new_tokens=40, group=9, batch_size=3, stop_ids=[2, 11, 30])
-    assert fixed.goes_into_a_graph(model, 40)
+    assert fixed.goes_into_a_graph(model, 40, 2**20)
+    assert not fixed.goes_into_a_graph(model, 40, torch.cuda.mem_get_info()[0])
     found = TransformersSampler(model, head).sample([[5, 6, 7], [9], [12, 13]], layer.cuda(), choices, 0)
-    monkeypatch.setattr(decoding, "goes_into_a_graph", lambda model, limit: False)
+    monkeypatch.setattr(decoding, "goes_into_a_graph", lambda *_: False)
     expected = TransformersSampler(model, head).sample([[5, 6, 7], [9], [12, 13]], layer.cuda(), choices, 0)
     assert found.answers == expected.answers
     torch.testing.assert_close(found.features.hidden, expected.features.hidden)

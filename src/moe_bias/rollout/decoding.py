@@ -123,14 +123,15 @@ def _prefill(
     cache = roomy_cache()
     hidden_BD = _run(model, input_ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache)
     tensors = [held for layer in cache.layers for held in vars(layer).values() if isinstance(held, Tensor)]
+    held_bytes = copies * sum(held.nbytes for held in tensors)
     refuse_beyond_memory(
-        copies * sum(held.nbytes for held in tensors),
+        held_bytes,
         f"{len(prompts):,} problems at once with {copies:,} answers each",
         "lower `batch_size`, or the answers of a problem",
     )
     cache.batch_repeat_interleave(copies)
     hidden_BD, mask = hidden_BD.repeat_interleave(copies, 0), mask.repeat_interleave(copies, 0)
-    if goes_into_a_graph(model, limit):
+    if goes_into_a_graph(model, limit, held_bytes * (length + limit) // length):
         return FixedRows(partial(_run, model), cache, mask, limit), hidden_BD
     return _Rows(model, torch.arange(len(mask), device=device), cache, mask), hidden_BD
 

@@ -29,10 +29,15 @@ WORTH_A_GRAPH = 16
 """Tokens of an answer from which capturing a graph pays."""
 
 
-def goes_into_a_graph(model: nn.Module, limit: int) -> bool:
+_SHARE = 3
+"""Places may take a third of the memory that is free: as rows become fewer, half of them are there twice."""
+
+
+def goes_into_a_graph(model: nn.Module, limit: int, room_bytes: int) -> bool:
     """Whether answers of `limit` tokens are worth a graph, and a step is the same kernels whatever the tokens.
 
-    That is known of plain weights on one GPU with attention by PyTorch's own kernel to all tokens before.
+    That is known of plain weights on one GPU with attention by PyTorch's own kernel to all tokens before. `room_bytes`
+    are those of places for all tokens; where they are too many, memory has to grow with the answers.
     """
     config: Any = model.config
     text = config.get_text_config()
@@ -44,7 +49,14 @@ def goes_into_a_graph(model: nn.Module, limit: int) -> bool:
         and attends_to_all(text)
         and config._attn_implementation == "sdpa"
         and not getattr(model, "is_quantized", False)
+        and _SHARE * room_bytes <= _free_bytes()
     )
+
+
+def _free_bytes() -> int:
+    """Of the current GPU, with what PyTorch holds of it and does not use."""
+    unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return torch.cuda.mem_get_info()[0] + unused
 
 
 def attends_to_all(config: Any) -> bool:
