@@ -114,6 +114,15 @@ def test_the_record_says_which_step_was_the_best(folder, capsys):
     assert training["held_out_nll"] == pytest.approx(record["adapted_nll"]["value"], rel=1e-5)
 
 
+def test_over_fitting_is_said_with_its_remedy(folder, capsys):
+    assert main(words_to(folder / "out", "--expert-rate", "1")) == 0
+    assert record_of(folder / "out")["change"]["low"] > 0
+    assert "--patience 2 keeps its best step" in capsys.readouterr().out
+    assert main(words_to(folder / "slower", "--expert-rate", "1e-4")) == 0
+    assert record_of(folder / "slower")["change"]["low"] <= 0
+    assert "over-fits" not in capsys.readouterr().out
+
+
 STORED = "train sft --model model --batch-tokens 4 --checkpoint-every 5 --epochs 2 --device cpu --store"
 
 

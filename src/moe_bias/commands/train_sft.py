@@ -90,3 +90,7 @@ def _print(console: Console, report: SFTReport, settings: TrainSFTSettings) -> N
         ("change", report.change),
     ):
         console.print(f"held-out {name:<24} {with_interval(estimate, '{:.4f}')}", highlight=False)
+    if report.change.low > 0 and report.preferred is None:
+        console.print(
+            "Held-out answers became less likely: it over-fits. --patience 2 keeps its best step; or fewer --epochs."
+        )
