@@ -79,6 +79,22 @@ def test_head_makes_the_models_own_logits_from_captured_hidden_states(name):
     torch.testing.assert_close(head.columns(support_M)(hidden), logits[..., support_M], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "granite", "phi"])
+def test_logits_of_some_tokens_are_rounded_as_all_are(name, dtype):
+    model = tiny_model(name).to(dtype)
+    head = find_head(model)[1]
+    hidden_TD = torch.randn(400, head.hidden_size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    support_M, token_T = torch.arange(1, VOCABULARY, 3), torch.arange(400) % VOCABULARY
+    logits_TV = head.logits(hidden_TD)
+    expected = [logits_TV[:, support_M], logits_TV.gather(-1, token_T[:, None]).squeeze(-1)]
+    for found, own in zip(
+        [head.columns(support_M)(hidden_TD), head.token_logits(hidden_TD, token_T)], expected, strict=True
+    ):
+        assert (found == own).double().mean() > 0.98  # the others are on the edge between two numbers
+        assert (found - own).abs().max() <= torch.finfo(dtype).eps * own.abs().max()
+
+
 def test_capture_leaves_the_model_as_it_was():
     model, ids = tiny_model(), token_ids()
     with pytest.raises(RuntimeError, match="inside"), captured_hidden(model):

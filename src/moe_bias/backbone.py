@@ -168,17 +168,18 @@ class Head:
 
     @torch.no_grad()
     def columns(self, support_M: Tensor) -> Callable[[Tensor], Tensor]:
-        """A function from hidden states (..., D) to the final logits of the support (..., M).
+        """A function from hidden states (..., D) to the final logits of the support (..., M), rounded as the module's.
 
         Those of a packed weight are taken from the product with all of it, some hidden states at a time.
         """
         if self.rows.are_packed:
             return lambda hidden: self._of_all(hidden, lambda logits_CV, _: logits_CV[:, support_M], len(support_M))
         weight_MD, bias_M = self._rows(support_M)
+        dtype = self.dtype
 
         @torch.no_grad()
         def support_logits(hidden: Tensor) -> Tensor:
-            return self.transform.apply(F.linear(hidden.to(weight_MD.dtype), weight_MD, bias_M))
+            return self.transform.apply(_rounded(F.linear(hidden.to(weight_MD.dtype), weight_MD, bias_M), dtype))
 
         return support_logits
 
@@ -189,7 +190,7 @@ class Head:
             return self._of_all(hidden_TD, lambda logits_CV, rows: logits_CV.gather(-1, token_T[rows, None]), 1)[:, 0]
         weight_TD, bias_T = self._rows(token_T)
         raw_T = torch.linalg.vecdot(hidden_TD.to(weight_TD.dtype), weight_TD)
-        return self.transform.apply(raw_T if bias_T is None else raw_T + bias_T)
+        return self.transform.apply(_rounded(raw_T if bias_T is None else raw_T + bias_T, self.dtype))
 
     @torch.no_grad()
     def _of_all(self, hidden: Tensor, choose: Callable[[Tensor, slice], Tensor], count: int) -> Tensor:
@@ -215,6 +216,13 @@ class Head:
             return cast(Tensor, bias)
         zero: Tensor = self.module(torch.zeros(1, self.hidden_size, device=self.device, dtype=self.dtype))
         return zero[0]
+
+
+def _rounded(raw: Tensor, dtype: torch.dtype) -> Tensor:
+    """Logits as a module of this type gives them: in bfloat16 they would differ from it by a hundredth of a nat, and
+    log Z, R and A, which are of the module's own, would be of another distribution.
+    """
+    return raw if dtype.itemsize >= raw.dtype.itemsize else raw.to(dtype).to(raw.dtype)
 
 
 def adapted_logits(

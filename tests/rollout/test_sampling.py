@@ -228,9 +228,12 @@ def test_rollouts_train_a_layer_and_agree_with_the_reduced_statistics():
 def test_half_precision_hidden_states_are_kept_as_they_are():
     model = tiny_model().to(torch.bfloat16)
     head = find_head(model)[1]
-    rollouts = TransformersSampler(model, head).sample(PROMPTS, layer_for(head), CHOICES, 0)
+    layer = layer_for(head)
+    rollouts = TransformersSampler(model, head).sample(PROMPTS, layer, CHOICES, 0)
     assert rollouts.features.hidden.dtype == torch.bfloat16
     assert rollouts.log_prob.dtype == torch.float32
+    gap_T = (reduced(layer, head, rollouts)[2] - rollouts.log_prob).abs()
+    assert gap_T.quantile(0.9) < 1e-5  # the others: a logit on the edge between two numbers of bfloat16
 
 
 def test_a_fresh_layer_samples_from_the_frozen_model():
