@@ -23,12 +23,8 @@ SMALLEST = 16
 """Rows below which a smaller graph is no faster."""
 _WARM_UPS = 2
 """Steps before a capture, in which libraries choose their kernels and take their memory."""
-
-
 WORTH_A_GRAPH = 16
 """Tokens of an answer from which capturing a graph pays."""
-
-
 _SHARE = 3
 """Places may take a third of the memory that is free: as rows become fewer, half of them are there twice."""
 
@@ -42,21 +38,22 @@ def goes_into_a_graph(model: nn.Module, limit: int, room_bytes: int) -> bool:
     config: Any = model.config
     text = config.get_text_config()
     devices = {parameter.device for parameter in model.parameters()}
+    device = devices.pop()
     return (
         limit >= WORTH_A_GRAPH
-        and len(devices) == 1
-        and devices.pop().type == "cuda"
+        and not devices
+        and device.type == "cuda"
         and attends_to_all(text)
         and config._attn_implementation == "sdpa"
         and not getattr(model, "is_quantized", False)
-        and _SHARE * room_bytes <= _free_bytes()
+        and _SHARE * room_bytes <= _free_bytes(device)
     )
 
 
-def _free_bytes() -> int:
-    """Of the current GPU, with what PyTorch holds of it and does not use."""
-    unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return torch.cuda.mem_get_info()[0] + unused
+def _free_bytes(device: torch.device) -> int:
+    """Of a GPU, with what PyTorch holds of it and does not use."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def attends_to_all(config: Any) -> bool:
@@ -121,7 +118,8 @@ class FixedRows:
         self._token, self._held = torch.zeros_like(self._position), held.clone()[None]
         self._graph = None
         if mask_BL.is_cuda:
-            self._graph, self._hidden = self._captured()
+            with torch.cuda.device(mask_BL.device):
+                self._graph, self._hidden = self._captured()
 
     def _step(self) -> Tensor:
         self._mask.index_fill_(-1, self._held, True)
