@@ -8,11 +8,13 @@ from importlib.util import find_spec
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import GenerationConfig
 
-from helpers.models import tiny_model, token_ids, word_tokenizer
+from helpers.models import VOCABULARY, tiny_model, token_ids, word_tokenizer
+from moe_bias.backbone import find_head
 from moe_bias.config import ModelConfig
 from moe_bias.experiments.grpo_lora import _Watch, sampler_trainer_gap, train_grpo_lora
-from moe_bias.experiments.grpo_trainer import GRPOChoices, grpo_trainer
+from moe_bias.experiments.grpo_trainer import GRPOChoices, Sampling, grpo_trainer
 from moe_bias.experiments.lora import lora_on
 from moe_bias.mistakes import UserError
 
@@ -252,3 +254,33 @@ def test_the_bundled_model_is_trained(rho):
         gap = sampler_trainer_gap(adapted, tokenizer, chats, choices)
     assert 32 <= report.sampled_tokens <= 32 * 16
     assert 0 < gap.largest < 1e-2
+
+
+def sampling(adapted, group, temperature, limit):
+    config = GenerationConfig(max_new_tokens=limit, temperature=temperature, eos_token_id=[2, 40], pad_token_id=0)
+    answer = Sampling(adapted, find_head(adapted.get_base_model())[1], group)
+    return lambda ids, mask: answer(input_ids=ids, attention_mask=mask, generation_config=config)
+
+
+@pytest.mark.parametrize("group", [1, 2, 3])
+def test_cold_samples_are_what_generate_takes(group):
+    """Rows that are no groups of three are answered one by one."""
+    ids = torch.tensor([[0, 0, 5], [0, 0, 5], [7, 8, 9], [7, 8, 9]])
+    mask = (ids != 0).long()
+    with lora_on(tiny_model(), 2, seed=0) as adapted:
+        found = sampling(adapted, group, 1e-6, 9)(ids, mask)
+        expected = adapted.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=9, do_sample=False, eos_token_id=[2, 40], pad_token_id=0
+        )
+    assert torch.equal(found, expected)
+
+
+def test_samples_are_of_the_models_distribution():
+    ids = torch.tensor([[5, 6]] * 4000)
+    with lora_on(tiny_model(), 2, seed=0) as adapted:
+        torch.manual_seed(0)
+        first_N = sampling(adapted, 4000, 0.7, 1)(ids, torch.ones_like(ids))[:, -1]
+        with torch.no_grad():
+            expected_V = (adapted(input_ids=ids[:1]).logits[0, -1] / 0.7).softmax(-1)
+    share_V = first_N.bincount(minlength=VOCABULARY) / 4000
+    assert (share_V - expected_V).abs().max() < 4.5 * (expected_V * (1 - expected_V) / 4000).sqrt().max()

@@ -113,7 +113,10 @@ def sampler_trainer_gap(
     The samples come from the trainer's own call of `generate`, which is made to keep its scores
     (B, L, V), so take few prompts. Raises UserError as `train_grpo_lora` does.
     """
-    with grpo_trainer(adapted, tokenizer, prompts, lambda **_: [], choices) as trainer, _kept_scores(adapted) as kept:
+    with (
+        grpo_trainer(adapted, tokenizer, prompts, lambda **_: [], choices, by_generate=True) as trainer,
+        _kept_scores(adapted) as kept,
+    ):
         adapted.train()  # as in a training step
         rows = [prompt for prompt in prompts[: choices.prompts] for _ in range(choices.group)]
         prompt_ids, *_ = trainer._tokenize_prompts(rows)

@@ -13,6 +13,8 @@ gradients clipped to norm 1, a rate that falls linearly to 0.
 TRL's config turns bfloat16 on unless told otherwise; here the update is in the model's own type. It
 also leaves changes on the model (a forward of its own, no KV cache, tags), which are taken back.
 An answer ends where the adapter's own end: TRL takes the ends from the model's `generation_config`.
+In place of transformers' `generate` the model samples as it does for the adapter's own arms (`decoding`): the same
+distribution, by other random numbers, with finished rows dropped and on a GPU by a graph, so that seconds compare.
 TRL counts its users on the Hub unless HF_HUB_DISABLE_TELEMETRY=1 is set.
 """
 
@@ -25,11 +27,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PrinterCallback
 
+from moe_bias.backbone import Head, find_head
 from moe_bias.extras import need
 from moe_bias.mistakes import UserError
+from moe_bias.progress import meter
 from moe_bias.records import temporary_folder
+from moe_bias.rollout.decoding import answer_batch
+from moe_bias.rollout.draw import draw
 from moe_bias.tasks.conversations import answer_ends
 from moe_bias.training.objectives import EPS_HIGH, EPS_LOW
 
@@ -79,15 +86,24 @@ def check_trl() -> None:
 
 @contextmanager
 def grpo_trainer(
-    adapted: Any, tokenizer: Any, prompts: Sequence[Prompt], reward: Callable[..., Any], choices: GRPOChoices
+    adapted: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    reward: Callable[..., Any],
+    choices: GRPOChoices,
+    by_generate: bool = False,
 ) -> Iterator[Any]:
-    """TRL's trainer of this model, without output of its own; afterwards no file and no change is left of it."""
+    """TRL's trainer of this model, without output of its own; afterwards no file and no change is left of it.
+
+    `by_generate`: samples by transformers' `generate`, as TRL does by itself.
+    """
     check_trl()
     if len(prompts) < choices.prompts:
         raise UserError(f"{len(prompts)} prompts are too few for steps of {choices.prompts} prompts")
     import trl
     from datasets import Dataset
 
+    head = find_head(adapted.get_base_model())[1]  # before TRL puts a forward of its own in place
     with temporary_folder("trl") as folder, _as_found(adapted):
         is_chat = not isinstance(prompts[0], str)
         adapted.get_base_model().generation_config.eos_token_id = answer_ends(adapted, tokenizer, is_chat) or None
@@ -99,6 +115,8 @@ def grpo_trainer(
             processing_class=copy.deepcopy(tokenizer),
         )
         trainer.remove_callback(PrinterCallback)
+        if not by_generate:
+            adapted.generate = Sampling(adapted, head, choices.group)
         yield trainer
 
 
@@ -130,6 +148,41 @@ def _arguments(adapted: Any, choices: GRPOChoices) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """What TRL calls in place of `generate`. Random numbers are torch's own, which TRL seeds."""
+
+    adapted: Any
+    head: Head
+    group: int
+
+    def __call__(self, *, input_ids: Tensor, attention_mask: Tensor, generation_config: Any, **_: Any) -> Tensor:
+        """Prompts and completions (B, L), left- and right-padded, of left-padded prompts, each `group` times or not."""
+        prompts = [row[mask.bool()].tolist() for row, mask in zip(input_ids, attention_mask, strict=True)]
+        is_grouped = all(prompt == prompts[i - i % self.group] for i, prompt in enumerate(prompts))
+        copies = self.group if is_grouped and len(prompts) % self.group == 0 else 1
+
+        def choose(hidden_BD: Tensor, number_B: Tensor, step: int) -> Tensor:
+            uniform_B = torch.rand(len(hidden_BD), dtype=torch.float64, device=hidden_BD.device)
+            return draw(self.head.logits(hidden_BD) / generation_config.temperature, uniform_B).token
+
+        ends = generation_config.eos_token_id
+        with meter("", len(prompts), "samples", visible=False) as bar:
+            answers = answer_batch(
+                self.adapted,
+                prompts[::copies],
+                copies,
+                choose,
+                stop_ids=[ends] if isinstance(ends, int) else ends or [],
+                limit=generation_config.max_new_tokens,
+                bar=bar,
+            )
+        longest = max(len(answer.all_ids) for answer in answers)
+        pad = generation_config.pad_token_id
+        rows = [answer.all_ids + [pad] * (longest - len(answer.all_ids)) for answer in answers]
+        return torch.cat([input_ids, torch.tensor(rows, dtype=input_ids.dtype, device=input_ids.device)], dim=-1)
+
+
 @contextmanager
 def _as_found(adapted: Any) -> Iterator[None]:
     """Takes back what TRL does to a model beside training it."""
@@ -146,6 +199,7 @@ def _as_found(adapted: Any) -> Iterator[None]:
                 model.__dict__.pop(name, None)
             else:
                 setattr(model, name, value)
+        adapted.__dict__.pop("generate", None)
         text_config.use_cache, text_config.pad_token_id = use_cache, pad_token_id
         model.generation_config = generation_config
         for module, training in modes:
