@@ -232,14 +232,14 @@ def labels(stem: str) -> str:
 
 
 def labels_summary(model: str) -> str:
-    """Texts right with the most labelled ones, by set of texts and way."""
+    """Texts right with the most labelled ones that all sets were measured with, by set of texts and way."""
+    records = {path.stem: _read(path) for path in sorted(RECORDS.glob(f"labels/{model}-*.json"))}
+    most = min(max(row["count"] for row in record["rows"]) for record in records.values())
     rows = []
-    for path in sorted(RECORDS.glob(f"labels/{model}-*.json")):
-        record = _read(path)
-        most = max(row["count"] for row in record["rows"])
+    for stem, record in records.items():
         right = {row["way"]: row["accuracy"] for row in record["rows"] if row["count"] in (0, most)}
-        rows.append({"name": path.stem.removeprefix(f"{model}-"), "count": most, "right": right})
-    ways_shown = ("zero-shot", "static", "logistic", "probe", "moe-bias")
+        rows.append({"name": stem.removeprefix(f"{model}-"), "count": most, "right": right})
+    ways_shown = ("zero-shot", "static", "logistic", "probe", "moe-bias", "lora")
     columns = [ARM, Column("labelled texts", ("count",)), *(percents(f"{way}, %", "right", way) for way in ways_shown)]
     table = replace(Table("", "", columns, rows), columns=[replace(ARM, heading="texts"), *columns[1:]])
     return _shown(table) + "\n95% intervals over texts.\n"

@@ -13,7 +13,7 @@ cd "$(dirname "$0")/.."
 model=${1:-bundled}
 name=${2:-smollm2-135m}
 sets=${3:-questions,sms,movies,syllogism}
-arms=${4:-zero-shot,contextual,divided,static,logistic,moe-bias,lora}
+arms=${4:-zero-shot,contextual,divided,static,logistic,probe,moe-bias,lora}
 counts=${COUNTS:-16,64,256,1024}
 folds=${FOLDS:-3}
 out=runs/out/labels
