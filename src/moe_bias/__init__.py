@@ -20,12 +20,13 @@ if TYPE_CHECKING:
     from moe_bias.adapter.card import push_to_hub
     from moe_bias.adapter.shift import HiddenShift, InsertedShift
     from moe_bias.api.adapters import generate, load_layer, save
+    from moe_bias.api.analysis import Analysis, Flips, analyze
     from moe_bias.api.data import extract
     from moe_bias.api.experiments import arms, compare, sweep
     from moe_bias.api.headroom import Headroom, headroom
     from moe_bias.api.labels import LabelsReport, labels
-    from moe_bias.api.measuring import analyze, evaluate
-    from moe_bias.api.reports import Analysis, ArmsReport, CompareReport, Evaluation, RLReport, SFTReport
+    from moe_bias.api.measuring import evaluate
+    from moe_bias.api.reports import ArmsReport, CompareReport, Evaluation, RLReport, SFTReport
     from moe_bias.api.rewarded import Watch, train_rl
     from moe_bias.api.right_answers import RightAnswers, right_answers
     from moe_bias.api.static_bias import static_bias
@@ -70,6 +71,7 @@ __all__ = [
     "Data",
     "EvalConfig",
     "Evaluation",
+    "Flips",
     "Frozen",
     "Headroom",
     "HiddenShift",
@@ -139,10 +141,12 @@ _HOMES = {
         "Headroom",
         "headroom",
     ),
-    "api.measuring": (
+    "api.analysis": (
+        "Analysis",
+        "Flips",
         "analyze",
-        "evaluate",
     ),
+    "api.measuring": ("evaluate",),
     "api.experiments": (
         "arms",
         "compare",
@@ -163,7 +167,6 @@ _HOMES = {
         "save",
     ),
     "api.reports": (
-        "Analysis",
         "ArmsReport",
         "CompareReport",
         "Evaluation",

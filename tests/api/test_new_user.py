@@ -115,6 +115,7 @@ WRONG = {
     "mb.evaluate(base, {'mine': layer}, 'products', SMALL)": r"`config` is a SFTConfig; give moe_bias.EvalConfig",
     "mb.analyze(base, data, layer)": "`layer` is a Data, no layer",
     "mb.analyze(base, layer, ROWS)": "`data` is a list; give what moe_bias.extract",
+    "mb.analyze(base, layer, data, task='products')": "`data` and `task` exclude each other; give one",
 }
 
 

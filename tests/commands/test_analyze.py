@@ -4,20 +4,18 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from helpers.calls import counted
 from helpers.complaints import complaint
 from helpers.saved import save_adapter
-from moe_bias.analysis import expert_views, view_of_record
-from moe_bias.analysis.answers import Answered, accuracy, first_difference, in_stratum, turns
+from moe_bias.analysis import entry as analysis_entry
+from moe_bias.analysis import expert_views, flips, view_of_record
+from moe_bias.api import data
 from moe_bias.backbone import find_head
 from moe_bias.cli import main
-from moe_bias.commands import analysis_text, analyze
 from moe_bias.config import ModelConfig
 from moe_bias.features.extract import run_backbone
 from moe_bias.frozen import load_model
-from moe_bias.layer import entropy_from_logits
 from moe_bias.tasks.columns import read_conversations
 from moe_bias.tasks.conversations import encode_all
 from moe_bias.training.problems import policy_of, saved_layer
@@ -131,7 +129,7 @@ def test_the_features_that_training_kept_are_read(adapter, folder, capsys, monke
     before = Path("features/manifest.json").read_bytes()
     both = words(*kept, "--held-out", "0.3", "--seed", "4", adapters="run,other")
     with monkeypatch.context() as patch:
-        patch.setattr(analysis_text, "stored", None)
+        patch.setattr(data, "stored", None)
         assert main(both) == 0
     assert "hidden states found in features" in printed(capsys)
     assert Path("features/manifest.json").read_bytes() == before
@@ -218,7 +216,7 @@ def test_answers_to_a_task(problems):
 def test_adapters_that_are_done_are_not_read_again(adapter, folder, monkeypatch, capsys):
     save_adapter(folder / "second", "model", support=[3, 4, 9])
     both = words(adapters="adapter,second")
-    real, calls = analyze.survey, []
+    real, calls = analysis_entry.survey, []
 
     def stopped(*arguments):
         calls.append(arguments[-1])
@@ -226,20 +224,20 @@ def test_adapters_that_are_done_are_not_read_again(adapter, folder, monkeypatch,
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(analyze, "survey", stopped)
+    monkeypatch.setattr(analysis_entry, "survey", stopped)
     assert main(both) == 130
     assert "1 of 2 adapters are done" in capsys.readouterr().err
     assert main(both) == 0
     assert calls == ["adapter", "second", "second"]
     record = record_of()
-    monkeypatch.setattr(analyze, "survey", real)
+    monkeypatch.setattr(analysis_entry, "survey", real)
     assert main(words(adapters="adapter,second", output="whole")) == 0
     assert record_of("whole")["adapters"] == record["adapters"]
     assert [entry["name"] for entry in record["adapters"]] == ["adapter", "second"]
 
 
 def test_sampled_answers_are_not_sampled_again(problems, monkeypatch):
-    sampled = counted(monkeypatch, analysis_text, "greedy_answers")
+    sampled = counted(monkeypatch, flips, "greedy_graded")
     assert main(words(source=TASK)) == 0
     assert len(sampled) == 2  # the frozen model's, and the adapter's
     Path("out/adapters/0.json").unlink()
@@ -275,37 +273,3 @@ def test_a_folder_of_another_analysis_is_refused(adapter, folder, capsys):
     assert "--rho 0.2, not 0.5" in complaint(capsys, *words("--rho", "0.5"))
     save_adapter(folder / "adapter", "model", num_experts=4)
     assert "other adapter adapter" in complaint(capsys, *words())
-
-
-def test_first_difference():
-    assert first_difference([1, 2, 3], [1, 2, 3]) is None
-    assert first_difference([1, 2, 3], [1, 4, 3]) == 1
-    assert first_difference([1, 2], [1, 2, 3]) == 2
-    assert first_difference([], [7]) == 0
-
-
-def test_turns_and_accuracy():
-    def answered(*outcomes):
-        return [Answered([1], outcome) for outcome in outcomes]
-
-    base = answered("wrong", "correct", "correct", "unparseable", "wrong")
-    adapted = answered("correct", "wrong", "correct", "wrong", "correct")
-    assert turns(base, adapted) == {"mended": 2, "spoiled": 1, "both right": 1, "both wrong": 1}
-    found = accuracy({"base": base, "adapted": adapted})
-    assert found.share["adapted"].value == 0.6
-    assert found.change["adapted"].value == pytest.approx(0.2)
-    assert set(found.change) == {"adapted"}
-
-
-def test_a_policy_on_one_stratum_alone():
-    logits_BV = torch.tensor([[9.0, 0, 0], [0.1, 0, 0], [0, 5.0, 0]])
-    entropy_B = entropy_from_logits(logits_BV)
-    threshold = float(entropy_B[1])
-
-    def turned(hidden_BD, logits_BV):
-        return -logits_BV
-
-    high = in_stratum(turned, threshold, True)(logits_BV, logits_BV)
-    low = in_stratum(turned, threshold, False)(logits_BV, logits_BV)
-    assert torch.equal(high, torch.stack([logits_BV[0], -logits_BV[1], logits_BV[2]]))
-    assert torch.equal(low, torch.stack([-logits_BV[0], logits_BV[1], -logits_BV[2]]))

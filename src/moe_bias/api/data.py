@@ -8,8 +8,8 @@ training examples alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from moe_bias.features.build import Choices, Plan, make_plan, versions
 from moe_bias.features.examples import encoded, length_limit, split
 from moe_bias.features.fingerprint import corpus_hash, model_facts
 from moe_bias.features.making import made
-from moe_bias.features.manifest import MANIFEST, TEMPERATURE, recipe_hash
+from moe_bias.features.manifest import MANIFEST, TEMPERATURE, first_difference, other_store, read_manifest, recipe_hash
 from moe_bias.features.store import FeatureStore
 from moe_bias.frozen import Frozen, cache_folder
 from moe_bias.limits import in_bytes
@@ -38,6 +38,9 @@ from moe_bias.training.sft import parse_support
 
 NAME_LENGTH = 16
 """Digits of the hash that names a store in the cache."""
+
+_OF_ANY_READER = frozenset({"support", "held_out", "shard_tokens", "batch_size"})
+"""Fields of a recipe that reading asks nothing of: it takes tokens on any support, all of them or those held out."""
 
 Rows = str | Path | Sequence[Any]
 """A JSON Lines file, the name of a data set on the Hub, or rows in memory: dicts, a
@@ -256,6 +259,32 @@ def stored(
     if processes.is_first:
         _make(base, plan, path, bool(keep), console)
     return opened_store([path], processes)
+
+
+@contextmanager
+def features_to_read(base: Frozen, plan: Plan, keep: bool | str | Path, console: Console) -> Iterator[FeatureStore]:
+    """The plan's store; or, in the folder `keep`, one of the same texts that was made otherwise, such as by training.
+
+    What is not to be kept is removed after the block. Raises UserError where the folder's is of another model or other
+    texts, or lacks tokens.
+    """
+    with ExitStack() as folder:
+        found = None if isinstance(keep, bool) else _made_otherwise(Path(keep), plan, console)
+        yield stored(base, plan, keep, folder, ALONE, console) if found is None else found
+
+
+def _made_otherwise(folder: Path, plan: Plan, console: Console) -> FeatureStore | None:
+    """None where there is no store, or the plan's own."""
+    if not (folder / MANIFEST).is_file():
+        return None
+    manifest = read_manifest(folder)
+    if first_difference(manifest.recipe, plan.recipe) is None:
+        return None
+    wrong = first_difference(manifest.recipe, plan.recipe, _OF_ANY_READER)
+    if wrong is not None:
+        raise other_store(folder, manifest, wrong)
+    say(console, f"hidden states found in {folder}: the model is not run for them")
+    return FeatureStore.open(folder)
 
 
 def _folder_of(plan: Plan, keep: bool | str | Path, folder: ExitStack, processes: Processes) -> Path:

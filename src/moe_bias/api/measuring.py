@@ -1,20 +1,13 @@
-"""Measuring what layers do: on problems that a program can check, and on a text token by token."""
+"""Measuring what layers do on problems that a program can check."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
-import torch
-
-from moe_bias.analysis.record import adapter_record
-from moe_bias.analysis.survey import Text, mark, overlap, survey
-from moe_bias.analysis.token_classes import vocabulary_classes
 from moe_bias.api.arguments import config_of, named, refuse_other_base, refuse_other_layer
-from moe_bias.api.data import refuse_other_data
-from moe_bias.api.reports import Analysis, Evaluation
+from moe_bias.api.reports import Evaluation
 from moe_bias.config import EvalConfig
 from moe_bias.evaluation.answering import Asker
 from moe_bias.evaluation.ledger import Ledger
@@ -28,7 +21,6 @@ from moe_bias.rollout.policy import Policy, base_policy
 from moe_bias.tasks.benchmarks import drawn_from, problem_set, protocol_of
 from moe_bias.tasks.catalogue import make_task
 from moe_bias.tasks.task import Task
-from moe_bias.training.data import Data
 from moe_bias.training.problems import policy_of, saved_layer
 
 Policies = Mapping[str, MoEBiasLayer | str | Path | None]
@@ -76,29 +68,6 @@ def evaluate(
     found = scores(samples, names, {})
     asked = {name: protocol.prompt(problem) for name, problem in zip(problems.ids, problems.problems, strict=True)}
     return Evaluation(problems.name, len(problems.problems), found, samples, asked, protocol.chat, config.instruction)
-
-
-def analyze(
-    base: Frozen, layer: MoEBiasLayer, data: Data, *, rho: float = 0.2, top: int = 8, contexts: int = 5
-) -> Analysis:
-    """What the layer does to the held-out answers of the data, for tokens of high and low base entropy apart.
-
-    `rho` in (0, 1) is the share of the tokens that are of high entropy. Cards of experts have `top` tokens, and
-    `contexts` places where an expert acts most. Raises UserError on data of another model.
-    """
-    refuse_other_base(base)
-    refuse_other_layer(layer, base)
-    refuse_other_data(data, base)
-
-    def decode(ids: Sequence[int]) -> str:
-        return str(base.tokenizer.decode(list(ids)))
-
-    text = Text(data.store, torch.tensor(data.held_out))
-    marks = mark(text, vocabulary_classes(base.tokenizer, base.head.vocab_size), rho)
-    own = copy.deepcopy(layer).eval()
-    found = survey(own, base.head, text, marks, 0, contexts, "layer")
-    shared = overlap(text, marks, found.adapted_entropy)
-    return Analysis(adapter_record("layer", own, found, shared, [], top, decode), rho)
 
 
 def _by_instruction(

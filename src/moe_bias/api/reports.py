@@ -227,50 +227,6 @@ class Evaluation(Report):
 
 
 @dataclass(frozen=True, repr=False)
-class Analysis(Report):
-    """What a layer does to the model on a text, for tokens of high and of low base entropy apart.
-
-    `record` is an adapter's entry of `analysis.json` (`moe_bias.analysis.record` says what is in it).
-    """
-
-    record: Mapping[str, Any]
-    rho: float
-    curve: Curve = field(default=(), compare=False)
-
-    @property
-    def title(self) -> str:
-        """What was measured."""
-        overlap = self.record["overlap"]["value"]
-        return (
-            f"Means over tokens; 'high' are the {self.rho:.0%} of highest base entropy, of which {overlap:.0%} are "
-            "those of the adapted model too"
-        )
-
-    @property
-    def experts(self) -> Sequence[Mapping[str, Any]]:
-        """A card for each expert: the tokens that it raises and lowers most, what it reads, where it acts."""
-        cards: Sequence[Mapping[str, Any]] = self.record["experts"]
-        return cards
-
-    @property
-    def table(self) -> Table:
-        """Tokens, entropies, KL to the base, share of changed choices and change of log-probability by stratum."""
-        strata = self.record["strata"]
-        means = {name: {key: mean["value"] for key, mean in strata[name]["means"].items()} for name in strata}
-        columns = [
-            Column("tokens of entropy", ("stratum",), words=True),
-            Column("tokens", ("tokens",), "{:,}"),
-            Column("entropy, nats", ("base_entropy",), "{:.3f}"),
-            Column("adapted, nats", ("adapted_entropy",), "{:.3f}"),
-            Column("KL, nats", ("kl",), "{:.3f}"),
-            Column("flipped", ("flipped",), "{:.1%}"),
-            Column("log-probability", ("log_prob_change",), "{:+.3f}"),
-        ]
-        rows = [{"stratum": name, "tokens": strata[name]["tokens"], **means[name]} for name in ("all", "high", "low")]
-        return _table(columns, rows)
-
-
-@dataclass(frozen=True, repr=False)
 class ArmsReport(Report):
     """Arms or cells of a grid on the same held-out tokens, each over its seeds; changes are paired by example.
 

@@ -10,15 +10,15 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_bias.analysis import ExpertView, any_off_support, strongest, view_of_record
+from moe_bias.analysis.flips import kept_flips
 from moe_bias.commands.expert_table import OFF_SUPPORT, moved, readings_table
 from moe_bias.evaluation.statistics import estimate_of, percent
-from moe_bias.report.tables import flips, right_answers, strata
+from moe_bias.report.tables import FLIP_IN_SHORT, flips, right_answers, strata
 from moe_bias.report.terminal import terminal_table
 
 SHOWN_FLIPS = 6
 SHOWN_TOKENS = 4
 SHOWN_CONTEXT = 40
-_FLIP = ("context, with the text's token", "KL, nats", "base goes on", "adapted goes on", "outcome")
 
 
 def print_analysis(console: Console, record: Mapping[str, Any]) -> None:
@@ -36,10 +36,9 @@ def print_analysis(console: Console, record: Mapping[str, Any]) -> None:
         _print_experts(console, adapter["experts"])
         if adapter["answers"] is not None:
             console.print(terminal_table(right_answers(adapter["answers"])))
-        found = adapter["flips"] if adapter["answers"] is None else _turned(adapter["answers"]["flips"])
-        if found:
+        if found := kept_flips(adapter):
             shown = flips(found[:SHOWN_FLIPS], "Flips: where the choice changes")
-            console.print(terminal_table(shown.only(*_FLIP)))
+            console.print(terminal_table(shown.only(*FLIP_IN_SHORT)))
 
 
 def _table(title: str, headings: Sequence[str]) -> Table:
@@ -85,11 +84,6 @@ def _experts(cards: Sequence[Mapping[str, Any]], views: Sequence[ExpertView]) ->
             Text("".join(f"{_tail(moment)} -> {moment['token']['text']!r}" for moment in contexts)),
         )
     return table
-
-
-def _turned(flips: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Those that made a right answer wrong or a wrong one right."""
-    return [flip for flip in flips if (flip["base_outcome"] == "correct") != (flip["adapted_outcome"] == "correct")]
 
 
 def _tail(moment: Mapping[str, Any]) -> str:

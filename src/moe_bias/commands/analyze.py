@@ -1,34 +1,28 @@
-"""`moe-bias analyze`: what adapters do to the model on a text, in a folder that tables and reports read.
-
-Each adapter is read on its own and leaves a file; `analysis.json` joins them (`analysis.record` says what is
-in it).
-"""
+"""`moe-bias analyze`: what adapters do to the model on a text, in a folder that tables and reports read."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from contextlib import contextmanager
 
-from moe_bias.adapter.saved import adapter_folder
-from moe_bias.analysis.record import FILE, FORMAT, adapter_record, checkpoint_record
-from moe_bias.analysis.survey import Marks, mark, overlap, survey
-from moe_bias.analysis.tally import ENTROPY_EDGES
-from moe_bias.analysis.token_classes import vocabulary_classes
-from moe_bias.commands.analysis_flips import answer_record, text_flips
+from rich.console import Console
+
+from moe_bias.analysis.matter import Matter, Options
+from moe_bias.analysis.record import FILE
+from moe_bias.api.analysis import Run
+from moe_bias.api.data import features_to_read, texts_of
 from moe_bias.commands.analysis_table import print_analysis
-from moe_bias.commands.analysis_text import Matter, opened
 from moe_bias.commands.demo_report import report_console
 from moe_bias.commands.looking_settings import AnalyzeSettings
-from moe_bias.layer import MoEBiasLayer
-from moe_bias.mistakes import Interrupted, damaged, read_json, shown
+from moe_bias.commands.material import keep, texts_named
+from moe_bias.features.build import Choices, make_plan
+from moe_bias.features.examples import encoded, length_limit, split
+from moe_bias.features.fingerprint import model_facts
+from moe_bias.features.manifest import TEMPERATURE
+from moe_bias.features.store import FeatureStore
+from moe_bias.frozen import frozen
 from moe_bias.progress import say
-from moe_bias.records import RecordKind, provenance, write_json
-from moe_bias.training.checkpoint import saved_layers
-from moe_bias.training.run_folder import refuse_other_settings
-
-FOLDER = "adapters"
+from moe_bias.training.problems import prepare_task
 
 
 def run(settings: AnalyzeSettings) -> None:
@@ -37,80 +31,57 @@ def run(settings: AnalyzeSettings) -> None:
     Raises UserError on adapters, texts or settings that cannot be used, and where the folder holds
     another analysis; Interrupted on Ctrl-C, saying how many adapters are done.
     """
-    refuse_other_settings(settings.output, settings.model_dump(mode="json"))
-    folders = [adapter_folder(name) for name in settings.adapter]
+    options = Options(**settings.model_dump(include=set(Options.__dataclass_fields__)))
+    made_with = settings.model_dump(mode="json")
+    work = Run(settings.adapter, settings.output, options, made_with, settings.checkpoints)
     console = report_console()
-    paths = [settings.output / FOLDER / f"{number}.json" for number in range(len(folders))]
     try:
-        with opened(settings, console) as matter:
-            marks = mark(matter.text, vocabulary_classes(matter.tokenizer, matter.head.vocab_size), settings.rho)
-            for path, name, folder, layer in zip(paths, settings.adapter, folders, matter.layers, strict=True):
-                if not path.is_file():
-                    write_json(path, _adapter(matter, marks, layer, name, folder, settings))
-            record = _record(matter, marks, settings) | {"adapters": [_read(path) for path in paths]}
+        with _opened(settings, work, console) as matter:
+            record = work.record(matter)
     except KeyboardInterrupt as interrupt:
-        raise Interrupted(_so_far(paths, interrupt)) from interrupt
-    write_json(settings.output / FILE, record)
+        raise work.so_far(interrupt) from interrupt
     print_analysis(console, record)
     say(console, f"{FILE} is in {settings.output}.")
 
 
-def _adapter(
-    matter: Matter, marks: Marks, layer: MoEBiasLayer, name: str, folder: Path, settings: AnalyzeSettings
-) -> dict[str, Any]:
-    def decode(ids: Sequence[int]) -> str:
-        text: str = matter.tokenizer.decode(list(ids))
-        return text
-
-    found = survey(layer, matter.head, matter.text, marks, settings.flips, settings.contexts, name)
-    shared = overlap(matter.text, marks, found.adapted_entropy)
-    series = list(_checkpoints(matter, marks, layer, folder)) if settings.checkpoints else []
-    ground = matter.ground
-    return {
-        **adapter_record(name, layer, found, shared, series, settings.top, decode),
-        "flips": text_flips(matter, layer, found.flips.moments, settings, decode),
-        "answers": None if ground is None else answer_record(matter, ground, layer, marks, settings, decode),
-    }
+@contextmanager
+def _opened(settings: AnalyzeSettings, work: Run, console: Console) -> Iterator[Matter]:
+    """What is looked at, while the block runs; features that are not to be kept are removed after it."""
+    if settings.samples_answers:
+        yield work.of_task(prepare_task(settings, settings, settings.seed))
+    elif settings.store:
+        yield _stored(settings, settings.store, work, console)
+    else:
+        with _extracted(settings, work, console) as matter:
+            yield matter
 
 
-def _checkpoints(matter: Matter, marks: Marks, layer: MoEBiasLayer, folder: Path) -> Iterator[dict[str, Any]]:
-    """Overlap and KL at each checkpoint of the run that made the adapter, where they are beside it."""
-    earlier = copy.deepcopy(layer)
-    for step, tensors in saved_layers(folder):
-        earlier.load_state_dict(tensors)
-        found = survey(earlier, matter.head, matter.text, marks, 0, 0, f"step {step}")
-        yield checkpoint_record(step, found, overlap(matter.text, marks, found.adapted_entropy))
+def _stored(settings: AnalyzeSettings, folders: Sequence[str], work: Run, console: Console) -> Matter:
+    store = FeatureStore.open(*folders)
+    base = frozen(settings)
+    store.check(model_facts(base.model, base.head, base.tokenizer), temperature=TEMPERATURE)
+    corpus = texts_of(base, store, texts_named(settings), settings.max_length) if settings.data else None
+    rows = None
+    if settings.held_out is not None:
+        rows = split(store.example.unique().tolist(), settings.held_out, settings.seed, ", ".join(folders))
+    work.begin(base.head)
+    if store.dropped:
+        say(
+            console,
+            f"The store left out {store.dropped:,} tokens of base entropy below {store.manifest.threshold} nats: the "
+            f"high stratum is the top {settings.rho:.0%} of the others",
+        )
+    return Matter.of_store(base, store, rows, "store", store.manifest.recipe.source, corpus)
 
 
-def _record(matter: Matter, marks: Marks, settings: AnalyzeSettings) -> dict[str, Any]:
-    return {
-        "kind": RecordKind.ANALYSIS,
-        "format": FORMAT,
-        "settings": settings.model_dump(mode="json"),
-        "provenance": provenance(),
-        "text": {
-            "kind": matter.kind,
-            "name": matter.name,
-            "tokens": len(marks.entropy),
-            "examples": marks.examples,
-            "dropped": matter.dropped,
-            "rho": marks.rho,
-            "threshold": marks.threshold,
-        },
-        "entropy_edges": list(ENTROPY_EDGES),
-    }
-
-
-def _read(path: Path) -> dict[str, Any]:
-    remedy = "remove it to read the adapter again"
-    found = read_json(path, "file", remedy)
-    if not isinstance(found, dict):
-        raise damaged(f"file {str(path)!r}", f"it holds {shown(found)}", remedy)
-    return found
-
-
-def _so_far(paths: list[Path], interrupt: KeyboardInterrupt) -> str:
-    if isinstance(interrupt, Interrupted):
-        return str(interrupt)
-    count = sum(path.is_file() for path in paths)
-    return f"{count} of {len(paths)} adapters are done; the same command goes on"
+@contextmanager
+def _extracted(settings: AnalyzeSettings, work: Run, console: Console) -> Iterator[Matter]:
+    texts, base = texts_named(settings), frozen(settings)
+    limit, share, source = length_limit(base.model, settings.max_length), settings.held_out, settings.data
+    corpus = encoded(texts.conversations, base.tokenizer, limit, source, console)
+    rows = None if share is None else texts.held_out(corpus.rows, share, settings.seed)
+    support = work.begin(base.head)
+    choices = Choices(support, (), base.head.dtype, batch_size=settings.batch_size)
+    plan = make_plan(corpus, source, model_facts(base.model, base.head, base.tokenizer), choices)
+    with features_to_read(base, plan, keep(settings), console) as store:
+        yield Matter.of_store(base, store, rows, "data", source, corpus)

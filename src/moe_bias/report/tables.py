@@ -18,6 +18,8 @@ from moe_bias.report.table import Column, Row, Table
 _STRATA = {"all": "all tokens", "high": "high entropy", "low": "low entropy"}
 CONTEXT = 70
 """Letters of the text before a token."""
+FLIP_IN_SHORT = ("context, with the text's token", "KL, nats", "base goes on", "adapted goes on", "outcome")
+"""Columns of `flips` that a terminal has room for."""
 ARM = Column("arm", ("name",), words=True)
 PARAMETERS = Column("parameters", ("parameters",), "{:,}")
 SEEDS = Column("seeds", ("seeds",))

@@ -170,32 +170,50 @@ def policy_of(layer: MoEBiasLayer | None, head: Head) -> Policy:
 
 @dataclass(frozen=True)
 class GradedAnswer:
-    """The verdict on an answer, and its tokens, end token included."""
+    """The verdict on an answer, and its token ids, end token included."""
 
     verdict: Verdict
-    tokens: int
+    token_ids: list[int]
+
+    @property
+    def tokens(self) -> int:
+        """How many there are."""
+        return len(self.token_ids)
 
 
 def graded_answers(
     data: TaskData, curriculum: Curriculum, policies: Sequence[Policy], settings: RLConfig, description: str
 ) -> list[list[GradedAnswer]]:
     """Greedy answers with their verdicts, by policy, then by problem."""
-    later = [base_policy] * len(policies) if settings.first_token_only else None
+    later, size = [base_policy] * len(policies) if settings.first_token_only else None, settings.batch_size
+    return greedy_graded(data, curriculum, policies, settings.max_new_tokens, size, description, later)
+
+
+def greedy_graded(
+    data: TaskData,
+    curriculum: Curriculum,
+    policies: Sequence[Policy],
+    limit: int,
+    batch_size: int,
+    description: str,
+    later: Sequence[Policy] | None = None,
+) -> list[list[GradedAnswer]]:
+    """Those of at most `limit` tokens, from the second on by the `later` policies."""
     answers = greedy_answers(
         data.model,
         data.head,
         curriculum.prompts,
         policies,
         stop_ids=data.stop_ids,
-        max_new_tokens=settings.max_new_tokens,
-        batch_size=settings.batch_size,
+        max_new_tokens=limit,
+        batch_size=batch_size,
         later_policies=later,
         description=description,
     )
     texts = [[data.tokenizer.decode(answer.token_ids) for answer in column] for column in answers]
     graded = [data.task.verify(curriculum.problems, column) for column in texts]
     return [
-        [GradedAnswer(verdict, len(answer.all_ids)) for verdict, answer in zip(*columns, strict=True)]
+        [GradedAnswer(verdict, answer.all_ids) for verdict, answer in zip(*columns, strict=True)]
         for columns in zip(graded, answers, strict=True)
     ]
 
