@@ -6,13 +6,13 @@ import torch
 from helpers.complaints import complaint
 from helpers.models import VOCABULARY
 from helpers.saved import save_adapter, save_model
+from moe_bias.analysis.inspection import read_inspection, shared_length
 from moe_bias.analysis.readings import read_tokens
 from moe_bias.backbone import find_head
 from moe_bias.cli import main
 from moe_bias.commands.inspect_text import coloured, harmless
 from moe_bias.config import ModelConfig
 from moe_bias.frozen import load_model
-from moe_bias.report.inspector import read_inspection, shared_length
 from moe_bias.tasks.conversations import ask, encode_prompt
 from moe_bias.training.problems import saved_layer
 

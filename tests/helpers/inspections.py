@@ -1,6 +1,6 @@
 """Two answers as the token inspector shows them, with texts that would harm a page."""
 
-from moe_bias.report.inspector import InspectedAnswer, InspectedToken, Inspection
+from moe_bias.analysis.inspection import InspectedAnswer, InspectedToken, Inspection
 
 SCRIPT = "<script>document.title = 'read as HTML'</script>"
 NASTY = "</script><img src=x onerror=alert(1)>\u2028&amp;"

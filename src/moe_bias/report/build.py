@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from moe_bias.analysis.inspection import read_inspection
 from moe_bias.records import RecordKind
 from moe_bias.report import analysis, comparison, evaluation, headroom, labels, training
 from moe_bias.report.content import Block, Note, Report, Topic, slug
 from moe_bias.report.cost import cost_block
-from moe_bias.report.inspector import read_inspection
 from moe_bias.report.record import Record
 from moe_bias.report.table import Table
 

@@ -10,7 +10,7 @@ from enum import Enum
 from matplotlib.figure import Figure
 
 from moe_bias.analysis import ExpertView
-from moe_bias.report.inspector import Inspection
+from moe_bias.analysis.inspection import Inspection
 from moe_bias.report.table import Table
 
 

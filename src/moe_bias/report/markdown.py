@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from moe_bias.analysis import Reading, TokenBias, marked, spelled
+from moe_bias.analysis.inspection import InspectedToken, Inspection
 from moe_bias.report.content import Cards, Note, Part, Plot, Report
-from moe_bias.report.inspector import InspectedToken, Inspection
 from moe_bias.report.table import Table
 
 _SPECIAL = str.maketrans({letter: f"\\{letter}" for letter in "\\`*_[]<>|#"})

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from moe_bias.analysis import Reading, marked, spelled
+from moe_bias.analysis.inspection import Inspection
 from moe_bias.report.content import Block, Card, Cards, Part, Plot, Report, slug
 from moe_bias.report.figures import page_svg
-from moe_bias.report.inspector import Inspection, component
+from moe_bias.report.inspector import component
 from moe_bias.report.table import Table
 from moe_bias.report.template import Markup, rendered
 
