@@ -7,7 +7,10 @@ import pytest
 
 from helpers.complaints import complaint
 from moe_bias.cli import main, settings_of
-from moe_bias.commands import dry_run
+from moe_bias.experiments.arm import ArmRecords
+from moe_bias.experiments.policy_arms import PolicyArm
+from moe_bias.records import RecordKind
+from moe_bias.training import budget
 
 RL = (
     "train rl --model model --problems problems.jsonl --gold-column gold --train-problems 12 --test-problems 4 "
@@ -16,11 +19,19 @@ RL = (
 SFT = "train sft --model model --data rows.jsonl --support auto:40 --device cpu --output new --dry-run"
 EXTRACT = "extract --model model --data rows.jsonl --support auto:40 --device cpu --output new --dry-run"
 
+COMPARE = (
+    "compare --model model --problems worked.jsonl --gold-column gold --train-problems 12 --test-problems 4 "
+    "--support auto:40 --device cpu --prompts 3 --group 4 --max-new-tokens 5 --lora-batch-size 4 --steps 20 "
+    "--warm-problems 6 --seeds 0,1 --output new --dry-run"
+)
+
 
 @pytest.fixture
 def folder(prepared_folder):
     rows = [{"problem": f"w{5 + n} w6", "gold": str(n)} for n in range(20)]
     (prepared_folder / "problems.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    worked = [row | {"solution": f"w9 \\boxed{{{row['gold']}}}"} for row in rows]
+    (prepared_folder / "worked.jsonl").write_text("\n".join(json.dumps(row) for row in worked))
     return prepared_folder
 
 
@@ -64,9 +75,53 @@ def test_training_on_a_store_extracts_nothing(said, folder):
     assert "it is not tried here" in text
 
 
+def test_a_comparison_is_worked_out_and_not_begun(said):
+    text = said(*COMPARE.split())
+    assert "samples up to 60 tokens, 3 problems x 4 answers x 5; 20 steps." in text
+    assert "key-value" in text
+    assert "gradient" in text
+    assert "tokens a second went forward and back through the model under LoRA" in text
+    assert "Estimates: " in text
+    assert " base 1 of 1 0 20 0 " in text
+    assert " moe-bias 2 of 2 " in text
+    assert " lora 2 of 2 " in text
+    assert " lora's start " in text
+    assert " sum 19 3,360 17,820 " in text  # 5 arms with a layer and 2 of LoRA by rewards, 2 seeds, 20 x 12 samples
+
+
+def test_arms_with_a_record_cost_nothing(said, folder):
+    records = ArmRecords(folder / "new", RecordKind.ARMS, PolicyArm)
+    for name, seed in (("base", 0), ("moe-bias", 0), ("moe-bias", 1), ("lora", 1)):
+        records.save(PolicyArm(name, seed, 1, 1, 1.0, 1.0, 1.0, 1, {}, []), {})
+    text = said(*COMPARE.split(), "--arms", "base,static,moe-bias,lora")
+    assert "base and moe-bias cost nothing: their records are in new" in text
+    assert " moe-bias 0 of 2 " in text
+    assert " lora 1 of 2 " in text
+    assert " sum 3 " in text
+    text = said(*COMPARE.split(), "--arms", "base,moe-bias")
+    assert "All arms have their records in new: nothing would be run." in text
+    assert "tokens a second" not in text
+
+
+def test_a_comparison_that_would_be_refused_says_so(said, folder, capsys, monkeypatch):
+    text = said(*COMPARE.split(), "--arms", "static", "--sample-budget", "100")
+    assert "The run would be refused: `sample_budget` 100 B does not hold the " in text
+    monkeypatch.setattr(budget, "machine_bytes", lambda: 1000)
+    text = said(*COMPARE.split(), "--arms", "static,lora")
+    assert "static would hold" in text
+    assert "The run would be refused: lora would hold " in text
+    assert "lower `lora_batch_size`, `max_new_tokens`" in text
+    for more, sentence in (
+        (["--lora-batch-size", "7"], "do not divide into micro-batches of 7"),
+        (["--arms", "stat"], "--arms has 'stat', which is none of base"),
+        (["--problems", "problems.jsonl"], "has problems without worked answers"),
+    ):
+        assert sentence in complaint(capsys, *COMPARE.split(), *more)
+
+
 def test_model_without_weights_is_worked_out_from_its_config(said, folder, capsys):
     (folder / "model" / "model.safetensors").unlink()
-    for words in (RL, SFT, EXTRACT):
+    for words in (RL, SFT, EXTRACT, COMPARE):
         text = said(*words.split())
         assert "weights" in text
         assert "The model is not tried, so that no hours are expected: model 'model' cannot be loaded" in text
@@ -75,17 +130,18 @@ def test_model_without_weights_is_worked_out_from_its_config(said, folder, capsy
 
 
 def test_what_does_not_fit_is_said(said, monkeypatch):
-    monkeypatch.setattr(dry_run, "machine_bytes", lambda: 1000)
+    monkeypatch.setattr(budget, "machine_bytes", lambda: 1000)
     text = said(*RL.split(), "--sample-budget", "100")
     assert "of 1000 B in memory, which does not fit." in text
     assert "no hours are expected: its weights take" in text
     assert "The first step would be refused: `sample_budget` 100 B does not hold" in text
 
 
-def test_run_that_was_worked_out_is_the_same_run():
-    words = [word for word in RL.split() if word != "--dry-run"]
-    assert settings_of(RL.split())[1].model_dump() == settings_of(words)[1].model_dump()
-    assert settings_of(RL.split())[1].dry_run
+@pytest.mark.parametrize("command", [RL, COMPARE])
+def test_run_that_was_worked_out_is_the_same_run(command):
+    words = [word for word in command.split() if word != "--dry-run"]
+    assert settings_of(command.split())[1].model_dump() == settings_of(words)[1].model_dump()
+    assert settings_of(command.split())[1].dry_run
 
 
 def test_mistakes_of_the_run_are_told(folder, capsys):

@@ -14,6 +14,7 @@ from moe_bias.adapter import read_adapter
 from moe_bias.adapter.saved import adapter_of_any_method
 from moe_bias.cli import main
 from moe_bias.config import TaskConfig
+from moe_bias.training import budget
 from moe_bias.training.problems import task_of
 
 REWARD = """
@@ -246,6 +247,10 @@ def test_compare_goes_on_from_one_supervised_phase_of_lora(ground, capsys):
             "0 and leave out moe-bias-sft and lora-sft with --arms base,first-token,static",
         ),
         (["--arms", "lora", "--lora-batch-size", "7"], "do not divide into micro-batches of 7"),
+        (
+            ["--arms", "static", "--warm-problems", "0", "--sample-budget", "100"],
+            "--sample-budget 100 B does not hold the 13.1 KiB that a step may record; raise it, or lower --prompts",
+        ),
     ],
 )
 def test_compare_refuses_at_once_what_an_arm_could_not_finish(ground, capsys, more, sentence):
@@ -253,6 +258,16 @@ def test_compare_refuses_at_once_what_an_arm_could_not_finish(ground, capsys, mo
     (ground / "problems.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     assert main(["compare", *COMMON.split(), *REWARDED.split(), "--output", "out", *more]) == 2
     assert sentence in capsys.readouterr().err
+    assert not (ground / "out" / "arms").exists()
+
+
+def test_compare_refuses_lora_that_no_memory_holds(ground, capsys, monkeypatch):
+    monkeypatch.setattr(budget, "machine_bytes", lambda: 10**6)
+    words = ["compare", *COMMON.split(), *REWARDED.split(), "--lora-batch-size", "4", "--max-new-tokens", "900"]
+    assert main([*words, "--warm-problems", "0", "--arms", "lora", "--output", "out"]) == 2
+    error = capsys.readouterr().err
+    assert "lora would hold " in error
+    assert "there are 976.6 KiB in memory: lower --lora-batch-size, --max-new-tokens" in error
     assert not (ground / "out" / "arms").exists()
 
 

@@ -10,15 +10,19 @@ from transformers import MambaConfig
 
 import moe_bias as mb
 from moe_bias.columns import Columns
-from moe_bias.config import OptimizerOptions, RLConfig, SFTConfig
+from moe_bias.commands.trial import lora_rate
+from moe_bias.config import CompareConfig, OptimizerOptions, RLConfig, SFTConfig
+from moe_bias.experiments.lora import lora_on
 from moe_bias.features.base_logits import BaseLogits
 from moe_bias.features.manifest import read_manifest
 from moe_bias.mistakes import UserError
 from moe_bias.rollout.cache import roomy_cache
 from moe_bias.rollout.sampler import SamplingChoices
 from moe_bias.rollout.sampling import TransformersSampler
+from moe_bias.tasks.conversations import Example
 from moe_bias.training.budget import (
     Held,
+    LoRABudget,
     ModelSize,
     PolicyBudget,
     Sampling,
@@ -162,3 +166,40 @@ def test_model_without_keys_and_values_is_refused():
 def test_optimiser_of_nothing_said_is_that_of_the_experts():
     assert OptimizerOptions().optimizer_of("linear") == "adamw"
     assert RLConfig(experts="free").optimizer_of("free") == "sgd"
+
+
+def lora_budget(size, **changes) -> LoRABudget:
+    settings = CompareConfig(prompts=2, group=3, max_new_tokens=5, lora_batch_size=2, lora_rank=4)
+    return replace(LoRABudget(size, settings, 3, worked_tokens=11, test_problems=4), **changes)
+
+
+def test_lora_is_held_with_gradients_and_moments(base, size):
+    with lora_on(base.model, 4, seed=0) as adapted:
+        parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(parameters)
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        moments = [one for state in optimizer.state.values() for one in state.values() if one.ndim]
+        held = [*parameters, *(parameter.grad for parameter in parameters), *moments]
+        assert lora_budget(size).parameters == sum(parameter.numel() for parameter in parameters)
+        assert by_name(lora_budget(size))["LoRA, gradients, optimiser"].bytes == sum(one.nbytes for one in held)
+
+
+def test_a_micro_batch_of_lora_keeps_at_least_what_linear_layers_read(base, size):
+    rate = lora_rate(base, [Example([1, 4093, 198], [1, 9690, 198]), Example([1, 4093], [198])], CompareConfig())
+    assert (rate.rows, rate.length) == (2, 6)
+    assert size.linear_inputs * 4 < rate.token_bytes < 20 * size.linear_inputs * 4
+    assert not any("lora" in name for name, _ in base.model.named_parameters())
+    plain, measured = by_name(lora_budget(size)), by_name(lora_budget(size, token_bytes=rate.token_bytes))
+    assert plain["inputs of linear layers, a micro-batch"].bytes == 2 * 8 * 4 * size.linear_inputs
+    assert measured["states, a micro-batch"].bytes == 2 * 8 * rate.token_bytes
+    assert measured["states, a micro-batch of worked answers"].bytes == 2 * 11 * rate.token_bytes
+    assert plain["logits of a micro-batch, their gradient"].bytes == 2 * 4 * 2 * 5 * size.vocab_size
+    assert plain["key-value cache of 6 answers"].bytes == size.cache(6, 8)
+    assert "key-value cache of 6 answers" not in by_name(lora_budget(size, by_rewards=False))
+
+
+def test_loaded_model_has_the_sizes_of_its_config(base, size):
+    assert replace(ModelSize.loaded(base.model, torch.float32), stored_bytes=None) == size
+    assert ModelSize.loaded(base.model, torch.float32).weights >= size.weights

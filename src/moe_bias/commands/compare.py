@@ -18,7 +18,7 @@ def run(settings: CompareSettings) -> None:
     """
 
     def drawn() -> tuple[TaskData, Shifted | None]:
-        shifted = _shifted(settings)
+        shifted = shifted_of(settings)
         return prepare_task(settings, settings, seed=0), shifted
 
     console, rewards = report_console(), rewards_of(settings)
@@ -29,7 +29,7 @@ def run(settings: CompareSettings) -> None:
     console.print(f"Records and {TABLE_FILE} are in {settings.output}.")
 
 
-def _shifted(settings: CompareSettings) -> Shifted | None:
+def shifted_of(settings: CompareSettings) -> Shifted | None:
     """The task that nothing is trained on, and its problems. Raises UserError where there are none."""
     if not (settings.shifted_task or settings.shifted_options):
         return None

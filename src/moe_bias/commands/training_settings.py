@@ -294,7 +294,7 @@ class DemoSettings(ModelConfig, RewardConfig, TaskConfig, WarmConfig):
     resamples: int = Field(0, ge=0, description="times that a step samples more problems for those of equal rewards")
 
 
-class CompareSettings(ModelConfig, RewardConfig, TaskConfig, CompareConfig):
+class CompareSettings(DryRunSettings, ModelConfig, RewardConfig, TaskConfig, CompareConfig):
     """Train MoE-Bias, parts of it left out, and LoRA by reinforcement learning on one task, and compare them."""
 
     output: Path = Field(description="folder of the arms' records, all of which the table has; none is run again")

@@ -8,12 +8,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from moe_bias.config import LayerConfig, RLConfig, SFTConfig
+from moe_bias.config import CompareConfig, LayerConfig, RLConfig, SFTConfig
+from moe_bias.experiments.lora import completion_log_prob, lora_on
 from moe_bias.features.extract import run_backbone, with_scalars
 from moe_bias.frozen import Frozen
 from moe_bias.progress import without_bars
+from moe_bias.rollout.sampling import TransformersSampler
 from moe_bias.tasks.conversations import Example
-from moe_bias.training.problems import TaskData, sampler_of, sampling_choices
+from moe_bias.training.problems import TaskData, sampling_choices
 from moe_bias.training.sft import fit
 
 TOKENS = 128
@@ -37,7 +39,8 @@ def sampling_rate(data: TaskData, settings: RLConfig, layer: LayerConfig) -> Sam
     """Of the frozen model in transformers under a layer that changes nothing."""
     longest = max(len(prompt) for prompt in data.train.prompts)
     prompts = data.train.prompts[: max(1, min(settings.batch_size, settings.prompts, TOKENS // longest))]
-    fresh, sampler = data.head.layer(layer).to(data.head.device), sampler_of(settings, data)
+    fresh = data.head.layer(layer).to(data.head.device)
+    sampler = TransformersSampler(data.model, data.head)  # a budget that a step exceeds is not the trial's
     choices = replace(sampling_choices(settings, data), stop_ids=[])
 
     def seconds(new_tokens: int) -> float:
@@ -68,6 +71,42 @@ def training_rate(base: Frozen, examples: Sequence[Example], settings: SFTConfig
     batch = features.at(torch.arange(settings.batch_tokens) % len(features))
     trial = settings.model_copy(update={"epochs": PASSES, "train_tokens": None})
     return PASSES * len(batch) / _seconds(lambda: fit(base.head.layer(layer), batch, base.head, trial, "trial"))
+
+
+@dataclass(frozen=True)
+class LoRARate:
+    """Tokens a second, prompts counted, forward and back in a batch of `rows` of `length` tokens.
+
+    `token_bytes` of states are kept of a token between the two, logits and the model's own weights not counted.
+    """
+
+    tokens: float
+    token_bytes: int
+    rows: int
+    length: int
+
+
+@without_bars()
+def lora_rate(base: Frozen, examples: Sequence[Example], settings: CompareConfig) -> LoRARate:
+    """Of the beginnings of a few examples under fresh LoRA weights, without a step of the optimiser."""
+    few, kept = _beginnings(examples)[: settings.lora_batch_size], dict[int, torch.Tensor]()
+    tokens = sum(map(len, few))
+    with lora_on(base.model, settings.lora_rank, settings.seed) as adapted:
+        own = {parameter.untyped_storage().data_ptr() for parameter in adapted.parameters()}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            place = tensor.untyped_storage().data_ptr()
+            if place not in own and tensor.shape[-1:] != (base.head.vocab_size,):
+                kept[place] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = -completion_log_prob(adapted, few).mean()
+        token_bytes = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) // tokens
+        kept.clear()
+        loss.backward()
+        seconds = min(_seconds(lambda: (-completion_log_prob(adapted, few).mean()).backward()) for _ in range(2))
+    return LoRARate(tokens / seconds, token_bytes, len(few), max(map(len, few)))
 
 
 def _beginnings(examples: Sequence[Example]) -> list[Example]:

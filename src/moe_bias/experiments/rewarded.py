@@ -36,6 +36,7 @@ from moe_bias.experiments.policy_arms import (
     SUPERVISED,
     PolicyArm,
 )
+from moe_bias.experiments.policy_budgets import evaluated_steps, refuse_large_steps
 from moe_bias.experiments.warm_start import prepare_warm_start, warm_layer, warm_settings, worked_examples
 from moe_bias.features.extract import Features, run_backbone, with_scalars
 from moe_bias.features.source import Subset
@@ -69,6 +70,12 @@ def refuse_unfit_lora(names: Sequence[str], config: CompareConfig) -> None:
     """Raises UserError where LoRA could not be trained, before anything is loaded."""
     if {LORA, LORA_HIGH_ENTROPY} & set(names):
         check_trl()
+        refuse_uneven_lora(names, config)
+
+
+def refuse_uneven_lora(names: Sequence[str], config: CompareConfig) -> None:
+    """Raises UserError where a step of LoRA's by rewards does not divide into micro-batches."""
+    if {LORA, LORA_HIGH_ENTROPY} & set(names):
         _grpo_choices(LORA, config)
 
 
@@ -85,9 +92,8 @@ def prepare_stage(
     Raises UserError where an arm of these names could not be run to its end.
     """
     refuse_impossible(config, ground.head)
-    _check_worked(ground, config, names)
-    if SUPERVISED in names and not config.warm_problems:
-        raise UserError(f"{SUPERVISED} goes on from a supervised phase: leave it out, or set `warm_problems` above 0")
+    refuse_unfit_problems(ground.task, ground.train.problems, config, names)
+    refuse_large_steps(ground, config, names)
     rewards.try_on(ground.train.problems[0])
     tests = {HELD_OUT: (ground.task, ground.test)}
     if shifted is not None:
@@ -286,17 +292,18 @@ class Stage:
         return found
 
 
-def _check_worked(ground: TaskData, settings: CompareConfig, names: Sequence[str]) -> None:
+def refuse_unfit_problems(task: Task, train: Sequence[Problem], settings: CompareConfig, names: Sequence[str]) -> None:
     """Raises UserError where a problem lacks the worked answer that a supervised phase or arm would learn from."""
     supervised = [name for name in (SUPERVISED, LORA_SUPERVISED) if name in names]
-    needed = ground.train.problems if supervised else ground.train.problems[: settings.warm_problems]
-    if all(problem.worked for problem in needed):
-        return
-    others = ",".join(name for name in names if name not in supervised)
-    raise UserError(
-        f"{ground.task.name} has problems without worked answers: set `warm_problems` 0"
-        + (f" and leave out {' and '.join(supervised)} with `arms` {others}" if supervised else "")
-    )
+    needed = train if supervised else train[: settings.warm_problems]
+    if not all(problem.worked for problem in needed):
+        others = ",".join(name for name in names if name not in supervised)
+        raise UserError(
+            f"{task.name} has problems without worked answers: set `warm_problems` 0"
+            + (f" and leave out {' and '.join(supervised)} with `arms` {others}" if supervised else "")
+        )
+    if SUPERVISED in names and not settings.warm_problems:
+        raise UserError(f"{SUPERVISED} goes on from a supervised phase: leave it out, or set `warm_problems` above 0")
 
 
 def _grpo_choices(name: str, settings: CompareConfig) -> GRPOChoices:
@@ -328,11 +335,6 @@ class _LoRAStart:
     weights: dict[str, Tensor]
     answers: _Answers
     seconds: float
-
-
-def evaluated_steps(settings: CompareConfig) -> list[int]:
-    """The counts of steps after which an arm is measured: none, every `evaluate_every`, all."""
-    return [*range(0, settings.steps, settings.evaluate_every), settings.steps]
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,14 @@ from math import ceil
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from moe_bias.backbone import output_embedding
-from moe_bias.config import LayerConfig, OptimizerOptions, RLConfig, SFTConfig, StartOptions
+from moe_bias.config import CompareConfig, LayerConfig, OptimizerOptions, RLConfig, SFTConfig, StartOptions
 from moe_bias.features.build import SMALL_BYTES as STORED_BYTES
-from moe_bias.limits import in_bytes
+from moe_bias.limits import in_bytes, machine_bytes
 from moe_bias.mistakes import UserError
 from moe_bias.rollout.cache import ROOM
 from moe_bias.rollout.sampling import SCALAR_BYTES as SAMPLING_BYTES
@@ -30,7 +32,7 @@ from moe_bias.training.sft import parse_support
 
 Place = Literal["device", "host", "disk"]
 """Where bytes are: the model's device, which on a CPU is the host's memory too; the host's memory; a disk."""
-Phase = Literal["always", "sampling", "updating", "measuring"]
+Phase = Literal["always", "supervised", "sampling", "updating", "measuring"]
 """When they are held; of the phases one follows another."""
 FLOAT32_BYTES = 4
 FEATURE_BYTES = 64
@@ -55,13 +57,21 @@ class Held:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """A model's sizes: `cache_values` are the numbers that keys and values of one token take in all layers."""
+    """A model's sizes: `cache_values` are the numbers that keys and values of one token take in all layers.
+
+    Of all linear layers but the output embedding: `linear_ends` are their inputs' and outputs' sizes together,
+    `linear_inputs` the numbers of one token that go into them, once where several in one block may read the same.
+    """
 
     parameters: int
     hidden_size: int
     vocab_size: int
     cache_values: int
     dtype: torch.dtype
+    linear_ends: int = 0
+    linear_inputs: int = 0
+    stored_bytes: int | None = None
+    """Of the weights, where they are not all in `dtype`."""
 
     @classmethod
     def of(cls, config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> ModelSize:
@@ -72,19 +82,29 @@ class ModelSize:
         try:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-            text = config.get_text_config()
-            heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-            width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-            cache_values = 2 * text.num_hidden_layers * heads * width
+            cache_values = _cache_values(config)
         except Exception as error:  # the classes of models check their configs by what they raise over them
             raise UserError(f"the sizes of a {type(config).__name__} are not known: {error}") from error
         head: Any = output_embedding(model)
-        return cls(model.num_parameters(), head.in_features, head.out_features, cache_values, dtype)
+        parameters = model.num_parameters()
+        return cls(parameters, head.in_features, head.out_features, cache_values, dtype, *_linear_sizes(model))
+
+    @classmethod
+    def loaded(cls, model: Any, dtype: torch.dtype) -> ModelSize:
+        """Those of a model that is there, quantised or not; a cache of another kind than keys and values counts 0."""
+        try:
+            cache_values = _cache_values(model.config)
+        except AttributeError:
+            cache_values = 0
+        head: Any = output_embedding(model)
+        stored = model.get_memory_footprint()
+        sizes = model.num_parameters(), head.in_features, head.out_features, cache_values
+        return cls(*sizes, dtype, *_linear_sizes(model), stored)
 
     @property
     def weights(self) -> int:
         """Bytes of its weights."""
-        return self.parameters * self.dtype.itemsize
+        return self.parameters * self.dtype.itemsize if self.stored_bytes is None else self.stored_bytes
 
     @property
     def hidden_bytes(self) -> int:
@@ -94,6 +114,31 @@ class ModelSize:
     def cache(self, rows: int, tokens: int) -> int:
         """Bytes of the key-value cache of so many rows of so many tokens."""
         return rows * tokens * self.cache_values * self.dtype.itemsize
+
+
+def _cache_values(config: Any) -> int:
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(2 * text.num_hidden_layers * heads * width)
+
+
+def _linear_sizes(model: nn.Module) -> tuple[int, int]:
+    """`linear_ends` and `linear_inputs` of a model."""
+    ends, head = 0, output_embedding(model)
+    inputs: set[tuple[str, int]] = set()
+    for name, module in model.named_modules():
+        if module is head:
+            continue
+        if isinstance(module, nn.Linear):
+            into, out = module.in_features, module.out_features
+        elif isinstance(module, Conv1D):
+            into, out = module.nx, module.nf
+        else:
+            continue
+        ends += into + out
+        inputs.add((name.rpartition(".")[0], into))
+    return ends, sum(into for _, into in inputs)
 
 
 @dataclass(frozen=True)
@@ -122,7 +167,10 @@ def layer_bytes(layer: LayerConfig, size: ModelSize, settings: OptimizerOptions)
 
 @dataclass(frozen=True)
 class PolicyBudget:
-    """A run of reinforcement learning whose longest prompt has `prompt_tokens`; `is_fresh`: without an adapter."""
+    """A run of reinforcement learning whose longest prompt has `prompt_tokens`; `is_fresh`: without an adapter.
+
+    `evaluate_every` is 0 where nothing is measured before the end; then `policies` answer side by side.
+    """
 
     size: ModelSize
     settings: RLConfig
@@ -132,6 +180,7 @@ class PolicyBudget:
     evaluate_every: int
     sampling: Sampling = Sampling()
     is_fresh: bool = True
+    policies: int = MEASURED_POLICIES
 
     @property
     def step_tokens(self) -> int:
@@ -145,8 +194,8 @@ class PolicyBudget:
 
     @property
     def measured_tokens(self) -> int:
-        """Tokens of all greedy answers to held-out problems: in between, and of three policies at the end."""
-        times = self.settings.steps // self.evaluate_every + MEASURED_POLICIES
+        """Tokens of all greedy answers to held-out problems: in between, and of `policies` at the end."""
+        times = self.policies + (self.settings.steps // self.evaluate_every if self.evaluate_every else 0)
         return times * self.test_problems * self.settings.max_new_tokens
 
     @property
@@ -174,7 +223,7 @@ class PolicyBudget:
             yield Held(f"key-value cache of {rows:,} answers", self._cache(rows), phase="sampling")
             logits = 2 * FLOAT32_BYTES * rows * size.vocab_size
             yield Held("logits of these, base and adapted", logits, phase="sampling")
-        rows = MEASURED_POLICIES * min(settings.batch_size, self.test_problems)
+        rows = self.policies * min(settings.batch_size, self.test_problems)
         yield Held(f"key-value cache of {rows:,} answers, measuring", self._cache(rows), phase="measuring")
         recorded = self.step_tokens * (size.hidden_bytes + FEATURE_BYTES + ROLLOUT_BYTES)
         yield Held("recorded rows of a step", recorded, "host", "sampling")
@@ -204,11 +253,73 @@ class PolicyBudget:
 
 
 @dataclass(frozen=True)
+class LoRABudget:
+    """LoRA on all linear layers: on worked answers first, then by rewards with TRL (`by_rewards`), or on more of them.
+
+    `prompt_tokens` has the longest prompt, `worked_tokens` the longest worked answer with its prompt, 0 where none is
+    learned from. `token_bytes` is what a forward pass keeps of a token for the backward pass, as it was measured; the
+    inputs of the linear layers where it was not, which are less. TRL holds all answers of a step up to the longest.
+    """
+
+    size: ModelSize
+    settings: CompareConfig
+    prompt_tokens: int
+    worked_tokens: int
+    test_problems: int
+    by_rewards: bool = True
+    token_bytes: int | None = None
+
+    @property
+    def parameters(self) -> int:
+        """P: of each linear layer its inputs and outputs by the rank."""
+        return self.settings.lora_rank * self.size.linear_ends
+
+    @property
+    def samples(self) -> int:
+        """Answers of a step."""
+        return self.settings.prompts * self.settings.group
+
+    def held(self) -> Iterator[Held]:
+        """All that is held, one thing after the other."""
+        settings, size = self.settings, self.size
+        yield Held("weights", size.weights)
+        yield Held("LoRA, gradients, optimiser", 4 * FLOAT32_BYTES * self.parameters)  # PEFT keeps it in float32
+        length = self.prompt_tokens + settings.max_new_tokens
+        states = "inputs of linear layers" if self.token_bytes is None else "states"
+        if self.worked_tokens:
+            held = self._states(self.worked_tokens)
+            yield Held(f"{states}, a micro-batch of worked answers", held, phase="supervised")
+        if self.by_rewards:
+            cache, logits = size.cache(self.samples, length), 2 * FLOAT32_BYTES * self.samples * size.vocab_size
+            yield Held(f"key-value cache of {self.samples:,} answers", cache, phase="sampling")
+            yield Held("logits and probabilities of these", logits, phase="sampling")
+            yield Held(f"{states}, a micro-batch", self._states(length), phase="updating")
+            logits = 2 * size.dtype.itemsize * self._rows * settings.max_new_tokens * size.vocab_size
+            yield Held("logits of a micro-batch, their gradient", logits, phase="updating")
+        rows = min(settings.batch_size, self.test_problems)
+        yield Held(
+            f"key-value cache of {rows:,} answers, measuring", size.cache(rows, length + ROOM), phase="measuring"
+        )
+
+    @property
+    def _rows(self) -> int:
+        return self.settings.lora_batch_size
+
+    def _states(self, length: int) -> int:
+        kept = self.size.linear_inputs * self.size.dtype.itemsize if self.token_bytes is None else self.token_bytes
+        return self._rows * length * kept
+
+
+@dataclass(frozen=True)
 class Text:
     """A corpus: completion tokens, and those that go through the model, prompts counted."""
 
     tokens: int
     through: int
+
+    def share(self, part: float) -> Text:
+        """As much of it, or a multiple."""
+        return Text(round(part * self.tokens), round(part * self.through))
 
 
 @dataclass(frozen=True)
@@ -256,3 +367,33 @@ def peak(held: Sequence[Held], places: Sequence[Place]) -> int:
     return max(
         sum(one.bytes for one in held if one.place in places and one.phase in ("always", phase)) for phase in phases
     )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Memory there is, in these places together; None where the system does not tell."""
+
+    places: tuple[Place, ...]
+    name: str
+    bytes: int | None
+
+
+def memories(device: torch.device) -> list[Memory]:
+    """Those of a model's device and of the machine."""
+    if device.type == "cpu":
+        return [Memory(("device", "host"), "memory", machine_bytes())]
+    return [Memory(("device",), str(device), memory_of(device)), Memory(("host",), "memory", machine_bytes())]
+
+
+def memory_of(device: torch.device) -> int | None:
+    """The memory of a device, used or not."""
+    return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else machine_bytes()
+
+
+def beyond_memory(held: Sequence[Held], device: torch.device) -> str | None:
+    """What of the memory there is does not hold it all, or None."""
+    for memory in memories(device):
+        needed = peak(held, memory.places)
+        if memory.bytes is not None and needed > memory.bytes:
+            return f"{in_bytes(needed)} at one time, and there are {in_bytes(memory.bytes)} in {memory.name}"
+    return None
