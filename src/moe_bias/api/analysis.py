@@ -21,7 +21,7 @@ from moe_bias.api.reports import Curve, Report
 from moe_bias.backbone import Head
 from moe_bias.frozen import Frozen
 from moe_bias.layer import MoEBiasLayer
-from moe_bias.mistakes import Interrupted, UserError, as_kind, damaged, read_json, shown
+from moe_bias.mistakes import SAME_CALL, Interrupted, UserError, as_kind, damaged, read_json, shown
 from moe_bias.records import RecordKind, provenance, write_json
 from moe_bias.report.table import Column, Table
 from moe_bias.report.tables import FLIP_IN_SHORT, flips
@@ -224,7 +224,7 @@ class Run:
         if isinstance(interrupt, Interrupted):
             return interrupt
         count = sum(path.is_file() for path in self._paths)
-        return Interrupted(f"{count} of {len(self._paths)} adapters are done; the same command goes on")
+        return Interrupted(f"{count} of {len(self._paths)} adapters are done; {SAME_CALL} goes on")
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,5 @@ def _print(console: Console, report: SFTReport, settings: TrainSFTSettings) -> N
     ):
         console.print(f"held-out {name:<24} {with_interval(estimate, '{:.4f}')}", highlight=False)
     if report.change.low > 0 and report.preferred is None:
-        console.print(
-            "Held-out answers became less likely: it over-fits. --patience 2 keeps its best step; or fewer --epochs."
-        )
+        remedy = "--patience 2 keeps its best step; or take fewer --epochs"
+        console.print(f"Held-out answers became less likely, it over-fits: {remedy}.", soft_wrap=True)
