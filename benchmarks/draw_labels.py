@@ -72,7 +72,7 @@ def drawn(records: dict[str, Record]) -> Figure:
         axes.set_visible(False)
     panels[0].set_ylabel("texts right, %")
     named = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=len(WAYS), frameon=False, fontsize=9)
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return figure
 
 

@@ -40,6 +40,7 @@ def write_figures(description: str | None, figures: Iterable[tuple[Path, Figure]
     options = parser.parse_args()
     for path, figure in figures:
         if options.png:
+            options.png.mkdir(parents=True, exist_ok=True)
             figure.savefig(options.png / f"{path.stem}.png", dpi=130)
         else:
             path.write_text(svg_text(figure), encoding="utf-8")
