@@ -296,8 +296,8 @@ def _say_rates(console: Console, subject: Subject, rates: Rates | None, has_lora
             console,
             f"{rates.lora.tokens:,.0f} tokens a second went forward and back through the model under LoRA, in a batch "
             f"of {rates.lora.rows:,} x {rates.lora.length:,} tokens, which kept {in_bytes(rates.lora.token_bytes)} of "
-            "states a token. Estimates: larger batches are as fast, and TRL samples under LoRA as fast as the frozen "
-            "model is sampled here, which it hardly is.",
+            "states a token. Estimates: larger batches are as fast, and answers under LoRA as the frozen model's, "
+            "which they hardly are.",
         )
     elif has_lora:
         say(console, "LoRA was not tried.")
