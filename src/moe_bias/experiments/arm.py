@@ -94,8 +94,13 @@ class ArmRecords(Generic[Kept]):
         return [int(seed) for seed in found if seed.isdecimal()]
 
 
+def arm_name(name: str, seed: int) -> str:
+    """What the files of one training of an arm are called."""
+    return f"{re.sub(r'[^A-Za-z0-9.=_-]+', '_', name)}-seed{seed}"
+
+
 def _file(name: str, seed: int) -> str:
-    return f"{re.sub(r'[^A-Za-z0-9.=_-]+', '_', name)}-seed{seed}.json"
+    return f"{arm_name(name, seed)}.json"
 
 
 def by_name(arms: Sequence[Kept], units: Callable[[Kept], object], noun: str) -> dict[str, list[Kept]]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moe_bias.adapter import save_layer
 from moe_bias.config import CompareConfig
+from moe_bias.experiments.arm import arm_name
 from moe_bias.experiments.grid import with_changes
 from moe_bias.experiments.grpo_lora import train_grpo_lora
 from moe_bias.experiments.grpo_trainer import GRPOChoices, check_trl
@@ -229,7 +230,7 @@ class Stage:
         return self._measured(name, settings.seed, parameters, start.seconds, spent, points)
 
     def _adapter(self, name: str, settings: CompareConfig) -> Path:
-        return self.adapters / f"{name}-seed{settings.seed}"
+        return self.adapters / arm_name(name, settings.seed)
 
     def _lora_start(self, adapted: Any, on_lora: Stage, settings: CompareConfig) -> _LoRAStart:
         """Brings fresh LoRA weights through the supervised phase, or to where it led the last arm of this seed."""
