@@ -20,6 +20,7 @@ from moe_bias.config.layer import (
     StartOptions,
     check_support,
 )
+from moe_bias.config.learning import LearnConfig
 from moe_bias.config.measuring import BUNDLED_MODEL, BYTES_OF_A_PROBLEM, EvalConfig, ModelConfig, TaskConfig, TaskOption
 from moe_bias.config.training import (
     TRAIN_ON,
@@ -49,6 +50,7 @@ __all__ = [
     "LabelsConfig",
     "LayerConfig",
     "LayerOptions",
+    "LearnConfig",
     "ModelConfig",
     "Normalisation",
     "Optimizer",

@@ -1,0 +1,140 @@
+"""The journal of an adapter: everything that it was told, in order, in one file that only grows.
+
+An entry is on the disk before anyone is told that it was taken. A process that is killed while it writes leaves half
+an entry at the end at most, which was never acknowledged and goes when the journal is opened again.
+
+    sizes       2 x uint32    of the header and of the tensors, in bytes, little-endian
+    checksum    uint32        CRC-32 of both
+    header      JSON          `number` from 1 on, `event`, and what belongs to it
+    tensors     safetensors   of a lesson or a state; empty for other events
+
+A journal that has grown long is cut: a new file begins with the learner's whole state as its first entry.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from moe_bias.mistakes import UserError
+from moe_bias.records import write_whole
+
+_SIZES = struct.Struct("<III")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """`number` counts on from 1; `event` is what happened; `tensors` belong to it; `end` is where the next begins."""
+
+    number: int
+    event: str
+    header: Mapping[str, Any]
+    tensors: dict[str, Tensor]
+    end: int
+
+
+class Journal:
+    """The writer's side of one file; one process at a time has it open."""
+
+    def __init__(self, path: Path) -> None:
+        """Opens or makes the file, and cuts off a half entry at its end. Raises UserError on one that is damaged."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self.last = 0
+        whole = 0
+        if path.exists():
+            with path.open("rb") as file:
+                for number, _, end in _headers(file, path):
+                    self.last, whole = number, end
+        self._file = path.open("r+b" if path.exists() else "x+b")
+        self._file.truncate(whole)
+        self._file.seek(whole)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all entries."""
+        return self._file.tell()
+
+    def append(self, event: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> int:
+        """Adds an entry and returns its number once it is on the disk.
+
+        Raises OSError where the disk does not take it; the journal is then as it was before.
+        """
+        start, number = self._file.tell(), self.last + 1
+        try:
+            self._file.write(_packed(number, event, header, tensors))
+            self._file.flush()
+            os.fdatasync(self._file.fileno())
+        except OSError:
+            self._file.seek(start)
+            self._file.truncate(start)
+            raise
+        self.last = number
+        return number
+
+    def begin_anew(self, state: Path) -> None:
+        """Puts a file of `write_state`, whose state holds all entries until now, in the place of this one."""
+        os.replace(state, self.path)
+        self._file.close()
+        self._file = self.path.open("r+b")
+        self._file.seek(0, os.SEEK_END)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+STATE = "state"
+"""The event of an entry that holds a learner's whole state, up to and with the entry of its number."""
+
+
+def write_state(path: Path, number: int, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """A journal of one entry: the state of a learner that has applied all entries up to `number`."""
+    write_whole(path, _packed(number, STATE, header, tensors))
+
+
+def entries(path: Path, start: int = 0) -> Iterator[Entry]:
+    """Whole entries from byte `start` on. Raises UserError on a damaged one; a half entry at the end ends it."""
+    with path.open("rb") as file:
+        file.seek(start)
+        for _, (header, content), end in _headers(file, path):
+            number, event = header.pop("number"), header.pop("event")
+            yield Entry(number, event, header, load(content) if content else {}, end)
+
+
+def _headers(file: BinaryIO, path: Path) -> Iterator[tuple[int, tuple[dict[str, Any], bytes], int]]:
+    while len(sizes := file.read(_SIZES.size)) == _SIZES.size:
+        start = file.tell() - _SIZES.size
+        header_size, tensors_size, checksum = _SIZES.unpack(sizes)
+        content = file.read(header_size + tensors_size)
+        if len(content) < header_size + tensors_size:
+            return
+        if zlib.crc32(content) != checksum:
+            if not file.read(1):
+                return  # the system had not written all of the last one when the machine went down
+            raise UserError(
+                f"the journal {str(path)!r} is damaged at byte {start:,}; bring it back from a copy, or remove it to "
+                "begin anew with the adapter as it was at first"
+            )
+        header = json.loads(content[:header_size])
+        yield header["number"], (header, content[header_size:]), file.tell()
+
+
+def _packed(number: int, event: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor] | None) -> bytes:
+    head = json.dumps({"number": number, "event": event, **header}).encode()
+    body = save({name: _alone(tensor) for name, tensor in tensors.items()}) if tensors else b""
+    return _SIZES.pack(len(head), len(body), zlib.crc32(head + body)) + head + body
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu").contiguous().clone(memory_format=torch.contiguous_format)

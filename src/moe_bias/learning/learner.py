@@ -1,0 +1,267 @@
+"""The learner of one adapter: a state that follows from the entries of its journal in their order, and nothing else.
+
+Each lesson is learned once with a few earlier ones, or kept to measure by. What an update makes of the layer becomes
+the next version where it is within its bounds and does not make the lessons worse that it is measured by; else layer
+and moments are put back, and the lesson stays to be replayed. `undo` goes back to the version before, and forgets the
+lessons since. No clock and no random device is read, so that the same entries give the same bytes.
+
+Shapes: M support.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_bias.backbone import Head
+from moe_bias.config import LearnConfig
+from moe_bias.layer import MoEBiasLayer
+from moe_bias.learning.journal import STATE, Entry
+from moe_bias.learning.lessons import Batch, Lesson
+from moe_bias.learning.update import Change, Measured, loss_on, update
+from moe_bias.mistakes import UserError
+from moe_bias.training.batches import mixed_seed
+from moe_bias.training.optimisation import Optimisation
+
+LESSON, UNDO, FREEZE, UNFREEZE = "lesson", "undo", "freeze", "unfreeze"
+HISTORY = 200
+"""Outcomes that a state tells of, the last."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of an entry. `version` is the one served from now on; KL in nats a token, None without an update.
+
+    `applied` tells whether it was learned from, `published` whether a new version came of it, `reason` why not.
+    `loss_before` and `loss_after` are on the lessons to measure by, in nats, None where there are none.
+    """
+
+    number: int
+    event: str
+    version: int
+    applied: bool = False
+    published: bool = False
+    reason: str = ""
+    step_kl: float | None = None
+    base_kl: float | None = None
+    loss_before: float | None = None
+    loss_after: float | None = None
+
+
+@dataclass
+class _Kept:
+    """Lessons by the number of their entry, the oldest first, at most `limit`; those of a number above can go."""
+
+    limit: int
+    lessons: dict[int, Lesson] = field(default_factory=dict)
+
+    def add(self, number: int, lesson: Lesson) -> None:
+        self.lessons[number] = lesson
+        while len(self.lessons) > self.limit:
+            del self.lessons[next(iter(self.lessons))]
+
+    def forget_after(self, number: int) -> None:
+        self.lessons = {kept: lesson for kept, lesson in self.lessons.items() if kept <= number}
+
+
+@dataclass(frozen=True)
+class _Version:
+    """A version that can be gone back to: the layer's tensors, and the last entry that it has learned from."""
+
+    number: int
+    through: int
+    tensors: dict[str, Tensor]
+
+
+class Learner:
+    """One adapter's layer, moments and lessons."""
+
+    def __init__(self, layer: MoEBiasLayer, head: Head, config: LearnConfig) -> None:
+        """`layer` is the adapter as it was at first, of which a copy has been made; it is changed."""
+        self.layer, self.through, self.version, self.frozen = layer.requires_grad_(True), 0, 0, False
+        self.history: list[Outcome] = []
+        self._head, self._config = head, config
+        self._optimisation = Optimisation(layer, config, steps=1)
+        self._lessons, self._rewards = 0, 0
+        self._mean_reward = 0.0
+        self._replayed, self._held_out = _Kept(config.kept_lessons), _Kept(config.held_out_lessons)
+        self._measured: Measured | None = None
+        self._line = [_Version(0, 0, self._tensors())]
+
+    def apply(self, entry: Entry) -> Outcome | None:
+        """What becomes of the next entry; None of one that was applied before."""
+        if entry.event == STATE and entry.number > self.through:
+            self._set_state(entry)
+            return None
+        if entry.number <= self.through:
+            return None
+        assert entry.number == self.through + 1, "the journal lacks an entry"
+        outcome = self._applied(entry)
+        self.through = entry.number
+        self.history = [*self.history, outcome][-HISTORY:]
+        return outcome
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors that are its own."""
+        kept = [lesson.tensors() for lesson in (self._replayed.lessons | self._held_out.lessons).values()]
+        own = [*self._tensors_of_line(), *self._optimisation.tensors().values(), *self.layer.parameters()]
+        measured = [] if self._measured is None else [self._measured.logits]
+        lessons = [tensor for tensors in kept for tensor in tensors.values()]
+        return sum(tensor.nbytes for tensor in [*own, *measured, *lessons])
+
+    def _tensors_of_line(self) -> list[Tensor]:
+        return [tensor for version in self._line for tensor in version.tensors.values()]
+
+    def _applied(self, entry: Entry) -> Outcome:
+        if entry.event == LESSON:
+            return self._taught(entry)
+        if entry.event == UNDO:
+            return self._undone(entry)
+        if entry.event in (FREEZE, UNFREEZE):
+            self.frozen = entry.event == FREEZE
+            return Outcome(entry.number, entry.event, self.version)
+        raise UserError(f"the journal holds an event {entry.event!r}, which this version of the package does not know")
+
+    def _taught(self, entry: Entry) -> Outcome:
+        lesson = Lesson.of(
+            entry.tensors, self.layer.support_or_all().cpu(), self.layer.vocab_size, entry.header.get("reward")
+        )
+        self._lessons += 1
+        not_learned = Outcome(entry.number, entry.event, self.version)
+        if self._lessons % self._config.held_out_every == 0:
+            self._held_out.add(entry.number, lesson)
+            self._measured = None
+            return replace(not_learned, reason="kept to measure by")
+        baseline = self._mean_reward
+        if lesson.reward is not None:
+            self._rewards += 1
+            self._mean_reward += (lesson.reward - self._mean_reward) / self._rewards
+        if self.frozen:
+            self._replayed.add(entry.number, lesson)
+            return replace(not_learned, reason="the adapter is frozen")
+        outcome = self._learned(entry, [lesson, *self._chosen(entry.number)], baseline)
+        self._replayed.add(entry.number, lesson)
+        return outcome
+
+    def _chosen(self, number: int) -> list[Lesson]:
+        """Earlier lessons to learn again, drawn by the entry's number."""
+        lessons = list(self._replayed.lessons.values())
+        generator = torch.Generator().manual_seed(mixed_seed(self._config.seed, number))
+        order = torch.randperm(len(lessons), generator=generator)[: self._config.replay]
+        return [lessons[place] for place in order.tolist()]
+
+    def _learned(self, entry: Entry, lessons: list[Lesson], baseline: float) -> Outcome:
+        moments = {name: tensor.clone() for name, tensor in self._optimisation.tensors().items()}
+        loss_before = self._held_out_loss()
+        measured = Measured.of(Batch.of(lessons, self._config.rho), self._head)
+        change = update(self.layer, self._optimisation, measured, self._head.transform, self._config, baseline)
+        loss_after = self._held_out_loss() if change.kept else None
+        reason = self._why_not(change, loss_before, loss_after)
+        if reason:
+            self._put_back(self._line[-1].tensors, moments)
+        else:
+            self._publish(entry.number)
+        return Outcome(
+            entry.number,
+            entry.event,
+            self.version,
+            applied=True,
+            published=not reason,
+            reason=reason,
+            step_kl=change.step_kl,
+            base_kl=change.base_kl,
+            loss_before=loss_before,
+            loss_after=loss_after,
+        )
+
+    def _why_not(self, change: Change, loss_before: float | None, loss_after: float | None) -> str:
+        if not change.kept:
+            return (
+                f"beyond its bounds, with an exact KL of {change.step_kl:.2f} nats to the version before and "
+                f"{change.base_kl:.2f} to the base"
+            )
+        if loss_before is None or loss_after is None or loss_after <= loss_before + self._config.tolerance:
+            return ""
+        return f"worse on the lessons kept to measure by, {loss_before:.3f} to {loss_after:.3f}"
+
+    def _publish(self, number: int) -> None:
+        self.version += 1
+        self._line.append(_Version(self.version, number, self._tensors()))
+        del self._line[: -self._config.undo_depth - 1]
+
+    def _undone(self, entry: Entry) -> Outcome:
+        """The version before becomes a new one; its moments begin anew."""
+        if len(self._line) == 1:
+            return Outcome(entry.number, entry.event, self.version, reason="there is no version to go back to")
+        self._line.pop()
+        before = self._line[-1]
+        self._put_back(before.tensors, {})
+        self._replayed.forget_after(before.through)
+        self._held_out.forget_after(before.through)
+        self._measured = None
+        self.version += 1
+        return Outcome(entry.number, entry.event, self.version, published=True)
+
+    def _held_out_loss(self) -> float | None:
+        lessons = list(self._held_out.lessons.values())
+        if not lessons:
+            return None
+        if self._measured is None:
+            self._measured = Measured.of(Batch.of(lessons, self._config.rho), self._head)
+        return loss_on(self.layer, self._measured, self._head.transform, self._config)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: parameter.detach().clone() for name, parameter in self.layer.named_parameters()}
+
+    def _put_back(self, tensors: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.layer.named_parameters():
+                parameter.copy_(tensors[name])
+        self._optimisation.load_tensors(dict(moments))
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """All of it as JSON values and tensors, for a journal's entry of event `STATE`."""
+        header = {
+            "version": self.version,
+            "frozen": self.frozen,
+            "lessons": self._lessons,
+            "rewards": self._rewards,
+            "mean_reward": self._mean_reward,
+            "history": [asdict(outcome) for outcome in self.history],
+            "line": [[version.number, version.through] for version in self._line],
+            "replayed": {str(number): lesson.reward for number, lesson in self._replayed.lessons.items()},
+            "held_out": {str(number): lesson.reward for number, lesson in self._held_out.lessons.items()},
+        }
+        tensors = dict(self._optimisation.tensors())
+        for version in self._line:
+            tensors |= {f"line.{version.number}.{name}": tensor for name, tensor in version.tensors.items()}
+        for number, lesson in (self._replayed.lessons | self._held_out.lessons).items():
+            tensors |= {f"lesson.{number}.{name}": tensor for name, tensor in lesson.tensors().items()}
+        return header, tensors
+
+    def _set_state(self, entry: Entry) -> None:
+        header, tensors = entry.header, entry.tensors
+        self.through, self.version, self.frozen = entry.number, header["version"], header["frozen"]
+        self._lessons, self._rewards = header["lessons"], header["rewards"]
+        self._mean_reward = header["mean_reward"]
+        self.history = [Outcome(**outcome) for outcome in header["history"]]
+        self._line = [
+            _Version(number, through, _under(tensors, f"line.{number}.")) for number, through in header["line"]
+        ]
+        support_M, vocab_size = self.layer.support_or_all().cpu(), self.layer.vocab_size
+        for kept, name in ((self._replayed, "replayed"), (self._held_out, "held_out")):
+            kept.lessons = {
+                int(number): Lesson.of(_under(tensors, f"lesson.{number}."), support_M, vocab_size, reward)
+                for number, reward in header[name].items()
+            }
+        self._measured = None
+        self._put_back(self._line[-1].tensors, tensors)
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,217 @@
+"""What a server holds: the answers that may be taught, the journals, and the process that learns.
+
+A lesson is acknowledged when it is in its adapter's journal and on the disk. The process is told then; where it ends,
+whatever ended it, another one is started and told of every adapter again, which does no harm: an entry is applied once.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from moe_bias.backbone import Head
+from moe_bias.config import LearnConfig
+from moe_bias.learning.journal import STATE, Journal, entries
+from moe_bias.learning.learner import HISTORY, LESSON
+from moe_bias.learning.lessons import Lesson
+from moe_bias.learning.process import CHECKPOINT, JOURNAL, START, Place, write_head
+from moe_bias.learning.published import Published
+from moe_bias.learning.spool import Spool, SpoolLimits
+from moe_bias.learning.worker import Request, Worker
+from moe_bias.mistakes import UserError, shown
+from moe_bias.serving.versions import adapter_names
+
+MEMORY = 2**30
+"""What the learners that are loaded may take."""
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+_log = logging.getLogger(__name__)
+Told = Future[dict[str, Any]]
+"""What became of an entry, as `Outcome` has it, with `milliseconds` that the update took."""
+
+
+class LearningStoppedError(RuntimeError):
+    """Nothing more is learned until the server is started again; what was acknowledged is in the journals."""
+
+
+@dataclass
+class _Taught:
+    """An adapter that learns: its journal, who waits for which entry, and what became of the last ones."""
+
+    journal: Journal
+    lock: Lock = field(default_factory=Lock)
+    waiting: dict[int, Told] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def fail(self, reason: str) -> None:
+        """Tells everyone who waits."""
+        with self.lock:
+            waiting, self.waiting = self.waiting, {}
+        for future in waiting.values():
+            sentence = f"{reason}; what was told is kept, and applied when this adapter learns again"
+            future.set_exception(LearningStoppedError(sentence))
+
+
+class Learning:
+    """Adapters that learn while they are served; for any thread.
+
+    Everything is kept under `root`; the folder `adapters` that the server is to serve from is made there, of links to
+    the adapters in `given`, which are never written to.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        given: Path,
+        head: Head,
+        config: LearnConfig,
+        limits: SpoolLimits | None = None,
+        memory: int = MEMORY,
+    ) -> None:
+        """Raises UserError where `given` is no folder, or a journal is damaged."""
+        if not given.is_dir():
+            raise UserError(f"{str(given)!r}, where adapters are to be served from, is not a folder")
+        self.config, self.spool = config, Spool(limits or SpoolLimits())
+        self._place, self._published = Place(root), Published(root)
+        write_head(head, self._place.head)
+        self._taught: dict[str, _Taught] = {}
+        self._lock, self._stopped = Lock(), ""
+        for name in adapter_names(given):
+            self.begin(name, given / name)
+        for folder in sorted((root / "journals").glob(f"*/{JOURNAL}")):
+            self._open(folder.parent.name)
+        self._worker = Worker((self._place, head.transform, config, memory), self)
+        self.restarted()
+
+    @property
+    def adapters(self) -> Path:
+        """The folder to serve from."""
+        return self._published.names
+
+    @property
+    def process(self) -> int | None:
+        """The number of the process that learns now."""
+        return self._worker.pid
+
+    def begin(self, name: str, start: Path) -> None:
+        """Serves an adapter, of which this is the first version. Does nothing where the name is known already."""
+        if not _PLAIN_NAME.fullmatch(name):
+            raise UserError(
+                f"{shown(name)} is no name of an adapter that learns; use letters, digits, '.', '_' and '-'"
+            )
+        self._published.begin(name, start)
+        folder = self._place.of(name)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / START).is_symlink():
+            (folder / START).symlink_to(start.resolve(), target_is_directory=True)
+
+    def teach(self, name: str, lesson: Lesson) -> Told:
+        """Takes a lesson: it is on the disk when this returns, and the future has what became of it, in the end.
+
+        Raises UserError on an adapter that is not there, OSError where the disk does not take it, and
+        LearningStoppedError where nothing is learned any more.
+        """
+        return self.tell(name, LESSON, {"reward": lesson.reward}, lesson)
+
+    def tell(
+        self, name: str, event: str, header: Mapping[str, Any] | None = None, lesson: Lesson | None = None
+    ) -> Told:
+        """Writes an event into an adapter's journal: see `teach`."""
+        if self._stopped:
+            raise LearningStoppedError(f"{self._stopped}; start the server again")
+        taught = self._of(name)
+        future: Told = Future()
+        with taught.lock:
+            number = taught.journal.append(event, header or {}, None if lesson is None else lesson.tensors())
+            taught.waiting[number] = future
+        self._worker.ask("read", name)
+        return future
+
+    def history(self, name: str) -> list[dict[str, Any]]:
+        """What became of the last entries, the oldest first. Raises UserError on an adapter that is not there."""
+        return list(self._of(name).history)
+
+    def close(self) -> None:
+        """Ends the process, after it has written down what it holds."""
+        self._worker.close()
+        self._fail_all("the server was stopped")
+        for taught in self._taught.values():
+            taught.journal.close()
+
+    def replied(self, request: Request, found: Any, failure: str | None) -> None:
+        """Takes a reply of the process."""
+        kind, name = request
+        taught = self._taught[name]
+        if failure is not None:
+            _log.error("the adapter %r does not learn: %s", name, failure)
+            taught.fail(f"the adapter {name!r} does not learn ({failure})")
+        elif kind == "read":
+            self._tell_outcomes(name, taught, found)
+        else:
+            self._cut(name, taught, found)
+
+    def restarted(self) -> None:
+        """Tells a new process of every adapter."""
+        for name in list(self._taught):
+            self._worker.ask("read", name)
+
+    def given_up(self, reason: str) -> None:
+        """Nothing more is learned."""
+        _log.error("%s; nothing more is learned", reason)
+        self._stopped = reason
+        self._fail_all(reason)
+
+    def _of(self, name: str) -> _Taught:
+        with self._lock:
+            if name not in self._taught:
+                if name not in adapter_names(self.adapters):
+                    raise UserError(f"there is no adapter {shown(name)} on this server")
+                self._open(name)
+            return self._taught[name]
+
+    def _open(self, name: str) -> None:
+        folder = self._place.of(name)
+        if not (folder / START).exists():
+            raise UserError(
+                f"the adapter {name!r} has learned under {str(folder)!r}, but what it began as is gone: bring back "
+                f"{str((folder / START).readlink())!r}, or remove the folder to forget what it learned"
+            )
+        self._taught[name] = _Taught(Journal(folder / JOURNAL), history=_told(folder))
+
+    def _tell_outcomes(self, name: str, taught: _Taught, outcomes: list[dict[str, Any]]) -> None:
+        for outcome in outcomes:
+            if not taught.history or outcome["number"] > taught.history[-1]["number"]:
+                taught.history = [*taught.history, outcome][-HISTORY:]
+            with taught.lock:
+                future = taught.waiting.pop(outcome["number"], None)
+            if future is not None:
+                future.set_result(outcome)
+        if taught.waiting:  # that came while the process was answering
+            self._worker.ask("read", name)
+        if outcomes and taught.journal.size > self.config.journal_size:
+            self._worker.ask("checkpoint", name)
+
+    def _cut(self, name: str, taught: _Taught, through: int) -> None:
+        """Where nothing has come since, the state takes the journal's place."""
+        with taught.lock:
+            if through == taught.journal.last:
+                taught.journal.begin_anew(self._place.of(name) / CHECKPOINT)
+
+    def _fail_all(self, reason: str) -> None:
+        for taught in list(self._taught.values()):
+            taught.fail(reason)
+
+
+def _told(folder: Path) -> list[dict[str, Any]]:
+    """The history in the last state that was written down, as a checkpoint or at the beginning of a journal."""
+    for path in (folder / CHECKPOINT, folder / JOURNAL):
+        for entry in entries(path) if path.exists() else ():
+            if entry.event == STATE:
+                return list(entry.header["history"])
+            break
+    return []

@@ -1,0 +1,229 @@
+"""Learning beside a server, with its real process."""
+
+import os
+import signal
+from concurrent.futures import wait
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from helpers.lessons import HEAD, InlineWorker, edit, entry, learner, rewarded, save_start
+from moe_bias.adapter.saved import WEIGHTS_FILE, load_layer
+from moe_bias.config import LearnConfig
+from moe_bias.learning import service
+from moe_bias.learning.journal import entries
+from moe_bias.learning.learner import FREEZE, UNDO
+from moe_bias.learning.process import CHECKPOINT, JOURNAL, Place
+from moe_bias.learning.service import Learning, LearningStoppedError
+from moe_bias.mistakes import UserError
+
+PATIENCE = 120
+CONFIG = LearnConfig(expert_rate=0.1)
+
+
+def begun(tmp_path, config=CONFIG, **choices):
+    given = tmp_path / "given"
+    if not given.exists():
+        save_start(given)
+    return Learning(tmp_path / "learned", given, HEAD, config, **choices)
+
+
+@pytest.fixture
+def inline(monkeypatch):
+    monkeypatch.setattr(service, "Worker", InlineWorker)
+
+
+@pytest.fixture
+def learning(inline, tmp_path):
+    learning = begun(tmp_path)
+    yield learning
+    learning.close()
+
+
+def served(learning, name="mine"):
+    return load_layer(learning.adapters / name, HEAD)
+
+
+def bytes_of(learning, name="mine"):
+    return (learning.adapters / name / WEIGHTS_FILE).read_bytes()
+
+
+def same(layer, pupil):
+    return all(torch.equal(a, b) for a, b in zip(layer.parameters(), pupil.layer.parameters(), strict=True))
+
+
+def test_a_lesson_becomes_the_version_that_is_served(learning, tmp_path):
+    start = load_file(tmp_path / "given" / "mine" / WEIGHTS_FILE)
+    pupil = learner()
+    for number in range(1, 4):
+        outcome = learning.teach("mine", edit(number)).result(PATIENCE)
+        assert outcome["published"]
+        assert outcome["number"] == outcome["version"] == number
+        assert outcome["milliseconds"] > 0
+        pupil.apply(entry(number, edit(number)))
+        assert same(served(learning), pupil)
+    again = load_file(tmp_path / "given" / "mine" / WEIGHTS_FILE)
+    assert all(torch.equal(start[name], again[name]) for name in start)
+    assert [told["number"] for told in learning.history("mine")] == [1, 2, 3]
+
+
+def test_undo_serves_the_version_before(learning):
+    learning.teach("mine", edit(1)).result(PATIENCE)
+    first = bytes_of(learning)
+    learning.teach("mine", edit(2)).result(PATIENCE)
+    assert bytes_of(learning) != first
+    learning.tell("mine", UNDO).result(PATIENCE)
+    assert bytes_of(learning) == first
+    learning.tell("mine", UNDO).result(PATIENCE)
+    assert "no version" in learning.tell("mine", UNDO).result(PATIENCE)["reason"]
+
+
+def test_what_is_killed_goes_on_to_the_same_bytes(tmp_path):
+    lessons = [rewarded(0.5, seed) if seed % 3 == 0 else edit(seed) for seed in range(12)]
+    learning = begun(tmp_path)
+    try:
+        told = []
+        for number, lesson in enumerate(lessons):
+            told.append(learning.teach("mine", lesson))
+            if number in (3, 7):
+                os.kill(learning.process, signal.SIGKILL)
+        wait(told, PATIENCE)
+        assert [future.result()["number"] for future in told] == list(range(1, 13))
+        killed = bytes_of(learning)
+        assert same(served(learning), pupil_of(lessons))
+        os.kill(learning.process, signal.SIGSTOP)
+        waiting = learning.teach("mine", edit(50))
+        os.kill(learning.process, signal.SIGKILL)
+        assert waiting.result(PATIENCE)["number"] == 13
+        assert bytes_of(learning) != killed
+    finally:
+        learning.close()
+    assert same(served(learning), pupil_of([*lessons, edit(50)]))
+
+
+def pupil_of(lessons):
+    pupil = learner()
+    for number, lesson in enumerate(lessons, 1):
+        pupil.apply(entry(number, lesson))
+    return pupil
+
+
+def test_a_killed_learner_in_the_middle_of_anything_goes_on_to_the_same_bytes(inline, tmp_path):
+    lessons = [rewarded(0.5, seed) if seed % 3 == 0 else edit(seed) for seed in range(47)]
+    learning = begun(tmp_path)
+    worker = InlineWorker.newest
+    for number, lesson in enumerate(lessons):
+        worker.paused = number % 7 in (2, 3)
+        learning.teach("mine", lesson)
+        if number % 7 == 4:
+            worker.kill()
+    assert [told["number"] for told in learning.history("mine")] == list(range(1, 48))
+    assert same(served(learning), pupil_of(lessons))
+
+
+def test_an_adapter_is_made_again_from_its_journal_alone(inline, tmp_path):
+    learning = begun(tmp_path)
+    for seed in range(5):
+        learning.teach("mine", edit(seed)).result(PATIENCE)
+    expected, told = bytes_of(learning), learning.history("mine")
+    learning.close()
+    folder = tmp_path / "learned" / "journals" / "mine"
+    (folder / CHECKPOINT).unlink()
+    (tmp_path / "learned" / "adapters" / "mine").unlink()
+    for left in (tmp_path / "learned" / "versions" / "mine").glob("*/*"):
+        left.unlink()
+    for left in (tmp_path / "learned" / "versions" / "mine").iterdir():
+        left.rmdir()
+    again = begun(tmp_path)
+    try:
+        assert bytes_of(again) == expected
+        strip = [{**one, "milliseconds": 0} for one in told]
+        assert [{**one, "milliseconds": 0} for one in again.history("mine")] == strip
+    finally:
+        again.close()
+
+
+def test_a_long_journal_is_cut_and_nothing_is_lost(inline, tmp_path):
+    config = LearnConfig(expert_rate=0.1, journal_size=20_000, kept_lessons=4)
+    learning = begun(tmp_path, config)
+    pupil = learner(kept_lessons=4)
+    try:
+        for number in range(1, 41):
+            learning.teach("mine", edit(number)).result(PATIENCE)
+            pupil.apply(entry(number, edit(number)))
+        path = tmp_path / "learned" / "journals" / "mine" / JOURNAL
+        assert next(iter(entries(path))).event == "state"
+        learning.teach("mine", edit(41)).result(PATIENCE)
+        pupil.apply(entry(41, edit(41)))
+        assert same(served(learning), pupil)
+        expected = bytes_of(learning)
+    finally:
+        learning.close()
+    again = begun(tmp_path, config)
+    try:
+        assert len(again.history("mine")) == 41
+        assert again.teach("mine", edit(42)).result(PATIENCE)["number"] == 42
+        assert bytes_of(again) != expected
+    finally:
+        again.close()
+
+
+def test_many_adapters_learn_apart_in_little_memory(inline, tmp_path):
+    given = tmp_path / "given"
+    for number in range(6):
+        save_start(given, f"tenant-{number}")
+    learning = begun(tmp_path, memory=1)  # all but one are put away each time
+    pupils = [learner() for _ in range(6)]
+    try:
+        for round_ in range(3):
+            told = [learning.teach(f"tenant-{number}", edit(10 * number + round_)) for number in range(6)]
+            wait(told, PATIENCE)
+            for number, pupil in enumerate(pupils):
+                pupil.apply(entry(round_ + 1, edit(10 * number + round_)))
+        for number, pupil in enumerate(pupils):
+            assert same(served(learning, f"tenant-{number}"), pupil)
+    finally:
+        learning.close()
+
+
+def test_a_learner_that_fails_is_told_of(learning):
+    learning.tell("mine", "sing")
+    with pytest.raises(LearningStoppedError, match="'sing'"):
+        learning.teach("mine", edit()).result(PATIENCE)
+
+
+def test_who_waits_when_the_server_stops_is_told_and_nothing_is_lost(inline, tmp_path):
+    learning = begun(tmp_path)
+    InlineWorker.newest.paused = True
+    future = learning.teach("mine", edit())
+    learning.close()
+    with pytest.raises(LearningStoppedError, match="is kept"):
+        future.result()
+    again = begun(tmp_path)
+    assert again.tell("mine", FREEZE).result()["number"] == 2
+    assert [told["published"] for told in again.history("mine")] == [True, False]
+    again.close()
+
+
+def test_a_process_that_ends_again_and_again_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr("moe_bias.learning.worker.ENOUGH_FAILURES", 0)
+    learning = begun(tmp_path)
+    try:
+        Place(tmp_path / "learned").head.unlink()
+        future = learning.teach("mine", edit())
+        with pytest.raises(LearningStoppedError, match="times in a row"):
+            future.result(PATIENCE)
+        with pytest.raises(LearningStoppedError, match="start the server again"):
+            learning.teach("mine", edit())
+    finally:
+        learning.close()
+
+
+def test_mistakes_are_sentences(learning, tmp_path):
+    with pytest.raises(UserError, match="no adapter 'other'"):
+        learning.teach("other", edit())
+    with pytest.raises(UserError, match=r"'\.\./up' is no name"):
+        learning.begin("../up", tmp_path)
+    with pytest.raises(UserError, match="not a folder"):
+        Learning(tmp_path / "learned", tmp_path / "nowhere", HEAD, CONFIG)
