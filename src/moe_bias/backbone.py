@@ -234,11 +234,15 @@ def adapted_logits(
 
 def with_bias(layer: MoEBiasLayer, transform: HeadTransform, logits: Tensor, bias: Tensor) -> Tensor:
     """Final logits (..., V) of the base, moved by the layer's strength times its bias (..., M) on its support."""
-    move = layer.strength * bias
-    if layer.support is None:
+    return moved_logits(transform, logits, layer.strength * bias, layer.support)
+
+
+def moved_logits(transform: HeadTransform, logits: Tensor, move: Tensor, support: Tensor | None) -> Tensor:
+    """Final logits (..., V) of the base, moved by `move` (..., M) on a support (M,), None being all of them."""
+    if support is None:
         return logits + transform.reachable(logits, move)
-    columns = logits.index_select(-1, layer.support)
-    return logits.index_copy(-1, layer.support, columns + transform.reachable(columns, move))
+    columns = logits.index_select(-1, support)
+    return logits.index_copy(-1, support, columns + transform.reachable(columns, move))
 
 
 def _computes_on(module: nn.Module) -> tuple[torch.device, torch.dtype]:
