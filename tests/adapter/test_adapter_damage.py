@@ -16,7 +16,7 @@ from moe_bias.config import LayerConfig
 from moe_bias.layer import LARGEST_INPUT, MoEBiasLayer
 from moe_bias.layer import module as layer_module
 from moe_bias.mistakes import UserError
-from moe_bias.serving.rows import Tenant, move_rows, rows_by_tenant
+from moe_bias.serving.rows import AskedAdapter, Tenant, move_rows, rows_by_tenant
 from moe_bias.serving.versions import read_version
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -256,7 +256,7 @@ def test_half_precision_logits_stay_finite_under_a_bias_beyond_its_range():
 
     hidden, entropy = torch.randn(2, HIDDEN), torch.zeros(2)
     served = torch.zeros(2, VOCABULARY, dtype=torch.float16)
-    groups = rows_by_tenant({0: Tenant("version", 1.0, layer)}, torch.device("cpu"))
+    groups = rows_by_tenant({0: Tenant((AskedAdapter("version", 1.0, layer),))}, torch.device("cpu"))
     move_rows(served, hidden, groups, HeadTransform(), entropy)
     assert served[0, 7] == LARGEST_INPUT
     assert not served[1].any()

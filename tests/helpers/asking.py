@@ -38,6 +38,18 @@ def reference_log_probs(model: Any, prompt: list[int], answer: list[int]) -> tor
     return logits[len(prompt) - 1 : -1].log_softmax(-1)
 
 
+@torch.no_grad()
+def summed_log_probs(reference: Any, strengths: dict[str, float], prompt: list[int], answer: list[int]) -> torch.Tensor:
+    """The same under several adapters: the plain model's logits and, times its strength, what each adapter adds."""
+    ids = torch.tensor([prompt + list(answer)])
+    base = reference(None)(input_ids=ids).logits[0].double()
+    total = base.clone()
+    for name, strength in strengths.items():
+        moved = reference(name)(input_ids=ids).logits[0].double()
+        total += strength / ADAPTERS[name].strength * (moved - base)
+    return total[len(prompt) - 1 : -1].log_softmax(-1)
+
+
 def check_against_transformers(engine: Any, reference: Any, count: int = 32, tokens: int = 12) -> None:
     """Mixed requests with every logit returned: tokens are the reference's arg-max, log-probs within 1e-4."""
     asked = [(prompt, NAMES[place % len(NAMES)]) for place, prompt in enumerate(prompts(count))]

@@ -118,12 +118,21 @@ def test_other_arguments_stay(folder):
         ("tiny:chat:math", "tiny:chat", "math"),  # not the adapter 'chat:math' of tiny
         ("tiny:unknown", "tiny", "unknown"),  # refused where every request is checked
         ("tiny:a:b", "tiny", "a:b"),
+        ("tiny:math+law", "tiny", "math+law"),
     ],
 )
 def test_where_a_name_is_split(folder, name, base, adapter):
     server = Server()
     post(server, {"model": name})
     assert passed_on(server) == {"model": base, "vllm_xargs": {"moe_bias": adapter}}
+
+
+@pytest.mark.parametrize("mapping", [{"math": 0.5, "law": 1}, {}])
+def test_a_mapping_goes_on_as_text_which_vllm_takes(folder, mapping):
+    server = Server()
+    post(server, {"model": "tiny", "n": 1, "vllm_xargs": {"moe_bias": mapping, "other": [1]}})
+    expected = {"moe_bias": json.dumps(mapping), "other": [1]}
+    assert passed_on(server) == {"model": "tiny", "n": 1, "vllm_xargs": expected}
 
 
 @pytest.mark.parametrize(
@@ -158,9 +167,10 @@ def test_a_path_that_would_drop_the_adapter_gets_the_name_as_it_is(folder):
     assert server.asked[0][:2] == ("/v1/embeddings", body)
 
 
-def test_two_different_adapters_are_refused(folder):
+@pytest.mark.parametrize("other", ["law", {"law": 1.0}])
+def test_two_different_adapters_are_refused(folder, other):
     server = Server()
-    start, body = post(server, {"model": "tiny:math", "vllm_xargs": {"moe_bias": "law"}})
+    start, body = post(server, {"model": "tiny:math", "vllm_xargs": {"moe_bias": other}})
     error = json.loads(body["body"])["error"]
     assert (start["status"], error["code"], server.asked) == (400, 400, [])
     assert "'math'" in error["message"]

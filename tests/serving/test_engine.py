@@ -1,12 +1,13 @@
 """vLLM's engine against transformers and PEFT: the same tokens and the same logits, whatever else is in the batch."""
 
+import json
 import random
 import re
 
 import pytest
 import torch
 
-from helpers.served import VOCABULARY, WITHOUT_VLLM, running
+from helpers.served import ADAPTERS, VOCABULARY, WITHOUT_VLLM, running
 
 pytestmark = pytest.mark.vllm
 pytest.importorskip("vllm", reason=WITHOUT_VLLM)
@@ -14,7 +15,15 @@ from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 
-from helpers.asking import NAMES, ask, check_against_transformers, greedy, prompts, reference_log_probs
+from helpers.asking import (
+    NAMES,
+    ask,
+    check_against_transformers,
+    greedy,
+    prompts,
+    reference_log_probs,
+    summed_log_probs,
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +51,33 @@ def test_strength_scales_the_bias(engine, reference, served):
     expected = reference_log_probs(reference(None), prompt, answer.token_ids)
     found = torch.tensor([[answer.logprobs[0][token].logprob for token in range(VOCABULARY)]])
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+SEVERAL = (
+    {"routed": 0.7, "static": 1.0},
+    '{"linear": 0.3, "far": -0.4, "whole": 1.5}',
+    {"static": 2.0},
+    "routed+whole",
+    "far",
+)
+"""`moe_bias` of requests that share a batch, and of one that names one adapter as before."""
+
+
+def strengths_of(given):
+    if isinstance(given, dict):
+        return given
+    return json.loads(given) if given.startswith("{") else {name: ADAPTERS[name].strength for name in given.split("+")}
+
+
+def test_biases_of_several_adapters_add(engine, reference):
+    """What vLLM serves under several is transformers' plain model plus what PEFT says that each adapter adds."""
+    asked = [(prompt, SEVERAL[place % len(SEVERAL)]) for place, prompt in enumerate(prompts(25, seed=3))]
+    answers = ask(engine, [(prompt, greedy(given, logprobs=-1)) for prompt, given in asked])
+    for (prompt, given), answer in zip(asked, answers, strict=True):
+        expected = summed_log_probs(reference, strengths_of(given), prompt, answer.token_ids)
+        assert list(answer.token_ids) == expected.argmax(-1).tolist()
+        found = torch.tensor([[step[token].logprob for token in range(VOCABULARY)] for step in answer.logprobs])
+        torch.testing.assert_close(found.double(), expected, atol=2e-4, rtol=0)
 
 
 def test_random_joins_leaves_and_cancellations(engine):
@@ -93,11 +129,21 @@ def test_samples_follow_their_seed_whatever_is_beside_them(engine):
     ("arguments", "choices", "reason"),
     [
         ({"moe_bias": "routted"}, {}, "no adapter 'routted' on this server; there is 'routed'"),
-        ({"moe_bias": 3}, {}, "must be the name of an adapter, got 3"),
+        ({"moe_bias": 3}, {}, "must be the name of an adapter, or a mapping of names to strengths, got 3"),
+        ({"moe_bias": {"routed": 1.0, "routted": 1.0}}, {}, "no adapter 'routted' on this server; there is 'routed'"),
+        ({"moe_bias": "routed+routted"}, {}, "no adapter 'routted' on this server; there is 'routed'"),
+        ({"moe_bias": "routed+routed"}, {}, "names the adapter 'routed' twice"),
+        ({"moe_bias": {"routed": float("inf")}}, {}, "must be a finite number, got inf"),
+        ({"moe_bias": {}}, {}, "is an empty mapping"),
+        ({"moe_bias": {"routed": 1.0}, "moe_bias_strength": 1.0}, {}, "stands beside a mapping"),
         ({"moe_bias": "../adapters/routed"}, {}, "there is no adapter '../adapters/routed'"),
         ({"moe_bias": "routed", "moe_bias_strength": "much"}, {}, "must be a finite number, got 'much'"),
         ({"moe_bias": "routed", "moe_bias_strength": float("nan")}, {}, "must be a finite number, got nan"),
-        ({"moe_bias_strength": 1.0}, {}, "must be the name of an adapter, got None"),
+        (
+            {"moe_bias_strength": 1.0},
+            {},
+            "must be the name of an adapter, or a mapping of names to strengths, got None",
+        ),
         ({"moe_bias": "routed", "moe_bias_strenth": 1.0}, {}, "unknown argument 'moe_bias_strenth'"),
         (
             {"moe_bias": "routed", "moe_bias_record": "file"},

@@ -46,7 +46,7 @@ def embedding(config, served):
 
 
 def asking(name, versions):
-    return SamplingParams(extra_args={"moe_bias": name, "moe_bias_version": str(versions[name])})
+    return SamplingParams(extra_args={"moe_bias": name, "moe_bias_version": [[str(versions[name]), None]]})
 
 
 def step(slots):

@@ -1,5 +1,6 @@
 """`moe-bias serve`, driven by OpenAI's own client: names, many requests at once, files that change, a kill."""
 
+import json
 import os
 import shutil
 import signal
@@ -149,6 +150,18 @@ def test_other_answers_know_names_too(client, stream):
             assert "".join(chunk.choices[0].delta.content or "" for chunk in answer) == expected
         else:
             assert answer.choices[0].message.content == expected
+
+
+def test_several_adapters_by_name_by_mapping_and_by_text(client):
+    """The last starts from the model's name, whose adapters have strengths of their own: 1 and 0.5."""
+    for mapping in ({"routed": 1.0, "whole": 0.5}, {"whole": 0.5, "routed": 1.0}):
+        given = [complete(client, BASE, prompt, vllm_xargs={"moe_bias": mapping}) for prompt in PROMPTS]
+        text = json.dumps(mapping)
+        assert given == [complete(client, BASE, prompt, vllm_xargs={"moe_bias": text}) for prompt in PROMPTS]
+        assert given == [complete(client, "tiny:routed+whole", prompt) for prompt in PROMPTS]
+        assert given != [complete(client, "tiny:routed", prompt) for prompt in PROMPTS]
+    with pytest.raises(openai.BadRequestError, match="no adapter 'wole' on this server; there is 'whole'"):
+        complete(client, "tiny:routed+wole", PROMPTS[0])
 
 
 def test_names_that_cannot_be_answered(client):

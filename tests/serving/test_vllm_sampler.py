@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -142,6 +143,23 @@ def test_records_go_nowhere_but_into_files_made_for_them(started, tmp_path, reco
     finally:
         sampler.spool.remove(["short", "linked"])
     assert outside.read_bytes() == b"untouched"
+
+
+@pytest.mark.parametrize("several", [["one", "two"], {"one": 1.0, "two": 0.5}])
+def test_several_adapters_are_not_recorded(started, several):
+    sampler, engine = started
+    for name in several:
+        save_layer(layer_of(), sampler.adapters / name, sampler.model)
+    given = several if isinstance(several, dict) else "+".join(several)
+    arguments = {"moe_bias": given, "moe_bias_record": "file"}
+    try:
+        with pytest.raises(
+            VLLMValidationError, match=r"of one adapter, and 'moe_bias' names \['one', 'two'\]"
+        ):
+            ask(engine, [(prompts(1)[0], SamplingParams(max_tokens=3, seed=0, extra_args=arguments))])
+    finally:
+        for name in several:
+            shutil.rmtree(sampler.adapters / name)
 
 
 def test_a_record_that_breaks_meanwhile_is_told_to_its_client_and_harms_nobody_else(started, model):

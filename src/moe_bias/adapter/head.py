@@ -124,7 +124,10 @@ class MoEBiasHead(nn.Module, BaseTunerLayer):
         """Makes one adapter active. Raises ValueError on several, or on one of another method."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         if len(names) > 1:
-            raise UserError(f"MoE-Bias applies one adapter at a time, got {names}")
+            raise UserError(
+                f"a PEFT model applies one MoE-Bias adapter at a time, got {names}; moe_bias.generate(base, prompt, "
+                "{layer: strength, ...}) applies several, and so does vLLM"
+            )
         for name in names:
             if name not in self.moe_bias_layers:
                 raise UserError(

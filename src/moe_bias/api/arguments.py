@@ -5,15 +5,18 @@ Each is told in one sentence that says what to give, before any work begins.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from torch import nn
 
+from moe_bias.combined import Part
 from moe_bias.config import Config
 from moe_bias.frozen import Frozen
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.mistakes import UserError, shown
+from moe_bias.serving.asked import finite
 
 Settings = TypeVar("Settings", bound=Config)
 
@@ -43,6 +46,36 @@ def refuse_other_layer(layer: object, base: Frozen, name: str = "layer") -> None
             f"`{name}` is of another model: its hidden states and vocabulary are {sizes[0]} and {sizes[1]} wide, those "
             f"of `base` {wanted[0]} and {wanted[1]}"
         )
+
+
+Layers = MoEBiasLayer | Sequence[MoEBiasLayer] | Mapping[MoEBiasLayer, float]
+"""One layer; several, each at its own strength; or each at the strength beside it, in the place of its own."""
+
+
+def parts_of(layers: Layers | None, base: Frozen, name: str = "layer") -> list[Part]:
+    """The layers with their strengths; none for None.
+
+    Raises UserError where there is something else among them, a layer of another model, one that is there twice, a
+    strength that is no finite number, or no layer at all.
+    """
+    if layers is None:
+        return []
+    pairs: list[tuple[object, object]]
+    if isinstance(layers, Mapping):
+        pairs = list(layers.items())
+    else:
+        pairs = [(layer, None) for layer in (layers if isinstance(layers, list | tuple) else [layers])]
+    if not pairs:
+        raise UserError(f"`{name}` is empty; give a layer, or None for the frozen model")
+    parts: list[Part] = []
+    for number, (layer, strength) in enumerate(pairs, 1):
+        refuse_other_layer(layer, base, name)
+        assert isinstance(layer, MoEBiasLayer)
+        if any(layer is other for other, _ in parts):
+            raise UserError(f"`{name}` has a layer twice; give a mapping of layers to strengths to make it stronger")
+        own = layer.strength if strength is None else finite(f"strength {number} of `{name}`", strength)
+        parts.append((layer, own))
+    return parts
 
 
 def config_of(given: Settings | None, kind: type[Settings], name: str = "config") -> Settings:

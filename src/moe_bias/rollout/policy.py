@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_bias.backbone import Head, HeadTransform, adapted_logits
+from moe_bias.combined import Part, summed_logits
 from moe_bias.layer import MoEBiasLayer, entropy_from_logits
 
 Policy = Callable[[Tensor, Tensor], Tensor]
@@ -29,6 +30,17 @@ def layer_policy(layer: MoEBiasLayer, transform: HeadTransform) -> Policy:
 
     def policy(hidden_BD: Tensor, logits_BV: Tensor) -> Tensor:
         return adapted_logits(layer, transform, hidden_BD, entropy_from_logits(logits_BV), logits_BV)
+
+    return policy
+
+
+def summed_policy(parts: Sequence[Part], transform: HeadTransform) -> Policy:
+    """The frozen model under several MoE-Bias layers, whose biases add; as it is under none."""
+    if not parts:
+        return base_policy
+
+    def policy(hidden_BD: Tensor, logits_BV: Tensor) -> Tensor:
+        return summed_logits(parts, transform, hidden_BD, entropy_from_logits(logits_BV), logits_BV)
 
     return policy
 

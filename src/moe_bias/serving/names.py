@@ -1,8 +1,9 @@
 """Adapters as model names of vLLM's own server: `--middleware moe_bias.serving.names.AdapterNames`.
 
 A request for the model `BASE:ADAPTER` goes on as one for BASE with `vllm_xargs.moe_bias = ADAPTER`, so that any
-client of OpenAI's protocol can choose an adapter; whether there is such an adapter is decided where every
-request is checked. `/v1/models` lists each adapter of the folder as a model whose parent is BASE. All else
+client of OpenAI's protocol can choose an adapter, or several by `BASE:ONE+OTHER`; whether there are such adapters
+is decided where every request is checked. A mapping in `vllm_xargs.moe_bias`, which vLLM takes none of, goes on
+as its JSON text. `/v1/models` lists each adapter of the folder as a model whose parent is BASE. All else
 passes as it is, and no answer to a prompt is held up.
 
 vLLM puts such a class outside its check of API keys, so the list is made from vLLM's own answer.
@@ -90,7 +91,7 @@ class AdapterNames:
 
 
 def with_adapter(body: bytes, served: Sequence[str]) -> bytes:
-    """The request with `BASE:ADAPTER` taken apart; the very same bytes where its model is none such.
+    """The request with `BASE:ADAPTER` taken apart and mappings as text; the very same bytes where it has neither.
 
     Raises UserError where `vllm_xargs` asks for another adapter than the name does, and on beam search with
     an adapter. What else is wrong with a request vLLM says itself.
@@ -109,7 +110,12 @@ def with_adapter(body: bytes, served: Sequence[str]) -> bytes:
             )
     if "moe_bias" in asked and request.get("use_beam_search"):
         raise UserError("vLLM's beam search forgets which adapter a request asks for; leave use_beam_search out")
-    return json.dumps({**request, "model": base, "vllm_xargs": asked}).encode() if adapter else body
+    mapping = asked.get("moe_bias")
+    if isinstance(mapping, dict):
+        asked = {**asked, "moe_bias": json.dumps(mapping)}
+    elif not adapter:
+        return body
+    return json.dumps({**request, "model": base, "vllm_xargs": asked}).encode()
 
 
 def _mapping(body: bytes) -> dict[str, Any]:

@@ -30,12 +30,13 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as Second
 from moe_bias.backbone import HeadTransform
 from moe_bias.layer import MoEBiasLayer, entropy_from_logits
 from moe_bias.mistakes import UserError
+from moe_bias.serving.asked import NAME
 from moe_bias.serving.embedding import embedding_of
 from moe_bias.serving.pool import AdapterPool
 from moe_bias.serving.recorder import RecordedRows, Recording, recorded, recorded_rows
 from moe_bias.serving.recording import RowLayout, Spool
-from moe_bias.serving.requests import NAME, RECORD, RECORD_ABOVE, STRENGTH, VERSION
-from moe_bias.serving.rows import Tenant, TenantRows, move_rows, rows_by_tenant
+from moe_bias.serving.requests import RECORD, RECORD_ABOVE, VERSION
+from moe_bias.serving.rows import AskedAdapter, Tenant, TenantRows, move_rows, rows_by_tenant
 from moe_bias.serving.versions import check_made_on, read_version
 from moe_bias.variables import ServingVariables, from_variables
 
@@ -50,7 +51,7 @@ def processor_of(config: VllmConfig) -> MoEBiasLogitsProcessor | None:
 
 
 class MoEBiasLogitsProcessor(FirstRunner, SecondRunner):
-    """Applies to each row the adapter that its request names; requests without one are not touched."""
+    """Applies to each row the adapters that its request names; requests without one are not touched."""
 
     def __init__(self, vllm_config: VllmConfig, device_or_state: Any, is_pin_memory: bool = False) -> None:
         """The first runner gives its device, the second the state of its requests."""
@@ -146,10 +147,11 @@ class MoEBiasLogitsProcessor(FirstRunner, SecondRunner):
         asked = params.extra_args or {}
         if NAME not in asked:
             return None
-        version = Path(asked[VERSION])
-        layer: MoEBiasLayer = self._pool.get(version)
-        strength = asked.get(STRENGTH)
-        return Tenant(version, layer.strength if strength is None else float(strength), layer)
+        return Tenant(tuple(self._adapter(Path(version), strength) for version, strength in asked[VERSION]))
+
+    def _adapter(self, version: Path, strength: float | None) -> AskedAdapter:
+        layer = self._pool.get(version)
+        return AskedAdapter(version, layer.strength if strength is None else strength, layer)
 
     def _recording(self, params: SamplingParams, output_ids: list[int]) -> Recording | None:
         """Where to keep what a request samples; its file was there when it was admitted."""
@@ -161,4 +163,5 @@ class MoEBiasLogitsProcessor(FirstRunner, SecondRunner):
         except UserError as error:
             _LOG.warning("a request is not recorded: %s", error)
             return None
-        return Recording(tenant, params.temperature, file, output_ids, asked.get(RECORD_ABOVE, -math.inf))
+        (adapter,) = tenant.adapters  # the gate refuses to record several
+        return Recording(adapter.layer, params.temperature, file, output_ids, asked.get(RECORD_ABOVE, -math.inf))

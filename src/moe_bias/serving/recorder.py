@@ -20,9 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_bias.layer import entropy_from_logits
+from moe_bias.layer import MoEBiasLayer, entropy_from_logits
 from moe_bias.serving.recording import RecordFile
-from moe_bias.serving.rows import Tenant
 from moe_bias.support import VocabularySplit, at_temperature, scalars_at_temperature, split_vocabulary
 
 _LOG = logging.getLogger(__name__)
@@ -32,10 +31,11 @@ _LOG = logging.getLogger(__name__)
 class Recording:
     """A request that is recorded; `tokens` is the engine's own list of those sampled so far, which grows.
 
-    Hidden states are wanted of tokens at which the policy's entropy is at least `above` nats.
+    `layer` is the one that moves its logits. Hidden states are wanted of tokens at which the policy's entropy is at
+    least `above` nats.
     """
 
-    tenant: Tenant
+    layer: MoEBiasLayer
     temperature: float
     file: RecordFile
     tokens: Sequence[int]
@@ -44,7 +44,7 @@ class Recording:
 
 @dataclass(frozen=True)
 class RecordedRows:
-    """Recordings that share adapter and temperature, their rows (R,) int64, and the vocabulary as scalars split it."""
+    """Recordings that share layer and temperature, their rows (R,) int64, and the vocabulary as scalars split it."""
 
     recordings: list[Recording]
     row_R: Tensor
@@ -54,17 +54,17 @@ class RecordedRows:
 
 def recorded_rows(recordings: Mapping[int, Recording], vocab_size: int, device: torch.device) -> list[RecordedRows]:
     """The batch's recordings, group by group; `recordings` has the row numbers."""
-    groups: dict[tuple[Tenant, float], list[int]] = {}
+    groups: dict[tuple[MoEBiasLayer, float], list[int]] = {}
     for row, recording in sorted(recordings.items()):
-        groups.setdefault((recording.tenant, recording.temperature), []).append(row)
+        groups.setdefault((recording.layer, recording.temperature), []).append(row)
     return [
         RecordedRows(
             [recordings[row] for row in rows],
             torch.tensor(rows, device=device),
             temperature,
-            split_vocabulary(tenant.layer.support_or_all().to(device), vocab_size),
+            split_vocabulary(layer.support_or_all().to(device), vocab_size),
         )
-        for (tenant, temperature), rows in groups.items()
+        for (layer, temperature), rows in groups.items()
     ]
 
 

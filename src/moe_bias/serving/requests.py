@@ -1,16 +1,15 @@
 """What a request may ask for, checked where it comes in.
 
-`SamplingParams.extra_args` (over HTTP `vllm_xargs`) has the adapter's name in `moe_bias`, and perhaps a
-strength in `moe_bias_strength`; a client on the same machine may name a file in `moe_bias_record`, which
-what training needs of the answer is written to (see `recording`), and in `moe_bias_record_above` the
-entropy in nats below which it needs no hidden states. The check puts the folder of the
-adapter's version beside them, which is what a worker goes by: it runs in another process, and perhaps
-much later.
+`SamplingParams.extra_args` (over HTTP `vllm_xargs`) has the adapter's name in `moe_bias`, or several with
+their strengths, and perhaps a strength in `moe_bias_strength` (see `asked`); a client on the same machine
+may name a file in `moe_bias_record`, which what training needs of the answer is written to (see
+`recording`), and in `moe_bias_record_above` the entropy in nats below which it needs no hidden states. The
+check puts beside them, for each adapter, the folder of its version and its strength, which is what a worker
+goes by: it runs in another process, and perhaps much later.
 """
 
 from __future__ import annotations
 
-import math
 import tempfile
 from dataclasses import dataclass
 from functools import cache
@@ -20,13 +19,13 @@ from vllm import SamplingParams
 from vllm.config import VllmConfig
 
 from moe_bias.mistakes import UserError
+from moe_bias.serving.asked import NAME, STRENGTH, Strengths, asked_adapters, finite
 from moe_bias.serving.notes import noted_sample
 from moe_bias.serving.recording import RowLayout, Spool
 from moe_bias.serving.versions import AdapterFolder
 from moe_bias.variables import ServingVariables, from_variables
 
-NAME, STRENGTH, VERSION, RECORD = "moe_bias", "moe_bias_strength", "moe_bias_version", "moe_bias_record"
-RECORD_ABOVE = "moe_bias_record_above"
+VERSION, RECORD, RECORD_ABOVE = "moe_bias_version", "moe_bias_record", "moe_bias_record_above"
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Gate:
     hinders_seeds: str | None = None
 
     def admit(self, params: SamplingParams) -> None:
-        """Adds the version to the arguments of a request that names an adapter; leaves others alone.
+        """Adds the versions to the arguments of a request that names adapters; leaves others alone.
 
         Raises UserError, saying what is wrong, on a request that cannot be answered rightly.
         """
@@ -54,17 +53,13 @@ class Gate:
         for key in given:
             if key not in (NAME, STRENGTH, VERSION, RECORD, RECORD_ABOVE):
                 raise UserError(f"unknown argument {key!r}; MoE-Bias knows {NAME!r}, {STRENGTH!r} and {RECORD!r}")
-        name = given.get(NAME)
-        if not isinstance(name, str):
-            raise UserError(f"{NAME!r} must be the name of an adapter, got {name!r}")
-        for key in (STRENGTH, RECORD_ABOVE):
-            number = given.get(key, 1.0)
-            if not isinstance(number, int | float) or isinstance(number, bool) or not math.isfinite(number):
-                raise UserError(f"{key!r} must be a finite number, got {number!r}")
+        asked = asked_adapters(given.get(NAME), given.get(STRENGTH), self.folder.names)
+        finite(repr(RECORD_ABOVE), given.get(RECORD_ABOVE, 1.0))
         self._check_logprobs(params)
         if RECORD in given:
-            self._check_recording(given[RECORD], params)
-        params.extra_args = {**(params.extra_args or {}), VERSION: str(self.folder.version(name))}
+            self._check_recording(given[RECORD], asked, params)
+        versions = [[str(self.folder.version(name)), strength] for name, strength in asked.items()]
+        params.extra_args = {**(params.extra_args or {}), VERSION: versions}
 
     def _check_logprobs(self, params: SamplingParams) -> None:
         if params.prompt_logprobs is not None:
@@ -77,7 +72,7 @@ class Gate:
                 "--logprobs-mode processed_logprobs"
             )
 
-    def _check_recording(self, record: object, params: SamplingParams) -> None:
+    def _check_recording(self, record: object, asked: Strengths, params: SamplingParams) -> None:
         if self.spool is None:
             raise UserError(
                 f"{RECORD!r} is refused: this server keeps nothing of requests without MOE_BIAS_SPOOL=FOLDER"
@@ -85,6 +80,8 @@ class Gate:
         hindrance = self.hinders_recording or (self.hinders_seeds if params.seed is not None else None)
         if hindrance is not None:
             raise UserError(f"{RECORD!r} is refused: start the server with {hindrance}")
+        if len(asked) > 1:
+            raise UserError(f"{RECORD!r} is for the training of one adapter, and {NAME!r} names {sorted(asked)}")
         if params.n > 1 or params.temperature == 0:
             raise UserError(f"{RECORD!r} is for one sample at a temperature above 0; ask for each sample by itself")
         self.spool.open(record, params.max_tokens or 0)

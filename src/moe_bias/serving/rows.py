@@ -13,16 +13,29 @@ import torch
 from torch import Tensor
 
 from moe_bias.backbone import HeadTransform
+from moe_bias.combined import Part, summed_move
 from moe_bias.layer import MoEBiasLayer, at_least_float32, entropy_in_pieces, in_type
 
 
 @dataclass(frozen=True)
-class Tenant:
-    """What a request asked for: a version of an adapter and a strength. Equal ones share their work."""
+class AskedAdapter:
+    """A version of an adapter, and the strength that it is applied with."""
 
     version: Path
     strength: float
     layer: MoEBiasLayer = field(compare=False)
+
+
+@dataclass(frozen=True)
+class Tenant:
+    """What a request asked for: one adapter or several, whose biases add. Equal ones share their work."""
+
+    adapters: tuple[AskedAdapter, ...]
+
+    @property
+    def parts(self) -> list[Part]:
+        """The layers with their strengths."""
+        return [(adapter.layer, adapter.strength) for adapter in self.adapters]
 
 
 @dataclass(frozen=True)
@@ -51,15 +64,15 @@ def move_rows(
     """Moves the final logits of the tenants' rows, in place and on their supports; all others keep their bits.
 
     `entropy_B` are the base's entropies in nats (None: of the logits as they are). Tokens at -inf, where
-    a grammar's mask puts them, stay there. `backbone.adapted_logits` is the plain reference.
+    a grammar's mask puts them, stay there. `combined.summed_logits` is the plain reference.
     """
     for group in groups:
-        layer, row_R = group.tenant.layer, group.row_R
+        row_R = group.row_R
         entropy_R = _entropies(logits_BV, row_R) if entropy_B is None else entropy_B[row_R]
-        move_RM = group.tenant.strength * layer(hidden_BD[row_R], entropy_R).bias
-        moved = row_R if layer.support is None else (row_R[:, None], layer.support)
+        move = summed_move(group.tenant.parts, hidden_BD[row_R], entropy_R)
+        moved = row_R if move.support is None else (row_R[:, None], move.support)
         logits_RM = at_least_float32(logits_BV[moved])
-        adapted_RM = logits_RM + transform.reachable(logits_RM, move_RM)
+        adapted_RM = logits_RM + transform.reachable(logits_RM, move.amount)
         if transform.cap is not None:
             adapted_RM = torch.where(logits_RM == -torch.inf, logits_RM, adapted_RM)
         logits_BV[moved] = in_type(adapted_RM, logits_BV.dtype)
