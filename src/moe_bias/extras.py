@@ -18,9 +18,12 @@ EXTRA_OF = {
     "math_verify": "tasks",
     "matplotlib": "report",
     "openai": "endpoint",
+    "prometheus_client": "chat",
     "reasoning_gym": "tasks",
     "sklearn": "compare",
+    "starlette": "chat",
     "trl": "compare",
+    "uvicorn": "chat",
     "vllm": "vllm",
 }
 """The extra that brings a module."""

@@ -142,7 +142,14 @@ def _cache_argument(model: nn.Module) -> str:
 
 
 def _run(model: nn.Module, input_ids: Tensor, mask: Tensor, position_ids: Tensor, cache: Cache) -> Tensor:
-    """The last hidden states (B, D) that the output embedding reads; the cache grows by the tokens."""
+    return hidden_after(model, input_ids, mask, position_ids, cache)[:, -1]
+
+
+def hidden_after(model: nn.Module, input_ids: Tensor, mask: Tensor, position_ids: Tensor, cache: Cache) -> Tensor:
+    """Hidden states (B, L, D) that the output embedding reads after each of L tokens; the cache grows by them.
+
+    `mask` (B, tokens held and new) is 0 where a row has none.
+    """
     with captured_hidden(model) as seen:
         model(
             input_ids=input_ids,
@@ -151,4 +158,4 @@ def _run(model: nn.Module, input_ids: Tensor, mask: Tensor, position_ids: Tensor
             use_cache=True,
             **{_cache_argument(model): cache},
         )
-    return seen[0][:, -1]
+    return seen[0]
