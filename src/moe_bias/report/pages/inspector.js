@@ -3,26 +3,7 @@
 "use strict";
 (() => {
   const MODES = { entropy: "base entropy", bias: "|bias|", expert: "expert", flip: "flips" };
-  const EXPERT_COLOURS = ["#e69f00", "#56b4e9", "#009e73", "#d6c400", "#0072b2", "#d55e00", "#cc79a7", "#8c8c8c"];
-  const VISIBLE = { " ": "·", "\n": "↵", "\t": "⇥", "\r": "␍" };
-  const STEPS = 24;
-
-  const visible = (text) => text.replace(/[ \n\t\r]/g, (letter) => VISIBLE[letter]) || "(empty)";
-  const nats = (value) => `${value.toFixed(3)} nats`;
-  const percent = (share) => (share > 0 && share < 0.0005 ? "< 0.1%" : `${(100 * share).toFixed(1)}%`);
-  const round = (number) => EXPERT_COLOURS[number % EXPERT_COLOURS.length];
-  const turn = (number) => ["", "second", "third"][Math.floor(number / EXPERT_COLOURS.length) % 3];
-
-  function element(tag, options = {}, ...children) {
-    const made = document.createElement(tag);
-    for (const [name, value] of Object.entries(options)) {
-      if (name === "style") for (const [key, part] of Object.entries(value)) made.style.setProperty(key, part);
-      else if (name === "text") made.textContent = value;
-      else made.setAttribute(name, value);
-    }
-    made.append(...children.filter((child) => child !== null));
-    return made;
-  }
+  const { element, visible, nats, percent, round, turn, spelled, dot, list, facts, ramp, nextFor } = Tokens;
 
   const largest = (tokens, key) => Math.max(...tokens.map((token) => token[key]), 1e-9);
 
@@ -86,8 +67,7 @@
       span.classList.toggle("first-difference", index === 0 && !part.shared && part.start > 0);
       const before = this.tokens.at(-1)?.token.experts[0]?.[0];
       span.classList.toggle("as-before", index > 0 && before === expert);
-      const [, words, ends] = token.text.match(/^([^]*?)(\n*)$/);
-      span.append(words, element("span", { class: "line-end", text: VISIBLE["\n"].repeat(ends.length) }));
+      const ends = spelled(span, token.text);
       this.tokens.push({ token, span, part, position: part.start + index });
       return [span, ends];
     }
@@ -110,12 +90,10 @@
           `the likeliest token is another one: ${flips} of ${this.tokens.length} tokens`,
         ];
       }
-      const steps = Array.from({ length: STEPS }, (_, step) => element("i", { style: { "--level": step / (STEPS - 1) } }));
-      const ends = ["0", element("span", { class: "ramp" }, ...steps), nats(this.limits[mode])];
       const note = mode === "entropy"
         ? `underlined: from ${nats(this.data.threshold)}, the top ${+(100 * this.data.rho).toFixed(1)}% of these tokens`
         : "largest |bias| on a token of the support";
-      return [...ends, element("span", { text: note })];
+      return [...ramp(nats(this.limits[mode])), element("span", { text: note })];
     }
 
     expertLegend() {
@@ -125,12 +103,8 @@
       }
       const sorted = [...counts].sort((one, other) => one[0] - other[0]);
       return sorted.map(([expert, count]) => element(
-        "span", { class: "chip" }, this.dot(expert), `${expert}: ${percent(count / this.tokens.length)}`,
+        "span", { class: "chip" }, dot(expert), `${expert}: ${percent(count / this.tokens.length)}`,
       ));
-    }
-
-    dot(expert) {
-      return element("span", { class: `dot ${turn(expert)}`, style: { "--expert": round(expert) } });
     }
 
     choose(number) {
@@ -147,16 +121,16 @@
     }
 
     details({ token, position }) {
-      const experts = token.experts.map(([expert, share]) => [[this.dot(expert), `expert ${expert}`], share, round(expert), false]);
+      const experts = token.experts.map(([expert, share]) => [[dot(expert), `expert ${expert}`], share, round(expert), false]);
       const choices = (rows) => rows.map(([text, share]) => [[visible(text)], share, null, text === token.text]);
       return [
         element("h3", { class: "token-text", text: visible(token.text) }),
         element("div", { class: "muted", text: `token ${position + 1}, id ${token.id}; entropies and KL in nats` }),
         this.facts(token),
         element("div", { class: "lists" },
-          this.list("Base model", choices(token.base)),
-          this.list("With the adapter", choices(token.adapted), "var(--accent)"),
-          this.list("Routed to", experts)),
+          list("Base model", choices(token.base)),
+          list("With the adapter", choices(token.adapted), "var(--accent)"),
+          list("Routed to", experts)),
         element("p", { class: "keys" }, element("kbd", { text: "←" }), " ", element("kbd", { text: "→" }),
           " next token, ", element("kbd", { text: "↑" }), " ", element("kbd", { text: "↓" }), " next line, ",
           element("kbd", { text: "Enter" }), this.pinned ? " lets go" : " holds it"),
@@ -164,31 +138,14 @@
     }
 
     facts(token) {
-      const list = element("dl");
-      const rows = [
+      return facts([
         ["base entropy", token.entropy.toFixed(3)],
         ["adapted entropy", token.adapted_entropy.toFixed(3)],
         ["gate w", token.weight.toFixed(3)],
         ["largest |bias|", token.bias.toFixed(3)],
         ["KL to the base", token.kl.toFixed(3)],
         ["flip", token.flip ? "yes" : "no"],
-      ];
-      for (const [name, value] of rows) list.append(element("dt", { text: name }), element("dd", { text: value }));
-      return list;
-    }
-
-    list(heading, rows, fill) {
-      return element("div", {}, element("h4", { text: heading }), this.meters(rows, fill));
-    }
-
-    meters(rows, fill = "var(--muted)") {
-      const grid = element("div", { class: "choices" });
-      for (const [label, share, colour, written] of rows) {
-        const bar = element("i", { style: { width: `${(100 * share).toFixed(2)}%`, "--fill": colour ?? fill } });
-        const name = element("span", { class: written ? "token-text written" : "token-text" }, ...label);
-        grid.append(name, element("span", { class: "meter" }, bar), element("span", { class: "number", text: percent(share) }));
-      }
-      return grid;
+      ]);
     }
 
     listen(reading) {
@@ -223,37 +180,11 @@
       if (key === "Enter" || key === " ") this.pin(number, !this.pinned);
       else if (key === "Escape") this.pin(number, false);
       else {
-        const next = this.nextFor(key, number);
+        const next = nextFor(key, this.tokens.map(({ span }) => span), number);
         if (next === null) return false;
         this.tokens[next].span.focus();
       }
       return true;
-    }
-
-    nextFor(key, number) {
-      const last = this.tokens.length - 1;
-      if (key === "ArrowRight") return Math.min(number + 1, last);
-      if (key === "ArrowLeft") return Math.max(number - 1, 0);
-      if (key === "Home") return 0;
-      if (key === "End") return last;
-      if (key === "ArrowDown") return this.nearestLine(number, 1);
-      if (key === "ArrowUp") return this.nearestLine(number, -1);
-      return null;
-    }
-
-    // The token of the next line in this direction that is nearest sideways, within the same column or across to another part.
-    nearestLine(number, direction) {
-      const from = this.tokens[number].span.getClientRects()[0];
-      let best = null;
-      for (let other = 0; other < this.tokens.length; other += 1) {
-        const to = this.tokens[other].span.getClientRects()[0];
-        const down = to ? direction * (to.top - from.top) : 0;
-        if (down > from.height / 2) {
-          const distance = 4 * down + Math.abs(to.left - from.left);
-          if (best === null || distance < best.distance) best = { other, distance };
-        }
-      }
-      return best === null ? number : best.other;
     }
 
     numbers() {
