@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers.lessons import LIMIT, SUPPORT, answer, edit, rewarded
+from helpers.lessons import LIMIT, answer, edit, rewarded
 from helpers.models import VOCABULARY
 from moe_bias.learning.lessons import Batch, Lesson, highest, pair_lesson, reward_lesson
 from moe_bias.mistakes import UserError
@@ -44,7 +44,7 @@ def test_beyond_the_limit_nothing_is_kept(better, other, limit):
 
 @pytest.mark.parametrize("lesson", [edit(), rewarded(-0.5)])
 def test_a_lesson_is_what_its_tensors_say(lesson):
-    again = Lesson.of(lesson.tensors(), torch.tensor(SUPPORT), VOCABULARY, lesson.reward)
+    again = Lesson.of(lesson.tensors(), VOCABULARY, lesson.reward)
     assert again.reward == lesson.reward
     for name in ("hidden", "token", "example", "position", "logit", "entropy", "log_partition", "column", "support"):
         assert torch.equal(getattr(again.features, name), getattr(lesson.features, name)), name

@@ -153,9 +153,7 @@ def test_several_adapters_are_not_recorded(started, several):
     given = several if isinstance(several, dict) else "+".join(several)
     arguments = {"moe_bias": given, "moe_bias_record": "file"}
     try:
-        with pytest.raises(
-            VLLMValidationError, match=r"of one adapter, and 'moe_bias' names \['one', 'two'\]"
-        ):
+        with pytest.raises(VLLMValidationError, match=r"of one adapter, and 'moe_bias' names \['one', 'two'\]"):
             ask(engine, [(prompts(1)[0], SamplingParams(max_tokens=3, seed=0, extra_args=arguments))])
     finally:
         for name in several:

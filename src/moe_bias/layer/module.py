@@ -7,6 +7,7 @@ C coefficients, V vocabulary, M support (M = V without one).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +104,27 @@ class MoEBiasLayer(nn.Module):
     def support_or_all(self) -> Tensor:
         """The token ids (M,) that the layer has a bias for now, where those are all of them too."""
         return torch.arange(self.vocab_size, device=self.device) if self.support is None else self.support
+
+    @property
+    def can_change_support(self) -> bool:
+        """Whether the experts have no entries of their own, so that they act on whatever tokens there are."""
+        return self.experts is None and self.support is not None
+
+    def change_support(self, support: Sequence[int]) -> None:
+        """Acts on other tokens from now on. Raises ValueError on a support that cannot be.
+
+        Only where `can_change_support`.
+        """
+        assert self.can_change_support, "experts with free entries belong to the tokens that they were made for"
+        config = LayerConfig(**{**self.config.model_dump(), "support": tuple(support)})
+        config.check_vocabulary(self.vocab_size)
+        self.config = config
+        self.support_ids = torch.tensor(config.support, dtype=torch.int64, device=self.device)
+        self._kept = Kept()
+
+    def forget_derived(self) -> None:
+        """Gives back the memory of table and rows, which are made again when they are wanted."""
+        self._kept = Kept()
 
     @property
     def device(self) -> torch.device:

@@ -10,7 +10,7 @@ Shapes: M support.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moe_bias.backbone import Head
 from moe_bias.config import LearnConfig
+from moe_bias.features.grown import grown
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.learning.journal import STATE, Entry
 from moe_bias.learning.lessons import Batch, Lesson
@@ -74,6 +75,7 @@ class _Version:
 
     number: int
     through: int
+    support: tuple[int, ...] | None
     tensors: dict[str, Tensor]
 
 
@@ -90,7 +92,7 @@ class Learner:
         self._mean_reward = 0.0
         self._replayed, self._held_out = _Kept(config.kept_lessons), _Kept(config.held_out_lessons)
         self._measured: Measured | None = None
-        self._line = [_Version(0, 0, self._tensors())]
+        self._line = [_Version(0, 0, layer.config.support, self._tensors())]
 
     def apply(self, entry: Entry) -> Outcome | None:
         """What becomes of the next entry; None of one that was applied before."""
@@ -128,9 +130,7 @@ class Learner:
         raise UserError(f"the journal holds an event {entry.event!r}, which this version of the package does not know")
 
     def _taught(self, entry: Entry) -> Outcome:
-        lesson = Lesson.of(
-            entry.tensors, self.layer.support_or_all().cpu(), self.layer.vocab_size, entry.header.get("reward")
-        )
+        lesson = Lesson.of(entry.tensors, self.layer.vocab_size, entry.header.get("reward"))
         self._lessons += 1
         not_learned = Outcome(entry.number, entry.event, self.version)
         if self._lessons % self._config.held_out_every == 0:
@@ -158,14 +158,16 @@ class Learner:
     def _learned(self, entry: Entry, lessons: list[Lesson], baseline: float) -> Outcome:
         moments = {name: tensor.clone() for name, tensor in self._optimisation.tensors().items()}
         loss_before = self._held_out_loss()
-        measured = Measured.of(Batch.of(lessons, self._config.rho), self._head)
+        self._reach(lessons)
+        measured = self._on_support(lessons)
         change = update(self.layer, self._optimisation, measured, self._head.transform, self._config, baseline)
         loss_after = self._held_out_loss() if change.kept else None
         reason = self._why_not(change, loss_before, loss_after)
         if reason:
-            self._put_back(self._line[-1].tensors, moments)
+            self._put_back(self._line[-1], moments)
         else:
             self._publish(entry.number)
+        self.layer.forget_derived()
         return Outcome(
             entry.number,
             entry.event,
@@ -191,7 +193,7 @@ class Learner:
 
     def _publish(self, number: int) -> None:
         self.version += 1
-        self._line.append(_Version(self.version, number, self._tensors()))
+        self._line.append(_Version(self.version, number, self.layer.config.support, self._tensors()))
         del self._line[: -self._config.undo_depth - 1]
 
     def _undone(self, entry: Entry) -> Outcome:
@@ -200,7 +202,7 @@ class Learner:
             return Outcome(entry.number, entry.event, self.version, reason="there is no version to go back to")
         self._line.pop()
         before = self._line[-1]
-        self._put_back(before.tensors, {})
+        self._put_back(before, {})
         self._replayed.forget_after(before.through)
         self._held_out.forget_after(before.through)
         self._measured = None
@@ -212,16 +214,38 @@ class Learner:
         if not lessons:
             return None
         if self._measured is None:
-            self._measured = Measured.of(Batch.of(lessons, self._config.rho), self._head)
+            self._measured = self._on_support(lessons)
         return loss_on(self.layer, self._measured, self._head.transform, self._config)
+
+    def _reach(self, lessons: Sequence[Lesson]) -> None:
+        """Adds the lessons' tokens to the support: an adapter is to learn words that nobody thought of."""
+        if not self.layer.can_change_support:
+            return
+        support = self.layer.config.support
+        assert support is not None
+        known = set(support)
+        coming = sorted({token for lesson in lessons for token in lesson.features.token.tolist()} - known)
+        if coming:
+            self.layer.change_support([*support, *coming])
+            self._measured = None
+
+    def _on_support(self, lessons: Sequence[Lesson]) -> Measured:
+        """Lessons as a batch on the layer's support, which holds all that they were served with."""
+        support_M = self.layer.support_or_all().cpu()
+        fitted = [replace(lesson, features=grown(lesson.features, self._head, support_M)) for lesson in lessons]
+        return Measured.of(Batch.of(fitted, self._config.rho), self._head)
 
     def _tensors(self) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self.layer.named_parameters()}
 
-    def _put_back(self, tensors: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
+    def _put_back(self, version: _Version, moments: Mapping[str, Tensor]) -> None:
+        if version.support != self.layer.config.support:
+            assert version.support is not None
+            self.layer.change_support(version.support)
+            self._measured = None
         with torch.no_grad():
             for name, parameter in self.layer.named_parameters():
-                parameter.copy_(tensors[name])
+                parameter.copy_(version.tensors[name])
         self._optimisation.load_tensors(dict(moments))
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -233,7 +257,7 @@ class Learner:
             "rewards": self._rewards,
             "mean_reward": self._mean_reward,
             "history": [asdict(outcome) for outcome in self.history],
-            "line": [[version.number, version.through] for version in self._line],
+            "line": [[version.number, version.through, version.support] for version in self._line],
             "replayed": {str(number): lesson.reward for number, lesson in self._replayed.lessons.items()},
             "held_out": {str(number): lesson.reward for number, lesson in self._held_out.lessons.items()},
         }
@@ -251,16 +275,16 @@ class Learner:
         self._mean_reward = header["mean_reward"]
         self.history = [Outcome(**outcome) for outcome in header["history"]]
         self._line = [
-            _Version(number, through, _under(tensors, f"line.{number}.")) for number, through in header["line"]
+            _Version(number, through, support and tuple(support), _under(tensors, f"line.{number}."))
+            for number, through, support in header["line"]
         ]
-        support_M, vocab_size = self.layer.support_or_all().cpu(), self.layer.vocab_size
         for kept, name in ((self._replayed, "replayed"), (self._held_out, "held_out")):
             kept.lessons = {
-                int(number): Lesson.of(_under(tensors, f"lesson.{number}."), support_M, vocab_size, reward)
+                int(number): Lesson.of(_under(tensors, f"lesson.{number}."), self.layer.vocab_size, reward)
                 for number, reward in header[name].items()
             }
         self._measured = None
-        self._put_back(self._line[-1].tensors, tensors)
+        self._put_back(self._line[-1], tensors)
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

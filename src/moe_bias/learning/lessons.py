@@ -45,7 +45,7 @@ class Lesson:
         return self.features.position >= self.features.position[other_T].min()
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that `of` needs besides the support and the reward."""
+        """All that `of` needs besides the reward."""
         features = self.features
         rest = features.rest
         columns = (features.logit, features.entropy, features.log_partition, rest.log_sum_exp, rest.mean_logit)
@@ -56,11 +56,13 @@ class Lesson:
             "answer": features.example,
             "position": features.position,
             "scalars": scalars,
+            "support": features.support.to(torch.int32),
         }
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor], support_M: Tensor, vocab_size: int, reward: float | None) -> Lesson:
+    def of(cls, tensors: Mapping[str, Tensor], vocab_size: int, reward: float | None) -> Lesson:
         """A lesson of what `tensors` gave."""
+        support_M = tensors["support"].long()
         scalars = dict(zip(_SCALARS, tensors["scalars"], strict=True))
         return cls(
             Features(

@@ -19,11 +19,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from moe_bias.backbone import Head, HeadTransform
 from moe_bias.config import LearnConfig
-from moe_bias.layer import MoEBiasLayer
 from moe_bias.learning.journal import entries, write_state
 from moe_bias.learning.learner import Learner
 from moe_bias.learning.published import Published
@@ -72,36 +71,12 @@ def read_head(path: Path, transform: HeadTransform) -> Head:
     return Head(module.requires_grad_(False), transform)
 
 
-class SharedRows:
-    """Rows of the output embedding, held once for all layers on the same support: see `EmbeddingRows`."""
-
-    def __init__(self, head: Head) -> None:
-        self._rows = head.rows
-        self._held: dict[bytes, Tensor] = {}
-
-    def __call__(self, token_M: Tensor | None) -> Tensor:
-        """See `EmbeddingRows`."""
-        key = b"" if token_M is None else token_M.cpu().numpy().tobytes()
-        if key not in self._held:
-            self._held[key] = self._rows(token_M)
-        return self._held[key]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> SharedRows:
-        """A layer's copy reads the same rows."""
-        return self
-
-    def state(self) -> tuple[object, ...]:
-        """A served model does not change."""
-        return ()
-
-
 class Learners:
     """Learners by the name of their adapter; those that were not wanted the longest are put away beyond `memory`."""
 
     def __init__(self, place: Place, transform: HeadTransform, config: LearnConfig, memory: int) -> None:
         self._place, self._config, self._memory = place, config, memory
         self._head = read_head(place.head, transform)
-        self._rows = SharedRows(self._head)
         self._published = Published(place.root)
         self._loaded: OrderedDict[str, _Loaded] = OrderedDict()
 
@@ -149,7 +124,7 @@ class Learners:
     def _load(self, name: str) -> _Loaded:
         if name not in self._loaded:
             folder = self._place.of(name)
-            layer = read_version(folder / START, self._head.hidden_size, self._head.vocab_size, self._rows)
+            layer = read_version(folder / START, self._head.hidden_size, self._head.vocab_size, self._head.rows)
             learner = Learner(layer, self._head, self._config)
             if (folder / CHECKPOINT).exists():
                 for entry in entries(folder / CHECKPOINT):
@@ -160,7 +135,7 @@ class Learners:
         return self._loaded[name]
 
     def _publish(self, name: str, learner: Learner) -> None:
-        self._published.publish(name, learner.version, self._place.of(name) / START, _state_of(learner.layer))
+        self._published.publish(name, learner.version, self._place.of(name) / START, learner.layer)
 
     def _checkpoint(self, name: str, loaded: _Loaded) -> None:
         write_state(self._place.of(name) / CHECKPOINT, loaded.learner.through, *loaded.learner.state())
@@ -215,7 +190,3 @@ def learn(
             else:
                 replies.send(((kind, name), found, None))
     learners.close()
-
-
-def _state_of(layer: MoEBiasLayer) -> dict[str, Tensor]:
-    return dict(layer.state_dict())

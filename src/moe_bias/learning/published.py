@@ -7,6 +7,7 @@ the folders that they were given in, which are never written to.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from moe_bias.adapter.files import LAYERS
+from moe_bias.layer import MoEBiasLayer
 from moe_bias.records import unfinished, whole_folder
 
 _KEPT_VERSIONS = 2
@@ -36,16 +38,17 @@ class Published:
         if not (self.names / name).exists():
             self._point(name, start.resolve())
 
-    def publish(self, name: str, version: int, start: Path, layer: Mapping[str, Tensor]) -> None:
-        """Serves a version: a layer's tensors by their names in it, in files like those of its start."""
+    def publish(self, name: str, version: int, start: Path, layer: MoEBiasLayer) -> None:
+        """Serves a version, in files like those of its start."""
         if version == 0:
             self._point(name, start.resolve())
             return
         folder = self._versions / name / f"{version:08d}"
         if not folder.is_dir():
             with whole_folder(folder) as made:
-                (made / CONFIG_NAME).write_bytes((start / CONFIG_NAME).read_bytes())
-                (made / SAFETENSORS_WEIGHTS_NAME).write_bytes(_changed(start / SAFETENSORS_WEIGHTS_NAME, layer))
+                (made / CONFIG_NAME).write_text(_config(start / CONFIG_NAME, layer), encoding="utf-8")
+                weights = _weights(start / SAFETENSORS_WEIGHTS_NAME, layer.state_dict())
+                (made / SAFETENSORS_WEIGHTS_NAME).write_bytes(weights)
         self._point(name, folder.resolve())
         for old in sorted(folder.parent.iterdir())[:-_KEPT_VERSIONS]:
             if old != folder:
@@ -60,7 +63,14 @@ class Published:
             beside.replace(link)
 
 
-def _changed(start: Path, layer: Mapping[str, Tensor]) -> bytes:
+def _config(start: Path, layer: MoEBiasLayer) -> str:
+    """An adapter's config with the layer's support, which may have grown."""
+    config = json.loads(start.read_bytes())
+    support = layer.config.support
+    return json.dumps({**config, "support": None if support is None else list(support)}, indent=2, sort_keys=True)
+
+
+def _weights(start: Path, layer: Mapping[str, Tensor]) -> bytes:
     """An adapter file with other values in the tensors that are the layer's."""
     tensors = load_file(start)
     for key in tensors:
