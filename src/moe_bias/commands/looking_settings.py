@@ -156,6 +156,8 @@ class ServeSettings(ServingVariables):
     arguments: CliPositionalArg[list[str]] = Field([], description="arguments of vLLM's server, after --")
     model: str = Field(BUNDLED_MODEL, description="Hub id, folder, GGUF file, or 'bundled' (SmolLM2-135M-Instruct)")
     adapters: Path = Field(description="folder of the adapters, one folder each; they may change while it serves")
+    learn: Path | None = Field(None, description="learn from feedback, as chat does; for --engine transformers")
+    key_file: Path | None = Field(None, description="who may teach which adapter, as for chat")
     served_name: str = Field("", description="the model's name to clients; none: its Hub id, or its folder's name")
     host: str = Field("127.0.0.1", description="address to listen at; 0.0.0.0: all of this machine")
     port: int = Field(8000, ge=1, le=65535, description="port to listen at")
@@ -169,6 +171,13 @@ class ChatSettings(ModelConfig):
     """Try a model with its adapters on a page in the browser: a server of this machine, which needs no vLLM."""
 
     adapters: Path | None = Field(None, description="folder of adapters, one folder each; none: the plain model alone")
+    learn: Path | None = Field(
+        None,
+        description="learn from what users say of answers, and keep it in this folder; --adapters may be left out",
+    )
+    key_file: Path | None = Field(
+        None, description='who may teach: a JSON file {"KEY": "ADAPTER"}; none: whoever is at this machine'
+    )
     open: bool = Field(False, description="open the page in the browser")
     served_name: str = Field("", description="the model's name to clients; none: its Hub id, or its folder's name")
     host: str = Field("127.0.0.1", description="address to listen at; 0.0.0.0: all of this machine")

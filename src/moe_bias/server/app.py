@@ -50,6 +50,7 @@ def make_app(
     name: str = "",
     limit: int = LIMIT,
     local: bool = True,
+    counters: Counters | None = None,
     closing: Callable[[], None] | None = None,
 ) -> Starlette:
     """The application. It owns the engine, and closes it when it ends, after `closing`.
@@ -59,7 +60,7 @@ def make_app(
     site cannot reach the server by a name of its own.
     """
     name = name or Path(str(engine.base.model.name_or_path)).name or type(engine.base.model).__name__
-    server = _Server(engine, name, limit)
+    server = _Server(engine, name, limit, counters or Counters())
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -115,10 +116,10 @@ class SameOrigin:
 class _Server:
     """What the routes share. All of it runs on the event loop, where the tokenizer is used too."""
 
-    def __init__(self, engine: Engine, name: str, limit: int) -> None:
+    def __init__(self, engine: Engine, name: str, limit: int, counters: Counters) -> None:
         self._engine, self._name, self._limit = engine, name, limit
         self._running: dict[str, Answering] = {}
-        self._counters = Counters()
+        self._counters = counters
 
     async def complete(self, request: Request) -> Response:
         """One answer, whole or streamed."""

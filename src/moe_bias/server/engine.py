@@ -29,10 +29,11 @@ import torch
 from moe_bias.adapter.embedding import embedding_sample
 from moe_bias.features.extract import Features
 from moe_bias.frozen import Frozen
-from moe_bias.layer import MoEBiasLayer, entropy_from_logits
+from moe_bias.layer import MoEBiasLayer, at_least_float32, entropy_from_logits
+from moe_bias.learning.spool import ServedAnswer
 from moe_bias.mistakes import UserError, reason_of, shown
 from moe_bias.rollout.decoding import Answer
-from moe_bias.server.answer import Answering, Asked, Ended, Failed, Keeper, Listener, Reason, ServedAnswer, Written
+from moe_bias.server.answer import Answering, Asked, Ended, Failed, Keeper, Listener, Reason, Written
 from moe_bias.server.batch import Batch
 from moe_bias.server.choice import Choice, choose
 from moe_bias.server.prefixes import KeysValues, Prefix, Prefixes, extended
@@ -146,10 +147,8 @@ class Engine:
         self._put(run)
         return future.result()
 
-    def features_of(
-        self, prompt_ids: Sequence[int], answer_ids: Sequence[int], adapter: str, temperature: float = 1.0
-    ) -> Features:
-        """Features of a given answer, of one example on the adapter's support: see `ServedAnswer`. For any thread.
+    def features_of(self, prompt_ids: Sequence[int], answer_ids: Sequence[int], adapter: str) -> Features:
+        """Features of a given answer, of one example on the adapter's support, at temperature 1. For any thread.
 
         Only those tokens go through the model that no conversation of late began with. Raises UserError where there
         is no such adapter, or an answer without tokens.
@@ -157,7 +156,12 @@ class Engine:
         if not prompt_ids or not answer_ids:
             raise UserError("features are those of an answer of one token or more, after a prompt of one or more")
         version = self.version(adapter)
-        return self.call(lambda: self._features(list(prompt_ids), list(answer_ids), version, temperature))
+        return self.call(lambda: self._features(list(prompt_ids), list(answer_ids), version))
+
+    def features_of_served(self, answer: ServedAnswer) -> Features:
+        """The same of an answer that was served, whose hidden states are there. Raises UserError as `version`."""
+        version, token_T = self.version(answer.adapter), torch.tensor(answer.tokens)
+        return self.call(lambda: features_of_tokens(self.base.head, self._pool.get(version), answer.hidden, token_T))
 
     def layer(self, adapter: str) -> MoEBiasLayer:
         """The frozen layer of the adapter's version now, which is not to be changed. Raises UserError as `version`."""
@@ -170,12 +174,12 @@ class Engine:
                 raise EngineClosedError("the server was stopped")
             self._inbox.put(item)
 
-    def _features(self, prompt: list[int], answer: list[int], version: Path, temperature: float) -> Features:
+    def _features(self, prompt: list[int], answer: list[int], version: Path) -> Features:
         tokens = prompt + answer[:-1]
         prefix = extended(self.base.model, self._prefixes.longest(tokens), tokens)
         self._prefixes.add(prefix)
         hidden_TD = prefix.hidden[len(prompt) - 1 :]
-        return features_of_tokens(self.base.head, self._pool.get(version), hidden_TD, torch.tensor(answer), temperature)
+        return features_of_tokens(self.base.head, self._pool.get(version), hidden_TD, torch.tensor(answer))
 
     def _load(self, version: Path) -> MoEBiasLayer:
         head = self.base.head
@@ -290,15 +294,11 @@ class Engine:
     def _keep(self, answering: Answering) -> None:
         if self.keeper is None or len(answering.layers) != 1:
             return
-        ((name, layer),) = answering.layers
-        asked, tokens = answering.asked, torch.tensor(answering.answer.all_ids)
-        features = features_of_tokens(
-            self.base.head, layer, answering.hidden_states(), tokens, asked.temperature or 1.0
-        )
-        log_prob_T = torch.cat(answering.log_probs).cpu()
-        version = asked.adapters[name]
+        asked, answer = answering.asked, answering.answer
+        hidden_TD = at_least_float32(answering.hidden_states()).cpu()
+        finished = answer.all_ids != answer.token_ids
         self.keeper(
-            ServedAnswer(answering.id, name, version, list(asked.prompt), features, log_prob_T, asked.temperature)
+            ServedAnswer(answering.id, answering.layers[0][0], list(asked.prompt), answer.all_ids, hidden_TD, finished)
         )
 
     def _leave(self, place: int) -> None:

@@ -1,6 +1,6 @@
 """Features of an answer's tokens from hidden states that are there already.
 
-Shapes: T tokens, C a chunk of them, D hidden, V vocabulary, M support.
+Shapes: T tokens, D hidden, M support.
 """
 
 from __future__ import annotations
@@ -9,25 +9,17 @@ import torch
 from torch import Tensor
 
 from moe_bias.backbone import Head
-from moe_bias.columns import joined
-from moe_bias.features.extract import Features, TokenScalars, chunk_rows, support_columns
+from moe_bias.features.extract import Features, support_columns, token_scalars
 from moe_bias.layer import MoEBiasLayer, at_least_float32
-from moe_bias.support import at_temperature, scalars_at_temperature, split_vocabulary
+from moe_bias.support import split_vocabulary
 
 
 @torch.no_grad()
-def features_of_tokens(
-    head: Head, layer: MoEBiasLayer, hidden_TD: Tensor, token_T: Tensor, temperature: float
-) -> Features:
-    """Features of one example on the layer's support, on the CPU, at a temperature: see `ServedAnswer`."""
+def features_of_tokens(head: Head, layer: MoEBiasLayer, hidden_TD: Tensor, token_T: Tensor) -> Features:
+    """Features of one example on the layer's support, on the CPU, at temperature 1."""
     support_M = layer.support_or_all().to(head.device)
-    split, rows, parts = split_vocabulary(support_M, head.vocab_size), chunk_rows(head), []
-    for hidden_CD, token_C in zip(hidden_TD.split(rows), token_T.split(rows), strict=True):
-        logits_CV = head.logits(hidden_CD.to(head.device, head.dtype))
-        logit_C = logits_CV.gather(-1, token_C.to(head.device)[:, None]).squeeze(-1)
-        base = scalars_at_temperature(logits_CV, temperature, split)
-        parts.append(TokenScalars(at_temperature(logit_C, temperature), base))
-    scalars = joined(parts).to("cpu")
+    split = split_vocabulary(support_M, head.vocab_size)
+    scalars = token_scalars(head, hidden_TD.to(head.device), token_T.to(head.device), split)
     return Features(
         at_least_float32(hidden_TD).cpu(),
         token_T.cpu(),

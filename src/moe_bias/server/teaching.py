@@ -1,0 +1,178 @@
+"""The routes by which an adapter learns while it is served.
+
+POST /v1/feedback                   {"id": answer, and one of "edit": text, "reward": from -1 to 1, "prefer": answer}
+POST /v1/adapters/NAME/undo         back to the version before
+POST /v1/adapters/NAME/freeze       keep lessons and learn none; /unfreeze learns again
+GET  /v1/adapters/NAME/history      what became of the last entries
+GET  /v1/adapters                   the adapters, and that the server learns
+
+A lesson is on the disk before it is answered. The answer waits for what becomes of it; with "wait": false it is sent
+at once, with status 202.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from moe_bias.features.extract import Features
+from moe_bias.learning.learner import FREEZE, UNDO, UNFREEZE
+from moe_bias.learning.lessons import Lesson, pair_lesson, reward_lesson
+from moe_bias.learning.service import Learning, LearningStoppedError, Told
+from moe_bias.learning.spool import ServedAnswer
+from moe_bias.mistakes import UserError, reason_of, shown
+from moe_bias.server.app import read_json_body
+from moe_bias.server.engine import Engine
+from moe_bias.server.keys import Keys
+from moe_bias.server.metrics import Counters
+from moe_bias.server.requests import RefusedError
+from moe_bias.tasks.conversations import answer_ends
+
+_KINDS = ("edit", "reward", "prefer")
+
+
+class Teaching:
+    """The routes, on the event loop, where the tokenizer is used too."""
+
+    def __init__(self, engine: Engine, learning: Learning, keys: Keys, counters: Counters) -> None:
+        self._engine, self._learning, self._keys, self._counters = engine, learning, keys, counters
+        self._ends = answer_ends(engine.base.model, engine.base.tokenizer)
+
+    @property
+    def routes(self) -> list[Route]:
+        """For the application, before its own."""
+        events = [
+            Route(f"/v1/adapters/{{name}}/{event}", self._telling(event), methods=["POST"])
+            for event in (UNDO, FREEZE, UNFREEZE)
+        ]
+        return [
+            Route("/v1/feedback", self.feedback, methods=["POST"]),
+            Route("/v1/adapters", self.adapters),
+            Route("/v1/adapters/{name}/history", self.history),
+            *events,
+        ]
+
+    async def feedback(self, request: Request) -> Response:
+        """Takes a lesson."""
+        started, body = time.perf_counter(), await read_json_body(request)
+        answer, kind = self._answer(request, body), _kind_of(body)
+        lesson = await self._lesson(request, answer, kind, body[kind])
+        told = await self._told(answer.adapter, lesson)
+        if body.get("wait") is False:
+            return JSONResponse({"adapter": answer.adapter}, 202)
+        return JSONResponse(await self._outcome(answer.adapter, told, started))
+
+    def _telling(self, event: str) -> Any:
+        async def tell(request: Request) -> Response:
+            started, name = time.perf_counter(), self._allowed(request)
+            told = await self._told(name, event)
+            return JSONResponse(await self._outcome(name, told, started))
+
+        return tell
+
+    async def history(self, request: Request) -> Response:
+        """What became of the last entries, the oldest first."""
+        name = self._allowed(request)
+        return JSONResponse({"adapter": name, "events": self._learning.history(name)})
+
+    async def adapters(self, request: Request) -> Response:
+        """What there is to choose from, and what the request's key may teach."""
+        allowed = request.headers.get("authorization")
+        cards = [{"name": name, "learns": self._keys.allow(allowed, name)} for name in self._engine.adapters]
+        return JSONResponse({"learning": any(card["learns"] for card in cards), "adapters": cards})
+
+    def _allowed(self, request: Request) -> str:
+        """The adapter that the path names. One that is another's and one that is not there are answered alike."""
+        name = str(request.path_params["name"])
+        if not self._keys.allow(request.headers.get("authorization"), name) or name not in self._engine.adapters:
+            raise RefusedError(f"there is no adapter {shown(name)} that this key may teach", "name", 404)
+        return name
+
+    def _answer(self, request: Request, body: object) -> ServedAnswer:
+        if not isinstance(body, Mapping):
+            raise RefusedError(f"the body is no JSON object but {shown(body)}")
+        return self._kept(request, body.get("id"), "id")
+
+    def _kept(self, request: Request, identity: object, field: str) -> ServedAnswer:
+        try:
+            answer = self._learning.spool.get(identity)
+        except UserError as error:
+            raise RefusedError(str(error), field, 404) from error
+        if not self._keys.allow(request.headers.get("authorization"), answer.adapter):
+            raise RefusedError(f"there is no answer {shown(identity)} that this key may teach", field, 404)
+        return answer
+
+    async def _lesson(self, request: Request, answer: ServedAnswer, kind: str, given: object) -> Lesson:
+        limit = self._learning.config.lesson_tokens
+        served = await run_in_threadpool(self._engine.features_of_served, answer)
+        try:
+            if kind == "reward":
+                if isinstance(given, bool) or not isinstance(given, int | float):
+                    raise UserError(f"reward: give a number from -1 to 1, not {shown(given)}")
+                return reward_lesson(served, float(given), limit)
+            return pair_lesson(await self._better(request, answer, kind, given), served, limit)
+        except RefusedError:
+            raise
+        except UserError as error:
+            raise RefusedError(str(error), kind) from error
+
+    async def _better(self, request: Request, answer: ServedAnswer, kind: str, given: object) -> Features:
+        if kind == "edit":
+            tokens = self._edited(answer, given)
+            return await run_in_threadpool(self._engine.features_of, answer.prompt, tokens, answer.adapter)
+        better = self._kept(request, given, kind)
+        if (better.adapter, better.prompt) != (answer.adapter, answer.prompt):
+            raise UserError(f"prefer: {shown(given)} is an answer to another request, or under another adapter")
+        return await run_in_threadpool(self._engine.features_of_served, better)
+
+    def _edited(self, answer: ServedAnswer, text: object) -> list[int]:
+        """The text's tokens; with the end that the answer had, or the first that there is."""
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f"edit: give the answer's text as it should be, not {shown(text)}")
+        tokens = list(self._engine.base.tokenizer(text, add_special_tokens=False).input_ids)
+        room = self._engine.context
+        if room is not None and len(answer.prompt) + len(tokens) >= room:
+            raise UserError(f"edit: the text is {len(tokens):,} tokens, and the model reads {room:,} with the prompt")
+        end = answer.tokens[-1] if answer.finished else self._ends[0]
+        return [*tokens, end]
+
+    async def _told(self, name: str, what: Lesson | str) -> Told:
+        try:
+            if isinstance(what, Lesson):
+                return await run_in_threadpool(self._learning.teach, name, what)
+            return await run_in_threadpool(self._learning.tell, name, what)
+        except LearningStoppedError as error:
+            raise RefusedError(str(error), status=503) from error
+        except OSError as error:
+            raise RefusedError(f"the lesson could not be kept: {reason_of(error)}", status=507) from error
+
+    async def _outcome(self, name: str, told: Told, started: float) -> dict[str, Any]:
+        try:
+            outcome = await asyncio.wrap_future(told)
+        except LearningStoppedError as error:
+            raise RefusedError(str(error), status=503) from error
+        self._counters.told(name, outcome)
+        milliseconds = 1e3 * (time.perf_counter() - started)
+        renamed = {"feedback": outcome["number"], "kl_step": outcome["step_kl"], "kl_base": outcome["base_kl"]}
+        kept = {name: value for name, value in outcome.items() if name not in ("number", "step_kl", "base_kl")}
+        return {
+            "adapter": name,
+            **kept,
+            **renamed,
+            "milliseconds": milliseconds,
+            "update_milliseconds": outcome["milliseconds"],
+        }
+
+
+def _kind_of(body: Mapping[str, Any]) -> str:
+    given = [kind for kind in _KINDS if body.get(kind) is not None]
+    if len(given) != 1:
+        raise RefusedError(f"give one of edit, reward and prefer, not {' and '.join(given) or 'none of them'}")
+    return given[0]
