@@ -8,6 +8,8 @@ import torch
 import moe_bias as mb
 from helpers.chatting import asked, listening, served_folder
 from helpers.lessons import InlineWorker
+from helpers.models import token_ids
+from moe_bias.backbone import hidden_states
 from moe_bias.config import LearnConfig
 from moe_bias.learning import service
 from moe_bias.learning.service import Learning
@@ -19,7 +21,7 @@ from moe_bias.server.metrics import Counters
 from moe_bias.server.teaching import Teaching
 
 ALICE, BOB = "alice-secret-0123", "bob-secret-456789"
-CONFIG = LearnConfig(expert_rate=0.05, router_rate=0.05, passes=16, held_out_every=100, step_kl=9, base_kl=99)
+CONFIG = LearnConfig(expert_rate=0.05, held_out_every=100)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,9 @@ def served(tmp_path_factory):
     """The two adapters, and one that has learned nothing."""
     base, adapters = served_folder(tmp_path_factory.mktemp("served"))
     torch.manual_seed(0)
-    mb.save(base.head.layer(mb.LayerConfig(support=tuple(range(2, 40)))), adapters / "fresh", base)
+    layer, ids = base.head.layer(mb.LayerConfig(support=tuple(range(2, 40)))), token_ids(20)
+    layer.calibrate(hidden_states(base.model, ids, torch.ones_like(ids)))
+    mb.save(layer, adapters / "fresh", base)
     return base, adapters
 
 
@@ -77,7 +81,7 @@ def told(address, path, key=None, body=None):
 
 def test_edits_become_what_is_answered(begun):
     address = begun()
-    wanted = "w20 w60 w22"
+    wanted = "w8 w5 w9"
     assert answer(address)[1] != wanted
     for count in range(1, 13):
         identity, text = answer(address)
@@ -100,10 +104,10 @@ def test_undo_and_freeze(begun):
     address = begun()
     before = answer(address)[1]
     for _ in range(3):
-        teach(address, id=answer(address)[0], edit="w20 w21 w22")
+        teach(address, id=answer(address)[0], edit="w8 w5 w9")
     status, found = told(address, "fresh/freeze", body={})
     assert (status, found["event"]) == (200, "freeze")
-    assert teach(address, id=answer(address)[0], edit="w30")[1]["reason"] == "the adapter is frozen"
+    assert teach(address, id=answer(address)[0], edit="w9")[1]["reason"] == "the adapter is frozen"
     told(address, "fresh/unfreeze", body={})
     for version in (4, 5, 6):
         status, found = told(address, "fresh/undo", body={})
@@ -131,12 +135,12 @@ def test_a_tenant_touches_its_own_adapter_alone(begun):
     address = begun(Keys({ALICE: ("one",), BOB: ("two",)}))
     identity, _ = answer(address, "base:one")
     for key in (None, BOB, "wrong"):
-        status, found = teach(address, key, id=identity, edit="w20")
+        status, found = teach(address, key, id=identity, edit="w8")
         assert status == 404
         assert "this key may teach" in found["error"]["message"]
         for path in ("one/history", "one/undo"):
             assert told(address, path, key, None if path.endswith("history") else {})[0] == 404
-    assert teach(address, ALICE, id=identity, edit="w20")[0] == 200
+    assert teach(address, ALICE, id=identity, edit="w8")[0] == 200
     assert told(address, "one/history", ALICE)[0] == 200
     foreign, _ = answer(address, "base:two")
     status, found = teach(address, ALICE, id=identity, prefer=foreign)
@@ -183,7 +187,7 @@ def test_answers_that_are_not_kept_any_more_cannot_be_taught(begun):
 
 def test_counters_tell_of_updates_by_adapter(begun):
     address = begun()
-    teach(address, id=answer(address)[0], edit="w20 w21")
+    teach(address, id=answer(address)[0], edit="w8 w5")
     with urllib.request.urlopen(f"{address}/metrics") as response:
         text = response.read().decode()
     assert 'moe_bias:updates_total{adapter="fresh"} 1.0' in text
@@ -193,7 +197,7 @@ def test_counters_tell_of_updates_by_adapter(begun):
 def test_a_server_that_is_started_again_has_learned_what_it_had(begun):
     address = begun()
     for _ in range(3):
-        teach(address, id=answer(address)[0], edit="w20 w21 w22")
+        teach(address, id=answer(address)[0], edit="w8 w5 w9")
     now = answer(address)[1]
     history = told(address, "fresh/history")[1]["events"]
     second = begun()
