@@ -115,7 +115,6 @@
         for (const [column, answer] of Object.entries(answers)) answer.root.hidden = some.length > 0 && !some.includes(column);
         root.classList.toggle("single", Object.values(answers).filter((answer) => !answer.root.hidden).length < 2);
       }
-      this.root.classList.toggle("wide-talk", shown.length > 1);
     }
 
     // --- asking
@@ -139,7 +138,7 @@
     again() {
       const turn = this.turns.at(-1);
       if (!turn || this.running().length) return;
-      for (const answer of Object.values(turn.answers)) answer.root.remove();
+      this.pin(null, false);
       turn.root.querySelector(".answers").remove();
       turn.answers = {};
       this.answer(turn);
@@ -239,7 +238,7 @@
       this.stopping?.abort();
       this.turns = [];
       find(".talk").replaceChildren();
-      this.choose(null);
+      this.pin(null, false);
       this.say("");
       find("#message").focus();
     }
@@ -299,16 +298,13 @@
     // --- one token in the panel
 
     choose(chosen) {
-      if (this.chosen) {
-        this.chosen.span.classList.remove("chosen");
-        this.chosen.span.tabIndex = -1;
-      }
+      this.chosen?.span.classList.remove("chosen");
       this.chosen = chosen;
       const panel = find(".panel");
       panel.hidden = chosen === null;
       if (chosen === null) return;
       chosen.span.classList.add("chosen");
-      chosen.span.tabIndex = 0;
+      chosen.answer.stopAt(chosen.span);
       const close = element("button", { class: "quiet close", type: "button", text: "Close" });
       close.addEventListener("click", () => this.pin(null, false));
       panel.replaceChildren(...details(chosen), element("p", { class: "keys" }, "Arrow keys go to other tokens, Enter ",

@@ -1,7 +1,7 @@
 // One answer on the chat page: its tokens as they come, what may be done with it, and what came of that.
 "use strict";
 const Answers = (() => {
-  const { element, visible, nats, percent, round, turn, spelled, dot, list, facts } = Tokens;
+  const { element, visible, nats, round, turn, spelled, dot, list, facts } = Tokens;
 
   // The expert with the largest share, of whichever adapter is first.
   const firstExpert = (token) => token.adapters[0]?.experts[0]?.[0];
@@ -56,6 +56,14 @@ const Answers = (() => {
       const ends = spelled(span, token.text);
       this.tokens.push({ token, span, answer: this, place: this.ids.length - 1 });
       this.body.append(span, ends);
+      if (this.tokens.length === 1) this.stopAt(span);
+    }
+
+    // The token that the tab key comes to; the arrow keys go on from it.
+    stopAt(span) {
+      if (this.stop) this.stop.tabIndex = -1;
+      this.stop = span;
+      span.tabIndex = 0;
     }
 
     // Marks the first token that is another one than the other answer's.
@@ -140,5 +148,5 @@ const Answers = (() => {
     return `${[...parts, published].join("; ")}.`;
   }
 
-  return { Answer, details, firstExpert, learned, percent };
+  return { Answer, details, firstExpert, learned };
 })();
