@@ -144,12 +144,12 @@ def test_a_model_writes_no_html(served, address, opened):
 def test_a_script_without_the_pages_nonce_does_not_run(address, chromium):
     page = chromium.new_page()
     page.goto(f"{address}/chat")
-    page.evaluate("""() => {
-        document.addEventListener("securitypolicyviolation", (event) => { window.refused = event.effectiveDirective; });
+    refused = page.evaluate("""() => new Promise((heard) => {
+        document.addEventListener("securitypolicyviolation", (event) => heard(event.effectiveDirective));
         document.body.append(Object.assign(document.createElement("script"), { textContent: "window.ran = true" }));
-    }""")
-    page.wait_for_function("window.refused")
-    assert page.evaluate("[window.refused, window.ran ?? null]") == ["script-src-elem", None]
+    })""")
+    assert refused == "script-src-elem"
+    assert page.evaluate("window.ran ?? null") is None
     page.close()
 
 
@@ -279,7 +279,7 @@ def learning(asked, answers):
     """Routes of a server that learns: they say what they were asked, and answer as they are told."""
 
     async def adapters(request):
-        return JSONResponse({"learning": True, "adapters": [{"name": "one"}, {"name": "two"}]})
+        return JSONResponse({"learning": True, "adapters": [{"name": "one"}, {"name": "two", "learns": False}]})
 
     async def feedback(request):
         asked.append(await request.json())
@@ -302,19 +302,20 @@ def learning(asked, answers):
 
 
 def test_answers_are_judged_edited_and_undone(served, opened):
-    asked, answers = [], [LEARNED, REFUSED, LEARNED]
+    unpublished = {**LEARNED, "published": False, "reason": "held-out answers got worse", "kl_base": None}
+    asked, answers = [], [LEARNED, REFUSED, LEARNED, unpublished]
     with listening(make_app(Engine(*served), learning(asked, answers), name="tiny")) as address:
         page = opened(address)
         answered(page)
         assert page.locator(".answer.base .actions button").count() == 0
         news = page.locator(".adapted .news")
         page.click("text=Good")
-        page.wait_for_function("document.querySelector('.adapted .news').textContent.startsWith('Learned')")
+        page.wait_for_selector(".adapted .news:text-matches('^Learned')")
         assert news.text_content() == (
             "Learned in 38 ms; moved 0.012 nats; now 0.250 nats from the base; published as version 7."
         )
         page.click("text=Bad")
-        page.wait_for_function("document.querySelector('.adapted .news').textContent.startsWith('Not')")
+        page.wait_for_selector(".adapted .news:text-matches('^Not')")
         assert news.text_content() == "Not learned: the answer is 0.9 nats from the base."
         written = texts(page)[-1]
         page.click("text=Edit")
@@ -324,9 +325,9 @@ def test_answers_are_judged_edited_and_undone(served, opened):
         page.click("text=Edit")
         page.fill(".edited", "w9 <b>w10</b>")
         page.click("text=Learn from this")
-        page.wait_for_function("document.querySelector('.adapted .news').textContent.startsWith('Learned')")
+        page.wait_for_selector(".adapted .news:text-matches('^Learned')")
         page.click("text=Undo")
-        page.wait_for_function("document.querySelector('.adapted .news').textContent.startsWith('Undone')")
+        page.wait_for_selector(".adapted .news:text-matches('^Undone')")
         assert "version 6" in news.text_content()
         page.click("text=History")
         page.wait_for_selector(".history[open]")
@@ -336,13 +337,25 @@ def test_answers_are_judged_edited_and_undone(served, opened):
         assert "<b>bold</b>" in shown
         assert "skipped" not in shown
         page.keyboard.press("Escape")
+        page.click(".again")
+        page.wait_for_selector("text=Better than before")
+        page.click("text=Better than before")
+        page.wait_for_selector(".adapted .news:text-matches('^Learned')")
+        assert news.text_content() == ("Learned in 38 ms; moved 0.012 nats; not published: held-out answers got worse.")
+        page.check(".mix:has-text('two') input[type=checkbox]")
+        page.uncheck(".mix:has-text('one') input[type=checkbox]")
+        page.click(".again")
+        page.wait_for_selector(".again")
+        assert page.locator(".actions button").count() == 0
     answer = asked[0]["id"]
     assert asked == [
         {"id": answer, "reward": 1},
         {"id": answer, "reward": -1},
         {"id": answer, "edit": "w9 <b>w10</b>"},
         "/v1/adapters/one/undo",
+        {"id": answer, "prefer": asked[-1]["prefer"]},
     ]
+    assert asked[-1]["prefer"] not in ("", answer)
 
 
 def test_where_nothing_is_learned_there_is_nothing_to_judge(address, opened):

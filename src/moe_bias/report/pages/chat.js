@@ -16,7 +16,7 @@
       this.turns = [];
       this.mixed = new Map();
       this.mode = "entropy";
-      this.learning = false;
+      this.learns = new Set();
       this.chosen = null;
       this.pinned = false;
       this.choices(find(".colours"), "colour", COLOURS, (mode) => this.colourBy(mode));
@@ -42,8 +42,8 @@
     async readAdapters() {
       try {
         const { learning, adapters } = await Server.json("/v1/adapters");
-        this.learning = learning;
-        this.mix(adapters.map((adapter) => adapter.name ?? adapter));
+        this.learns = new Set(learning ? adapters.filter((adapter) => adapter.learns ?? true).map(({ name }) => name) : []);
+        this.mix(adapters.map(({ name }) => name));
       } catch (error) {
         this.say(`The adapters could not be read: ${error.message}`);
       }
@@ -140,6 +140,7 @@
       if (!turn || this.running().length) return;
       this.pin(null, false);
       turn.root.querySelector(".answers").remove();
+      turn.before = turn.answers.adapted ?? turn.before;
       turn.answers = {};
       this.answer(turn);
     }
@@ -149,6 +150,7 @@
       const adapters = this.chosenAdapters();
       const seed = number(".seed") ?? Math.floor(Math.random() * 2 ** 31);
       for (const column of this.columns()) turn.answers[column] = new Answer(column, column === "base" ? [] : adapters, this);
+      if (turn.answers.adapted && turn.before?.adapters.join() === adapters.join()) turn.answers.adapted.before = turn.before;
       turn.root.append(element("div", { class: "answers" }, ...Object.values(turn.answers).map(({ root }) => root)));
       this.showColumns();
       this.stopping = new AbortController();
@@ -336,11 +338,12 @@
     // --- learning
 
     offer(answer) {
-      if (!this.learning || answer.adapters.length !== 1 || !answer.id) return;
+      if (answer.adapters.length !== 1 || !this.learns.has(answer.adapters[0]) || !answer.id) return;
       const actions = [
         ["Good", () => this.feedback(answer, { reward: 1 })],
         ["Bad", () => this.feedback(answer, { reward: -1 })],
         ["Edit", () => answer.edit((text) => { answer.edited = text; return this.feedback(answer, { edit: text }); })],
+        ...(answer.before ? [["Better than before", () => this.feedback(answer, { id: answer.before.id, prefer: answer.id })]] : []),
         ["Undo", () => this.undo(answer)],
         ["History", () => this.history(answer.adapters[0])],
       ];

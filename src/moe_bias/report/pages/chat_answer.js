@@ -140,12 +140,16 @@ const Answers = (() => {
     ];
   }
 
-  // What is said of a piece of feedback.
+  // What is said of a piece of feedback; numbers that it does not have are left out.
   function learned(result) {
     if (!result.applied) return `Not learned: ${result.reason || "nothing would have changed"}.`;
-    const parts = [`Learned in ${result.milliseconds.toFixed(0)} ms`, `moved ${nats(result.kl_step)}`, `now ${nats(result.kl_base)} from the base`];
-    const published = result.published ? `published as version ${result.version}` : `not published${result.reason ? `: ${result.reason}` : ""}`;
-    return `${[...parts, published].join("; ")}.`;
+    const parts = [
+      result.milliseconds == null ? "Learned" : `Learned in ${result.milliseconds.toFixed(0)} ms`,
+      result.kl_step == null ? null : `moved ${nats(result.kl_step)}`,
+      result.kl_base == null ? null : `now ${nats(result.kl_base)} from the base`,
+      result.published ? `published as version ${result.version}` : `not published${result.reason ? `: ${result.reason}` : ""}`,
+    ];
+    return `${parts.filter(Boolean).join("; ")}.`;
   }
 
   return { Answer, details, firstExpert, learned };
