@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_bias.commands.looking_settings import ReportSettings
+from moe_bias.commands.looking_settings import ChatSettings, ReportSettings
 from moe_bias.extras import EXTRA_OF, need
 from moe_bias.mistakes import UserError
 
@@ -67,6 +67,12 @@ def of_serving() -> None:
     refuse_without_vllm()
 
 
+def of_chat() -> None:
+    from moe_bias.commands import chat
+
+    chat.run(ChatSettings())
+
+
 def of_labels() -> None:
     from moe_bias.experiments.label_arms import chosen_penalty
 
@@ -82,6 +88,7 @@ USES = {
     "trl": of_comparison,
     "sklearn": of_labels,
     "lm_eval": of_harness,
+    "uvicorn": of_chat,
     "vllm": of_serving,
 }
 
@@ -112,8 +119,8 @@ def test_every_extra_brings_what_it_is_named_for():
 
 
 def test_nothing_that_an_extra_brings_is_imported_with_a_file_of_ours():
-    """Within functions alone, but in the room that only runs where vLLM does, the grader's scorers and the figures."""
+    """Within functions alone, but in the rooms of the two servers, the grader's scorers and the figures."""
     first = re.compile(rf"^(?:from|import) ({'|'.join(EXTRA_OF)})\b", re.MULTILINE)
     found = {str(path.relative_to(SRC)) for path in SRC.rglob("*.py") if first.search(path.read_text(encoding="utf-8"))}
-    elsewhere = {path for path in found if not path.startswith("serving/")}
+    elsewhere = {path for path in found if not path.startswith(("serving/", "server/"))}
     assert elsewhere == {"tasks/equality.py", "report/content.py", "report/figures.py"}

@@ -53,10 +53,3 @@ def test_what_cannot_be_had_is_told_before_a_server_is_there(folder, free_port, 
         assert complaint(capsys, "chat", "--port", port).startswith(
             f"a server cannot listen at --host 127.0.0.1 --port {port}"
         )
-
-
-def test_without_its_packages_it_says_how_to_have_them(folder, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "uvicorn", None)
-    assert complaint(capsys, "chat") == (
-        "a server on transformers needs uvicorn, which is not installed: pip install 'moe-bias[chat]'"
-    )

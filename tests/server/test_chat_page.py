@@ -193,6 +193,9 @@ def test_tokens_are_coloured_by_what_was_chosen(address, opened):
     )
     assert max(levels) == 1
     assert 0 < len([level for level in levels if level == 0]) < len(levels)
+    page.click(".colours >> text=expert")
+    assert page.locator(".answer.base .token:not(.of-none)").count() == 0
+    assert page.locator(".answer.adapted .token.of-none").count() == 0
     page.click(".colours >> text=none")
     assert page.locator(".legend").text_content() == ""
 
@@ -266,9 +269,13 @@ def test_what_the_server_refuses_is_said(address, opened):
 def test_nothing_is_wider_than_the_window(address, opened, width, scheme):
     page = opened(address, width, scheme)
     answered(page, limit=40)
-    page.locator(".answer.adapted .token >> nth=1").click()
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    assert page.locator(".panel").is_visible()
+    for place in (1, -1):
+        token = page.locator(f".answer.adapted .token >> nth={place}")
+        token.click()
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        panel, at = page.locator(".panel").bounding_box(), token.bounding_box()
+        is_beside = panel["x"] >= at["x"] + at["width"]
+        assert is_beside or panel["y"] >= at["y"] + at["height"], "the panel covers the token that it tells of"
     box = page.locator(".composer").bounding_box()
     assert box["y"] + box["height"] <= 850 + 1
     colour = page.evaluate("getComputedStyle(document.body).backgroundColor")

@@ -316,6 +316,7 @@
     pin(chosen, held) {
       this.pinned = held;
       this.choose(chosen);
+      chosen?.span.scrollIntoView({ block: "nearest" }); // in a narrow window the panel covers a part of it
     }
 
     tokenOf(event) {

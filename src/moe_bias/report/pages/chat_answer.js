@@ -42,7 +42,7 @@ const Answers = (() => {
     addToken(token) {
       this.ids.push(token.id);
       if (token.text === "") return; // a part of a letter; the token that completes it shows it
-      const expert = firstExpert(token) ?? 0;
+      const first = firstExpert(token), expert = first ?? 0;
       const span = element("span", {
         class: ["token", turn(expert)].filter(Boolean).join(" "),
         tabindex: "-1",
@@ -52,7 +52,8 @@ const Answers = (() => {
         style: { "--expert": round(expert) },
       });
       span.classList.toggle("flip", token.flip);
-      span.classList.toggle("as-before", this.tokens.length > 0 && firstExpert(this.tokens.at(-1).token) === firstExpert(token));
+      span.classList.toggle("of-none", first === undefined);
+      span.classList.toggle("as-before", this.tokens.length > 0 && firstExpert(this.tokens.at(-1).token) === first);
       const ends = spelled(span, token.text);
       this.tokens.push({ token, span, answer: this, place: this.ids.length - 1 });
       this.body.append(span, ends);
