@@ -1,5 +1,6 @@
 """A tiny random model with a tokenizer of characters, adapters of it, and vLLM's engine on them, in this process."""
 
+import os
 import string
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from moe_bias.config import LayerConfig
 from moe_bias.layer import MoEBiasLayer
 
 WITHOUT_VLLM = "vLLM is not installed here; it has an environment of its own, see CONTRIBUTING.md"
+SECOND_RUNNER = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
 CHARACTERS = [c for c in string.printable if c not in "\r\x0b\x0c"]
 VOCABULARY, HIDDEN, LENGTH = len(CHARACTERS) + 2, 64, 256
 """An odd vocabulary, which vLLM pads."""
@@ -94,7 +96,10 @@ def running(model: Path, adapters: Path | None, **choices: Any) -> Iterator[Any]
             "disable_log_stats": False,
             "max_logprobs": -1,
         }
+        if SECOND_RUNNER:  # which takes them before the logits move otherwise
+            defaults["logprobs_mode"] = "processed_logprobs"
         engine = LLM(str(model), **{**defaults, **choices})
+        assert engine.llm_engine.vllm_config.use_v2_model_runner == SECOND_RUNNER
         try:
             yield engine
         finally:

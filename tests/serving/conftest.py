@@ -1,4 +1,7 @@
-"""A served folder of adapters, and the same adapters on transformers; what vLLM reads when it is imported."""
+"""A served folder of adapters, and the same adapters on transformers; what vLLM reads when it is imported.
+
+These are tests of vLLM's first model runner, and with the variables that CONTRIBUTING.md gives of its second.
+"""
 
 import os
 

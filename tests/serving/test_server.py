@@ -164,6 +164,19 @@ def test_several_adapters_by_name_by_mapping_and_by_text(client):
         complete(client, "tiny:routed+wole", PROMPTS[0])
 
 
+def test_the_page_of_metrics_counts_by_adapter(client, server):
+    def counted(kind):
+        page = urlopen(f"http://127.0.0.1:{server.port}/metrics").read().decode().splitlines()
+        found = [line.split()[-1] for line in page if line.startswith(f'moe_bias:{kind}_total{{adapter="far"')]
+        return float(found[0]) if found else 0
+
+    before = counted("requests"), counted("tokens")
+    for stream in (False, True):
+        complete(client, "tiny:far", PROMPTS[0], 9, stream)
+    complete(client, BASE, PROMPTS[0], vllm_xargs={"moe_bias": {"far": 0.5, "static": 1.0}})
+    assert (counted("requests") - before[0], counted("tokens") - before[1]) == (3, 9 + 9 + 12)
+
+
 def test_names_that_cannot_be_answered(client):
     with pytest.raises(openai.BadRequestError, match="there is no adapter 'routted' on this server; there is 'routed'"):
         complete(client, "tiny:routted", PROMPTS[0])

@@ -193,7 +193,8 @@ def local_engine(choices: EngineChoices, adapters: Path, spool: Path) -> LocalEn
     """
     refuse_without_vllm()
     os.environ.update(MOE_BIAS_ADAPTERS=str(adapters), MOE_BIAS_SPOOL=str(spool))
-    os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_USE_V2_MODEL_RUNNER="0")
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from vllm import LLM
     from vllm.platforms import current_platform

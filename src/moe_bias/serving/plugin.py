@@ -20,6 +20,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from moe_bias.backbone import HeadTransform
 from moe_bias.mistakes import UserError
+from moe_bias.serving.counting import count_by_adapter
 from moe_bias.serving.embedding import ServedEmbedding, keep_embedding
 from moe_bias.serving.head import find_served_head, follow
 from moe_bias.serving.notes import note_sample, share_notes
@@ -46,6 +47,7 @@ def _with_gate(original: Callable[..., None]) -> Callable[..., None]:
     def init(self: InputProcessor, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         if _is_on():
             share_notes()  # before the engine's processes are started
+            count_by_adapter()
         gate = gate_of(vllm_config)
         original(self, vllm_config, *args, **kwargs)
         if gate is not None:
@@ -71,7 +73,7 @@ def _with_head_followed(original: Callable[..., Any]) -> Callable[..., Any]:
         self: BaseModelLoader, vllm_config: VllmConfig, model_config: ModelConfig, *args: Any, **kwargs: Any
     ) -> Any:
         model = original(self, vllm_config, model_config, *args, **kwargs)
-        if _is_on() and model_config.runner_type != "pooling":
+        if _is_on() and model_config.runner_type != "pooling" and not _is_draft(vllm_config, model_config):
             head = find_served_head(model, model_config)
             keep_embedding(vllm_config, head.embedding)
             if head.embedding.sample is not None:
@@ -80,6 +82,12 @@ def _with_head_followed(original: Callable[..., Any]) -> Callable[..., Any]:
         return model
 
     return load_model
+
+
+def _is_draft(vllm_config: VllmConfig, model_config: ModelConfig) -> bool:
+    """Whether a model is there to propose tokens alone: those of EAGLE are loaded under the target's own config."""
+    speculation = vllm_config.speculative_config
+    return speculation is not None and model_config is not speculation.target_model_config
 
 
 class _ProcessorOf:

@@ -3,8 +3,9 @@
 vLLM has two generations of model runners with interfaces of their own; one class has both, since a
 package registers one. In the first, rows follow the batch, which is told before the head runs: the
 logits are moved right at the head, and everything later (log-probabilities, grammars, penalties) is
-the adapted model's. In the second, rows are told after the head: hidden states and base entropies are
-kept there, and the logits are moved where processors run.
+the adapted model's. In the second, rows are told after the head (see `steps`): hidden states and base
+entropies are kept there, and the logits are moved where processors run. There a request has a row for
+each of its drafts, and the head's later calls of a step are for drafts and for prompts.
 
 Shapes: B rows, D hidden, V vocabulary.
 """
@@ -13,8 +14,9 @@ from __future__ import annotations
 
 import logging
 import math
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -37,9 +39,11 @@ from moe_bias.serving.recorder import RecordedRows, Recording, recorded, recorde
 from moe_bias.serving.recording import RowLayout, Spool
 from moe_bias.serving.requests import RECORD, RECORD_ABOVE, VERSION
 from moe_bias.serving.rows import AskedAdapter, Tenant, TenantRows, move_rows, rows_by_tenant
+from moe_bias.serving.steps import HeadRows, StepRows, may_verify_in_parts, slots_of_rows
 from moe_bias.serving.versions import check_made_on, read_version
 from moe_bias.variables import ServingVariables, from_variables
 
+Kept = TypeVar("Kept")
 _LOG = logging.getLogger(__name__)
 _PROCESSORS: WeakValueDictionary[int, MoEBiasLogitsProcessor] = WeakValueDictionary()
 """By the identity of their engine's config: an engine's model is loaded by other code than its processors."""
@@ -64,12 +68,14 @@ class MoEBiasLogitsProcessor(FirstRunner, SecondRunner):
         layout = RowLayout.of_model(sizes[0], model.dtype)
         self._spool = None if settings.spool is None else Spool(settings.spool, layout)
         self._second_runner = vllm_config.use_v2_model_runner
+        self._state: Any = device_or_state
+        self._processes_all = self._second_runner and may_verify_in_parts(vllm_config)
         self._tenants: dict[int, Tenant] = {}
         self._groups: list[TenantRows] = []
         self._recordings: dict[int, Recording] = {}
         self._recorded: list[RecordedRows] = []
         self._due = False
-        self._seen: tuple[Tensor, Tensor, HeadTransform] | None = None
+        self._step: StepRows | None = None
         _PROCESSORS[id(vllm_config)] = self
 
     @classmethod
@@ -96,36 +102,72 @@ class MoEBiasLogitsProcessor(FirstRunner, SecondRunner):
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         """The second runner: a request in a slot, which may have been another's."""
-        tenant = self._tenant(sampling_params)
-        if tenant is None:
-            self._tenants.pop(req_idx, None)
-        else:
-            self._tenants[req_idx] = tenant
-        return tenant is not None
+        tenant, recording = self._tenant(sampling_params), self._recording(sampling_params, [])
+        _put(self._tenants, req_idx, tenant)
+        _put(self._recordings, req_idx, recording)
+        return tenant is not None or self._processes_all
+
+    def apply_staged_writes(self) -> None:
+        """The second runner, before each forward pass."""
+        self._due, self._step = True, None
 
     def on_head(self, hidden_BD: Tensor, logits_BV: Tensor, transform: HeadTransform) -> None:
         """See `HeadReader`."""
-        if self._second_runner:
-            self._seen = (hidden_BD, entropy_from_logits(logits_BV), transform) if self._tenants else None
-        elif self._due:  # later calls of the step are for log-probabilities of prompts
-            self._due = False
-            with recorded(self._recorded, hidden_BD, logits_BV):
+        if not self._due:
+            return
+        self._due = False
+        if not self._second_runner:
+            with recorded(self._recorded, self._first_place, hidden_BD, logits_BV, logits_BV):
                 move_rows(logits_BV, hidden_BD, self._groups, transform)
+        elif self._tenants:
+            kept_BV = logits_BV.clone() if self._recordings else None
+            self._step = StepRows(HeadRows(hidden_BD, entropy_from_logits(logits_BV), transform, kept_BV))
 
     def apply(self, logits: Tensor, ctx: LogitsContext | None = None) -> Tensor:
         """The first runner's logits as they are, the second's with the tenants' rows moved."""
         if ctx is None:
             assert not (self._due and self._groups), "the model's head has not run in this step"
             return logits
-        slots = ctx.idx_mapping_np.tolist()
+        slots = slots_of_rows(ctx)
         tenants = {row: self._tenants[slot] for row, slot in enumerate(slots) if slot in self._tenants}
-        if not tenants:
+        if self._step is None:
+            assert not tenants, "the model's head has not run in this step"
             return logits
-        assert self._seen is not None, "the model's head has not run in this step"
-        hidden_BD, entropy_B, transform = self._seen
-        assert len(logits) == len(slots) == len(hidden_BD), "rows of logits are not those of the requests"
-        move_rows(logits, hidden_BD, rows_by_tenant(tenants, self._device), transform, entropy_B)
+        assert len(logits) == len(slots), "rows of logits are not those of the requests"
+        rows = self._step.next(len(slots))
+        if tenants:
+            with self._recorded_drafts(slots, rows, logits, ctx):
+                groups = rows_by_tenant(tenants, self._device)
+                move_rows(logits, rows.hidden_BD, groups, rows.transform, rows.entropy_B)
         return logits
+
+    def _first_place(self, row: int) -> int:
+        return len(self._recordings[row].tokens)
+
+    def _recorded_drafts(
+        self, slots: list[int], rows: HeadRows, logits_BV: Tensor, ctx: LogitsContext
+    ) -> AbstractContextManager[None]:
+        """Records the rows that tokens may be drawn from."""
+        if rows.logits_BV is None or not self._recordings.keys() & set(slots):
+            return nullcontext()
+        places = self._places(slots, ctx)
+        recordings = {row: self._recordings[slots[row]] for row in places}
+        groups = recorded_rows(recordings, self._sizes[1], self._device)
+        return recorded(groups, places.__getitem__, rows.hidden_BD, rows.logits_BV, logits_BV)
+
+    def _places(self, slots: list[int], ctx: LogitsContext) -> dict[int, int]:
+        """Places in their files of the rows that are recorded: how many tokens of its answer a row follows.
+
+        Not of rows that are computed again, of a prompt or of tokens that were drawn before the request lost its
+        place: no token is drawn from them. Nor of drafts beyond the request's limit.
+        """
+        places = {}
+        for row, (slot, position) in enumerate(zip(slots, ctx.pos.tolist(), strict=True)):
+            place = position + 1 - int(self._state.prompt_len.np[slot])
+            is_drawn_from = position + 1 >= int(self._state.prefill_len.np[slot])
+            if slot in self._recordings and is_drawn_from and place < self._recordings[slot].file.rows:
+                places[row] = place
+        return places
 
     def _load(self, version: Path) -> MoEBiasLayer:
         """An adapter's layer with its table made, which no step has to make.
@@ -147,7 +189,7 @@ class MoEBiasLogitsProcessor(FirstRunner, SecondRunner):
         asked = params.extra_args or {}
         if NAME not in asked:
             return None
-        return Tenant(tuple(self._adapter(Path(version), strength) for version, strength in asked[VERSION]))
+        return Tenant(tuple(self._adapter(Path(version), strength) for _, version, strength in asked[VERSION]))
 
     def _adapter(self, version: Path, strength: float | None) -> AskedAdapter:
         layer = self._pool.get(version)
@@ -164,4 +206,12 @@ class MoEBiasLogitsProcessor(FirstRunner, SecondRunner):
             _LOG.warning("a request is not recorded: %s", error)
             return None
         (adapter,) = tenant.adapters  # the gate refuses to record several
-        return Recording(adapter.layer, params.temperature, file, output_ids, asked.get(RECORD_ABOVE, -math.inf))
+        above = asked.get(RECORD_ABOVE, -math.inf)
+        return Recording(adapter.layer, params.temperature, file, above, output_ids)
+
+
+def _put(kept: dict[int, Kept], slot: int, value: Kept | None) -> None:
+    """In the place of what a slot's last request left."""
+    kept.pop(slot, None)
+    if value is not None:
+        kept[slot] = value

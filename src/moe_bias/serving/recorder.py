@@ -2,8 +2,8 @@
 
 Base entropy, log Z, R and A are taken from the final logits before they are moved, the policy's entropy
 after, both before the engine draws. Row t of a request's file is written when t tokens of it have been
-sampled. A step that samples nothing, such as a part of a prompt, or of a request that is computed again
-after it lost its place, writes the row that the next step writes over.
+sampled, or under speculative decoding drafted. A row that no token was drawn from, such as that of a part
+of a prompt or of a draft that was rejected, is not written, or a later step writes over it.
 
 Shapes: B rows of the batch, R those of one group, D hidden, V vocabulary.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -29,24 +29,24 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Recording:
-    """A request that is recorded; `tokens` is the engine's own list of those sampled so far, which grows.
+    """A request that is recorded; `layer` is the one that moves its logits.
 
-    `layer` is the one that moves its logits. Hidden states are wanted of tokens at which the policy's entropy is at
-    least `above` nats.
+    Hidden states are wanted of tokens at which the policy's entropy is at least `above` nats. `tokens` is the first
+    runner's own list of those sampled so far, which grows.
     """
 
     layer: MoEBiasLayer
     temperature: float
     file: RecordFile
-    tokens: Sequence[int]
     above: float = -math.inf
+    tokens: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
 class RecordedRows:
-    """Recordings that share layer and temperature, their rows (R,) int64, and the vocabulary as scalars split it."""
+    """Recordings that share layer and temperature by their rows, (R,) int64, and the vocabulary as scalars split it."""
 
-    recordings: list[Recording]
+    recordings: dict[int, Recording]
     row_R: Tensor
     temperature: float
     split: VocabularySplit
@@ -59,7 +59,7 @@ def recorded_rows(recordings: Mapping[int, Recording], vocab_size: int, device: 
         groups.setdefault((recording.layer, recording.temperature), []).append(row)
     return [
         RecordedRows(
-            [recordings[row] for row in rows],
+            {row: recordings[row] for row in rows},
             torch.tensor(rows, device=device),
             temperature,
             split_vocabulary(layer.support_or_all().to(device), vocab_size),
@@ -69,18 +69,28 @@ def recorded_rows(recordings: Mapping[int, Recording], vocab_size: int, device: 
 
 
 @contextmanager
-def recorded(groups: Sequence[RecordedRows], hidden_BD: Tensor, logits_BV: Tensor) -> Iterator[None]:
-    """Writes the rows of a step: the logits are the base's on entry, and the policy's on exit."""
-    bases = [scalars_at_temperature(logits_BV[group.row_R], group.temperature, group.split) for group in groups]
+def recorded(
+    groups: Sequence[RecordedRows],
+    place_of: Callable[[int], int],
+    hidden_BD: Tensor,
+    base_BV: Tensor,
+    logits_BV: Tensor,
+) -> Iterator[None]:
+    """Writes the rows of a step, each at its place in its file: `base_BV` are the base's logits.
+
+    `logits_BV`, which may be the same, are the policy's on exit.
+    """
+    bases = [scalars_at_temperature(base_BV[group.row_R], group.temperature, group.split) for group in groups]
     yield
     for group, base in zip(groups, bases, strict=True):
         policy_R = entropy_from_logits(at_temperature(logits_BV[group.row_R], group.temperature))
         columns = (base.entropy, base.log_partition, base.rest.log_sum_exp, base.rest.mean_logit)
-        place_R = [len(recording.tokens) for recording in group.recordings]
+        place_R = [place_of(row) for row in group.recordings]
         ordinal_R = torch.tensor(place_R, device=logits_BV.device) + 1
         scalars_RK = torch.stack([column.double() for column in (ordinal_R, *columns, policy_R)], dim=-1)
-        rows_R = group.recordings[0].file.layout.packed(scalars_RK, hidden_BD[group.row_R])
-        for recording, place, row in zip(group.recordings, place_R, rows_R, strict=True):
+        recordings_R = list(group.recordings.values())
+        rows_R = recordings_R[0].file.layout.packed(scalars_RK, hidden_BD[group.row_R])
+        for recording, place, row in zip(recordings_R, place_R, rows_R, strict=True):
             _write(recording.file, place, row, bool(row["scalars"][-1] >= recording.above))
 
 

@@ -130,7 +130,7 @@ class Spool:
             number = os.open(self.folder / name, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError as error:
             raise UserError(f"the record file {name!r} cannot be opened in MOE_BIAS_SPOOL: {error.strerror}") from error
-        file = RecordFile(number, self.layout)
+        file = RecordFile(number, self.layout, rows)
         found, needed = os.fstat(number), rows * self.layout.row.itemsize
         if not stat.S_ISREG(found.st_mode) or found.st_size != needed:
             kept = f"{self.layout.hidden_size} numbers of {str(self.layout.dtype).removeprefix('torch.')}"
@@ -142,10 +142,10 @@ class Spool:
 
 
 class RecordFile:
-    """An open file to write rows to; it is closed when nothing refers to it."""
+    """An open file to write `rows` rows to; it is closed when nothing refers to it."""
 
-    def __init__(self, number: int, layout: RowLayout) -> None:
-        self.layout, self._number = layout, number
+    def __init__(self, number: int, layout: RowLayout, rows: int) -> None:
+        self.layout, self.rows, self._number = layout, rows, number
         weakref.finalize(self, os.close, number)
 
     def write(self, place: int, row: np.void, with_hidden: bool = True) -> None:

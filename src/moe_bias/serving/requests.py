@@ -4,8 +4,8 @@
 their strengths, and perhaps a strength in `moe_bias_strength` (see `asked`); a client on the same machine
 may name a file in `moe_bias_record`, which what training needs of the answer is written to (see
 `recording`), and in `moe_bias_record_above` the entropy in nats below which it needs no hidden states. The
-check puts beside them, for each adapter, the folder of its version and its strength, which is what a worker
-goes by: it runs in another process, and perhaps much later.
+check puts beside them, for each adapter, its name, the folder of its version and its strength, which is what
+a worker goes by: it runs in another process, and perhaps much later.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Gate:
         self._check_logprobs(params)
         if RECORD in given:
             self._check_recording(given[RECORD], asked, params)
-        versions = [[str(self.folder.version(name)), strength] for name, strength in asked.items()]
+        versions = [[name, str(self.folder.version(name)), strength] for name, strength in asked.items()]
         params.extra_args = {**(params.extra_args or {}), VERSION: versions}
 
     def _check_logprobs(self, params: SamplingParams) -> None:
@@ -87,6 +87,12 @@ class Gate:
         self.spool.open(record, params.max_tokens or 0)
 
 
+def adapters_of(params: SamplingParams | None) -> list[str]:
+    """The names of the adapters that an admitted request is answered under."""
+    admitted = (params.extra_args or {}).get(VERSION, []) if params is not None else []
+    return [name for name, _, _ in admitted]
+
+
 def gate_of(config: VllmConfig) -> Gate | None:
     """The gate of an engine, or None where no folder of adapters is set.
 
@@ -109,23 +115,30 @@ def gate_of(config: VllmConfig) -> Gate | None:
 
 def _hinders_recording(config: VllmConfig) -> str | None:
     """How to start an engine that requests cannot be recorded with as it is."""
-    if config.use_v2_model_runner:
-        return "VLLM_USE_V2_MODEL_RUNNER=0: the second runner's steps are not recorded"
     if config.model_config.logprobs_mode != "processed_logprobs":
         return "--logprobs-mode processed_logprobs: others are not of the distribution that is sampled"
     return None
 
 
 def _hinders_seeds(config: VllmConfig) -> str | None:
-    """How to start an engine that could end when a request with a seed comes; vLLM rewinds generators of GPUs only."""
+    """How to start an engine that could end when a request with a seed comes.
+
+    vLLM's first runner rewinds generators of GPUs only; the second has none.
+    """
+    if config.use_v2_model_runner:
+        return None
     if config.device_config.device_type == "cpu" and config.scheduler_config.enable_chunked_prefill:
         return "--no-enable-chunked-prefill: on a CPU vLLM ends when it cuts the prompt of a request with a seed"
     return None
 
 
 def _check_engine(config: VllmConfig) -> None:
+    if config.speculative_config is not None and not config.use_v2_model_runner:
+        raise UserError(
+            "with speculative decoding (--speculative-config) vLLM's first model runner leaves logits processors out; "
+            "set VLLM_USE_V2_MODEL_RUNNER=1, which needs Triton, leave it out, or serve without MOE_BIAS_ADAPTERS"
+        )
     refused = {
-        "speculative decoding (--speculative-config)": config.speculative_config is not None,
         "LoRA (--enable-lora)": config.lora_config is not None,
         "batch-sharded sampling (--enable-batch-sharded-sampling)": (
             config.parallel_config.enable_batch_sharded_sampling
