@@ -28,7 +28,8 @@ from moe_bias.tasks.conversations import Example
 from moe_bias.training.batches import Units, batches, mixed_seed, whole_units
 from moe_bias.training.gradients import gradients, mean_loss, plain_loss
 from moe_bias.training.loop import Watching
-from moe_bias.training.objectives import DAPO, DPO, Now, Objective, Sampled, Supervised, Terms, Then, check_objective
+from moe_bias.training.objective_trial import check_objective
+from moe_bias.training.objectives import DAPO, DPO, Now, Objective, Sampled, Supervised, Terms, Then
 from moe_bias.training.sft import fit, fresh_layer, prepare
 
 LENGTHS = [7, 3, 1, 12, 20, 18]

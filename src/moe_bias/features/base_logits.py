@@ -20,12 +20,28 @@ from moe_bias.chunks import CHUNK_TOKENS
 from moe_bias.features.extract import Features
 from moe_bias.features.source import FeatureSource
 
+HiddenOf = Callable[[Features], Tensor]
+
+
+def _own_hidden(batch: Features) -> Tensor:
+    return batch.hidden
+
+
+def target_hidden(batch: Features) -> Tensor:
+    """The target's hidden states (T, D) of a draft's batch."""
+    assert batch.target is not None
+    return batch.target.hidden
+
 
 class BaseLogits:
-    """u_S of a source's tokens, float32 on the head's device; `nbytes` are kept of them, which took `seconds`."""
+    """u_S of a source's tokens, float32 on the head's device; `nbytes` are kept of them, which took `seconds`.
 
-    def __init__(self, source: FeatureSource, head: Head, budget: int) -> None:
+    `hidden_of` tells which hidden states of a batch the head reads: the model's own, unless told otherwise.
+    """
+
+    def __init__(self, source: FeatureSource, head: Head, budget: int, hidden_of: HiddenOf | None = None) -> None:
         """Keeps them where T x M floats fit into `budget` bytes."""
+        self._hidden_of = hidden_of or _own_hidden
         self._columns = head.columns(source.support)
         needed, started = 4 * len(source) * len(source.support), time.perf_counter()
         self._kept_TM = self._all_of(source, head) if needed <= budget else None
@@ -39,7 +55,7 @@ class BaseLogits:
         """
         kept_TM = self._kept_TM
         if kept_TM is None:
-            return lambda rows: self._columns(batch.hidden[rows])
+            return lambda rows: self._columns(self._hidden_of(batch)[rows])
         index = index.to(kept_TM.device)
         return lambda rows: kept_TM.index_select(0, index[rows])
 
@@ -53,5 +69,5 @@ class BaseLogits:
         kept_TM = torch.empty(len(source), len(source.support), device=head.device)
         for start in range(0, len(source), CHUNK_TOKENS):
             rows = slice(start, start + CHUNK_TOKENS)
-            kept_TM[rows] = self._columns(source.at(rows).hidden.to(head.device))
+            kept_TM[rows] = self._columns(self._hidden_of(source.at(rows)).to(head.device))
         return kept_TM

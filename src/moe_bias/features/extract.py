@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,9 @@ from moe_bias.support import (
 )
 from moe_bias.tasks.conversations import Example
 
+if TYPE_CHECKING:
+    from moe_bias.features.target import TargetTokens
+
 CALIBRATION_TOKENS = 4096
 """Completion tokens of a calibration sample, about."""
 
@@ -48,6 +51,7 @@ class Features(Columns):
     hidden (T, D) float32, or bfloat16 where a store keeps it so; token, example (T,) int64; position
     (T,) int64, the token's place in its completion; logit, entropy (T,) float32; log_partition (T,)
     and rest: float64; column (T,) int64, the token's place in the support or -1; support (M,) int64.
+    `target` is what a second model says of the same tokens, where there is one to come nearer to.
     """
 
     hidden: Tensor
@@ -60,6 +64,7 @@ class Features(Columns):
     rest: RestScalars
     column: Tensor
     support: Tensor
+    target: TargetTokens | None = None
     SHARED: ClassVar[frozenset[str]] = frozenset({"support"})
 
     def __len__(self) -> int:

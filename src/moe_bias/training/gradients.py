@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from moe_bias.backbone import HeadTransform
+from moe_bias.divergence import Divergences, Draft, divergences_and_gradient
 from moe_bias.features.adapted import Adapted, LogitsOf, chunks
 from moe_bias.features.extract import Features
 from moe_bias.layer import MoEBiasLayer, Routing, itself, load_balance_loss
-from moe_bias.support import log_prob_and_gradient, log_prob_from_adapted, reduced_stats
+from moe_bias.support import log_prob_and_gradient, reduced_stats
 from moe_bias.training.objectives import Distribution, Now, Objective, Sampled, Then, check_terms
 
 
@@ -75,13 +76,15 @@ def gradients(
     sampled: Sampled | None = None,
     temperature: float = 1.0,
     total: Callable[[Tensor], Tensor] = itself,
+    target_of: LogitsOf | None = None,
 ) -> Loss:
     """Adds the gradient of the objective to the layer's parameters; returns the loss without graph.
 
     `batch` and `sampled` hold the tokens of the loss alone: no time is spent on others. `logits_of` gives a tensor
-    of its own each time. `total` sums a tensor over the processes that share the batch: the loss returned is the whole
-    batch's, the gradient this process's summand of it. Raises UserError where an answer is without the other of its
-    pair, and where the objective does not give one loss a unit.
+    of its own each time, and so does `target_of` the target's logits, for an objective that needs a target. `total`
+    sums a tensor over the processes that share the batch: the loss returned is the whole batch's, the gradient this
+    process's summand of it. Raises UserError where an answer is without the other of its pair, and where the objective
+    does not give one loss a unit.
     """
     mixture = layer.mix(batch.hidden, batch.entropy)
     table_CM = layer.table().to(mixture.coefficients.dtype)
@@ -94,8 +97,9 @@ def gradients(
         temperature,
         layer.strength,
         with_stats=objective.needs_stats,
+        target_of=target_of,
     )
-    weigher = _Weigher(objective, units.clamp(min=1))
+    weigher = _Weigher(objective, units.clamp(min=1), policy.now)
     parts = chunks(len(batch), table_CM)
     if objective.unit == "token" or len(parts) == 1:
         for rows in parts:
@@ -116,13 +120,18 @@ def gradients(
 
 @torch.no_grad()
 def mean_loss(
-    layer: MoEBiasLayer, batch: Features, logits_of: LogitsOf, transform: HeadTransform, objective: Objective
+    layer: MoEBiasLayer,
+    batch: Features,
+    logits_of: LogitsOf,
+    transform: HeadTransform,
+    objective: Objective,
+    target_of: LogitsOf | None = None,
 ) -> float:
     """The mean of a batch's losses, in supervised training; without the load balance, and without gradient."""
     coefficients_TC = layer.mix(batch.hidden, batch.entropy).coefficients
     table_CM, then = layer.table().to(coefficients_TC.dtype), Then(batch)
-    policy = _Policy(coefficients_TC, table_CM, transform, 1.0, layer.strength, objective.needs_stats)
-    terms = objective(_now(policy.numbers_of(batch, logits_of)), then)
+    policy = _Policy(coefficients_TC, table_CM, transform, 1.0, layer.strength, objective.needs_stats, target_of)
+    terms = objective(policy.now(policy.numbers_of(batch, logits_of)), then)
     check_terms(terms, then.units(objective.unit), objective)
     return float(terms.loss.double().mean())
 
@@ -149,8 +158,8 @@ def _known(weights: Sequence[Tensor]) -> Weigh:
 class _Weigher:
     """Asks an objective for the gradient by each token's numbers, and keeps sums of loss and metrics over `units`."""
 
-    def __init__(self, objective: Objective, units: Tensor) -> None:
-        self._objective, self._units = objective, units
+    def __init__(self, objective: Objective, units: Tensor, now: Callable[[Sequence[Tensor]], Now]) -> None:
+        self._objective, self._units, self._now = objective, units, now
         self.sums: dict[str, Tensor] = {}
         self.log_probs: list[Tensor] = []
 
@@ -159,10 +168,10 @@ class _Weigher:
         return lambda numbers: self.weights(then, numbers)
 
     def weights(self, then: Then, numbers: Sequence[Tensor]) -> Sequence[Tensor]:
-        """By log-probability, and entropy and KL where they are among the numbers."""
+        """By log-probability, and by entropy, KL and the divergences from a target where they are among the numbers."""
         leaves = [number.detach().requires_grad_() for number in numbers]
         with torch.enable_grad():
-            terms = self._objective(_now(leaves), then)
+            terms = self._objective(self._now(leaves), then)
             check_terms(terms, then.units(self._objective.unit), self._objective)
             loss = terms.loss.sum() / self._units
             weights = torch.autograd.grad(loss, leaves, materialize_grads=True)
@@ -192,20 +201,21 @@ class _Policy:
         temperature: float,
         strength: float,
         with_stats: bool,
+        target_of: LogitsOf | None = None,
     ) -> None:
         self._coefficients_TC, self._table_CM, self._transform = coefficients_TC, table_CM, transform
-        self._temperature, self._with_stats = temperature, with_stats
+        self._temperature, self._with_stats, self._target_of = temperature, with_stats, target_of
         self._is_plain = transform.cap is None and not with_stats
         self._scale = strength / temperature if self._is_plain else strength
         self.coefficients_TC, self.table_CM = torch.zeros_like(coefficients_TC), torch.zeros_like(table_CM)
 
     @torch.no_grad()
     def numbers_of(self, batch: Features, logits_of: LogitsOf) -> list[Tensor]:
-        """Of each token (T,): its log-probability, and entropy and KL where they are wanted."""
+        """Of each token (T,): its log-probability, entropy and KL where they are wanted, divergences from a target."""
         parts = []
         for rows in chunks(len(batch), self._table_CM):
             coefficients_TC = self._scale * self._coefficients_TC[rows]
-            numbers, _ = self._seen(coefficients_TC, batch.at(rows), logits_of(rows))
+            numbers, _ = self._seen(coefficients_TC, batch.at(rows), logits_of(rows), rows)
             parts.append([number.detach() for number in numbers])
         return [torch.cat(column) for column in zip(*parts, strict=True)]
 
@@ -213,45 +223,58 @@ class _Policy:
     def add(self, rows: slice, batch: Features, logits_TM: Tensor, weigh: Weigh) -> None:
         """Adds the gradient of a chunk, whose weights are asked for."""
         coefficients_TC, table_CM = self._scale * self._coefficients_TC[rows], self._table_CM
-        numbers, gradient_of = self._seen(coefficients_TC, batch, logits_TM)
+        numbers, gradient_of = self._seen(coefficients_TC, batch, logits_TM, rows)
         gradient_TM = gradient_of(weigh(numbers))
         torch.mm(gradient_TM, table_CM.T, out=self.coefficients_TC[rows]).mul_(self._scale)
         self.table_CM.addmm_(coefficients_TC.T, gradient_TM)
 
+    def now(self, numbers: Sequence[Tensor]) -> Now:
+        """The numbers of tokens as an objective sees them."""
+        whole = Distribution(numbers[1], numbers[2]) if self._with_stats else None
+        return Now(numbers[0], whole, None if self._target_of is None else Divergences(*numbers[-2:]))
+
     def _seen(
-        self, coefficients_TC: Tensor, batch: Features, logits_TM: Tensor
+        self, coefficients_TC: Tensor, batch: Features, logits_TM: Tensor, rows: slice
     ) -> tuple[Sequence[Tensor], Callable[[Sequence[Tensor]], Tensor]]:
-        """The tokens' numbers, and what makes weights of them the gradient (T, M) that `add` multiplies."""
+        """The tokens' numbers, and what makes weights of them the gradient (T, M) that `add` multiplies.
+
+        `rows` are those of the tokens in the whole batch.
+        """
         if self._is_plain:
             logits_TM.addmm_(coefficients_TC, self._table_CM)
-            log_prob_T, gradient_of = log_prob_and_gradient(batch.logit, batch.column, logits_TM, batch.rest)
-            return [log_prob_T], lambda weights: gradient_of(weights[0])
+            return self._of_adapted(batch, logits_TM, rows)
         bias_TM = (coefficients_TC @ self._table_CM).requires_grad_()
         with torch.enable_grad():
             move_TM = self._reachable(logits_TM, bias_TM)
+        numbers, gradient_of = self._of_adapted(batch, logits_TM + move_TM.detach(), rows)
         if not self._with_stats:
-            log_prob_T, gradient_of = log_prob_and_gradient(
-                batch.logit, batch.column, logits_TM + move_TM.detach(), batch.rest
-            )
-            return [log_prob_T], lambda weights: torch.autograd.grad(move_TM, bias_TM, gradient_of(weights[0]))[0]
+            return numbers, lambda weights: torch.autograd.grad(move_TM, bias_TM, gradient_of(weights))[0]
         with torch.enable_grad():
-            log_prob_T = log_prob_from_adapted(batch.logit, batch.column, logits_TM + move_TM, batch.rest)
             stats = reduced_stats(logits_TM, move_TM, batch.rest)
-        numbers = [log_prob_T, stats.entropy, stats.kl]
-        return numbers, lambda weights: torch.autograd.grad(numbers, bias_TM, weights)[0]
+        outputs = [move_TM, stats.entropy, stats.kl]
+
+        def gradient_with_stats(weights: Sequence[Tensor]) -> Tensor:
+            of_adapted = gradient_of([weights[0], *weights[3:]])
+            return torch.autograd.grad(outputs, bias_TM, [of_adapted, *weights[1:3]])[0]
+
+        return [numbers[0], stats.entropy, stats.kl, *numbers[1:]], gradient_with_stats
+
+    def _of_adapted(
+        self, batch: Features, adapted_TM: Tensor, rows: slice
+    ) -> tuple[Sequence[Tensor], Callable[[Sequence[Tensor]], Tensor]]:
+        """The numbers that follow from `u + d`, which is overwritten, and what makes weights of them its gradient."""
+        if self._target_of is not None:
+            assert batch.target is not None
+            draft = Draft(batch.logit, batch.column, batch.rest, batch.log_partition)
+            return divergences_and_gradient(adapted_TM, draft, self._target_of(rows), batch.target.scalars)
+        log_prob_T, gradient_of = log_prob_and_gradient(batch.logit, batch.column, adapted_TM, batch.rest)
+        return [log_prob_T], lambda weights: gradient_of(weights[0])
 
     def _reachable(self, logits_TM: Tensor, bias_TM: Tensor) -> Tensor:
         """`d` of a bias at the temperature, over which the logits are given."""
         if self._temperature == 1:
             return self._transform.reachable(logits_TM, bias_TM)
         return self._transform.reachable(self._temperature * logits_TM, bias_TM) / self._temperature
-
-
-def _now(numbers: Sequence[Tensor]) -> Now:
-    if len(numbers) == 1:
-        return Now(numbers[0])
-    log_prob_T, entropy_T, kl_T = numbers
-    return Now(log_prob_T, Distribution(entropy_T, kl_T))
 
 
 def _then_at(then: Then, rows: slice) -> Then:

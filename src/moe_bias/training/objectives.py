@@ -9,8 +9,10 @@ objective sees the tokens of one chunk; else those of a whole batch, which then 
     DAPO         -min(r_t A_t, clip(r_t, 1 - eps_low, 1 + eps_high) A_t), r_t = pi'(y_t) / pi_old(y_t),
                  + kl_weight KL(pi'|q) - entropy_weight H(pi')
     DPO          -log sigmoid(beta (d(chosen) - d(rejected))), d(y) = sum_t log pi'(y_t) - log q(y_t)
+    Distillation (1 - w) KL(p|pi') + w KL(pi'|p)
 
-q is the frozen model, pi' the adapted policy, pi_old the one that sampled; KL and entropy are exact. Base
+q is the frozen model, pi' the adapted policy, pi_old the one that sampled, p another, larger model that the layer is
+to bring pi' nearer to; KL and entropy are exact, those to p too (see `divergence`). Base
 log-probabilities are in the features, so DPO runs no reference model (arXiv 2305.18290).
 
 Where DAPO (arXiv 2503.14476, on the tokens of arXiv 2506.01939) departs from TRL's GRPOTrainer with loss_type="dapo":
@@ -35,15 +37,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_bias.divergence import Divergences
 from moe_bias.features.extract import Features
-from moe_bias.mistakes import UserError, reason_of
+from moe_bias.mistakes import UserError
 from moe_bias.plugins import Kind, resolve
-from moe_bias.support import RestScalars
 
 EPS_LOW, EPS_HIGH = 0.2, 0.28
 """How far the ratio of new to old probability may go below and above 1 (DAPO, arXiv 2503.14476)."""
-_TRIED = 4
-"""Tokens that an objective is tried on before a run."""
 
 Unit = Literal["token", "answer", "pair"]
 
@@ -60,11 +60,13 @@ class Distribution:
 class Now:
     """The layer's policy as it is: `log_prob` (T,) of the realised tokens, in nats, float32 or better.
 
-    Gradients flow through `log_prob`, `entropy` and `kl`, and through nothing else. All at the sampling temperature.
+    Gradients flow through `log_prob`, `entropy`, `kl`, `forward_kl` and `reverse_kl`, and through nothing else. All at
+    the sampling temperature.
     """
 
     log_prob: Tensor
     distribution: Distribution | None = None
+    divergences: Divergences | None = None
 
     @property
     def entropy(self) -> Tensor:
@@ -75,6 +77,23 @@ class Now:
     def kl(self) -> Tensor:
         """Exact KL(pi'|q) to the frozen model (T,), in nats. Raises UserError as `entropy` does."""
         return self._whole().kl
+
+    @property
+    def forward_kl(self) -> Tensor:
+        """Exact KL(p|pi') from the target (T,), in nats. Raises UserError where the objective has no `needs_target`."""
+        return self._from_target().forward
+
+    @property
+    def reverse_kl(self) -> Tensor:
+        """Exact KL(pi'|p) to the target (T,), in nats. Raises UserError as `forward_kl` does."""
+        return self._from_target().reverse
+
+    def _from_target(self) -> Divergences:
+        if self.divergences is None:
+            raise UserError(
+                "divergences from a target are there for an objective that says `needs_target = True` alone"
+            )
+        return self.divergences
 
     def _whole(self) -> Distribution:
         if self.distribution is None:
@@ -158,7 +177,10 @@ class Terms:
 
 
 class Objective(Protocol):
-    """What to minimise. A subclass need only be called; it may be any object with these three members."""
+    """What to minimise. A subclass need only be called; it may be any object with these members.
+
+    One that has no `needs_target` needs none.
+    """
 
     @property
     def needs_stats(self) -> bool:
@@ -169,6 +191,11 @@ class Objective(Protocol):
     def unit(self) -> Unit:
         """What its loss is a mean over; batches hold whole units. A pair is the examples 2i and 2i + 1."""
         return "token"
+
+    @property
+    def needs_target(self) -> bool:
+        """Whether it reads `now.forward_kl` or `now.reverse_kl`, which are there in training towards a target alone."""
+        return False
 
     def __call__(self, now: Now, then: Then) -> Terms:
         """The loss of each unit that the tokens are, differentiable in what `now` holds."""
@@ -257,6 +284,31 @@ class DPO(Objective):
         return Terms(-F.logsigmoid(margin_N), {"margin": margin_N, "preferred": margin_N > 0})
 
 
+@dataclass(frozen=True)
+class Distillation(Objective):
+    """The exact divergence from a target model over the whole vocabulary; `reverse` is the weight of KL(pi'|p) in it.
+
+    The forward KL(p|pi') is that of distillation (arXiv 1503.02531) and covers what the target might say, the reverse
+    one avoids what it would not. Metrics: `forward_kl` and `reverse_kl`, in nats per token.
+    """
+
+    reverse: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.reverse <= 1:
+            raise UserError(f"`reverse` = {self.reverse}: it must be a weight from 0 to 1")
+
+    @property
+    def needs_target(self) -> bool:
+        """Always."""
+        return True
+
+    def __call__(self, now: Now, then: Then) -> Terms:
+        """One loss a token."""
+        loss_T = (1 - self.reverse) * now.forward_kl + self.reverse * now.reverse_kl
+        return Terms(loss_T, {"forward_kl": now.forward_kl, "reverse_kl": now.reverse_kl})
+
+
 def clipped_policy_loss(
     log_prob_T: Tensor,
     old_log_prob_T: Tensor,
@@ -299,51 +351,14 @@ def check_terms(terms: Terms, units: int, objective: Objective) -> None:
             )
 
 
-def check_objective(objective: Objective, with_samples: bool) -> None:
-    """Tries an objective on a few made-up tokens. Raises UserError where it cannot be used in training.
-
-    `with_samples`: whether training gives advantages and sampled log-probabilities.
-    """
-    known = ("needs_stats", "unit")
-    if not callable(objective) or not all(hasattr(objective, name) for name in known):
-        raise UserError(f"objective {name_of(objective)} is none: make it a subclass of Objective that can be called")
-    if objective.unit not in ("token", "answer", "pair"):
-        raise UserError(f"objective {name_of(objective)}: `unit` is {objective.unit!r}; known are token, answer, pair")
-    now, then = _made_up(objective.needs_stats, with_samples)
-    try:
-        terms = objective(now, then)
-    except Exception as error:
-        raise UserError(f"objective {name_of(objective)} failed on a first trial ({reason_of(error)})") from error
-    check_terms(terms, then.units(objective.unit), objective)
-    if not terms.loss.requires_grad:
-        raise UserError(f"objective {name_of(objective)}: the loss does not depend on `now`, so nothing can be learnt")
+def wants_target(objective: Objective) -> bool:
+    """Whether an objective reads divergences from a target model."""
+    return bool(getattr(objective, "needs_target", False))
 
 
 def name_of(objective: object) -> str:
     """As a sentence names it."""
     return getattr(objective, "__name__", type(objective).__name__)
-
-
-def _made_up(with_stats: bool, with_samples: bool) -> tuple[Now, Then]:
-    """A few tokens of two answers."""
-    value_T = torch.linspace(0.1, 1.0, _TRIED)
-    number_T = torch.arange(_TRIED)
-    features = Features(
-        hidden=value_T[:, None],
-        token=number_T,
-        example=number_T * 2 // _TRIED,
-        position=number_T % 2,
-        logit=-value_T,
-        entropy=value_T,
-        log_partition=value_T.double(),
-        rest=RestScalars(value_T.double() - 1, value_T.double() - 2),
-        column=number_T,
-        support=number_T,
-    )
-    leaves = [value_T.clone().requires_grad_() for _ in range(3)]
-    whole = Distribution(leaves[1], leaves[2]) if with_stats else None
-    sampled = Sampled(-1.1 * value_T, value_T - 0.5) if with_samples else None
-    return Now(-leaves[0], whole), Then(features, sampled)
 
 
 def _refuse_outside(name: str, value: float, low: float, high: float) -> None:

@@ -47,7 +47,8 @@ from moe_bias.training.gradients import Loss, gradients
 from moe_bias.training.loop import NOTHING_ELSE, Loop
 from moe_bias.training.loop import Watching as Watching
 from moe_bias.training.metrics import HELD_OUT_ACCURACY, HELD_OUT_TOKENS, Metrics, beside, router_use
-from moe_bias.training.objectives import DAPO, Objective, Sampled, check_objective
+from moe_bias.training.objective_trial import check_objective
+from moe_bias.training.objectives import DAPO, Objective, Sampled
 from moe_bias.training.optimisation import Optimisation
 from moe_bias.training.processes import ALONE
 

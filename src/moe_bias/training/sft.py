@@ -215,16 +215,19 @@ def fit(
     held_out: FeatureSource | None = None,
     logits: BaseLogits | None = None,
     objective: Objective | None = None,
+    target: Head | None = None,
 ) -> FitReport:
     """Trains a fresh layer in place on the features, without a folder; `logits` are theirs, where there are such.
 
     The layer is measured on `held_out`. `objective` is what is minimised (None: `Supervised` with the settings'
-    `kl_weight`). Raises UserError where the loss is not finite or above its bound; the layer then holds the last
-    step's weights.
+    `kl_weight`), `target` the head of the model that it is to come nearer to. Raises UserError where the loss is not
+    finite or above its bound; the layer then holds the last step's weights.
     """
     features = first_tokens(features, settings.train_tokens, objective)
     start(layer, features, settings)
-    trainer = Trainer(layer, features, head, settings, watching, logits=logits, objective=objective, held_out=held_out)
+    trainer = Trainer(
+        layer, features, head, settings, watching, logits=logits, objective=objective, held_out=held_out, target=target
+    )
     with trained_on_support(layer):
         return trainer.run(description)
 
@@ -241,12 +244,14 @@ def train(
     is_fresh: bool = True,
     objective: Objective | None = None,
     callbacks: Sequence[Callback] = (),
+    target: Head | None = None,
 ) -> FitReport:
     """Trains a layer in place, with checkpoints and metrics in a folder; a fresh one is calibrated first.
 
     `made_with` are all settings of the run: an unfinished run of the same ones in that folder is gone on with, to the
-    same bytes as if it had never stopped. Raises UserError where the folder's run is another one, or on the causes of
-    `fit`; KeyboardInterrupt on Ctrl-C, once the step is in a checkpoint.
+    same bytes as if it had never stopped. `target` is the head of the model to come nearer to. Raises UserError where
+    the folder's run is another one, or on the causes of `fit`; KeyboardInterrupt on Ctrl-C, once the step is in a
+    checkpoint.
     """
     source = first_tokens(source, settings.train_tokens, objective)
     if processes.is_first:
@@ -267,7 +272,9 @@ def train(
     try:
         if is_fresh:
             start(layer, source, settings)
-        trainer = Trainer(layer, source, head, settings, watching, processes, objective=objective, held_out=held_out)
+        trainer = Trainer(
+            layer, source, head, settings, watching, processes, objective=objective, held_out=held_out, target=target
+        )
         if saved is not None:
             trainer.resume(*saved)
         with trained_on_support(layer):

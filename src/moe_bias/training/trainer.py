@@ -15,7 +15,8 @@ from torch import Tensor
 
 from moe_bias.backbone import Head
 from moe_bias.config import SFTConfig
-from moe_bias.features.base_logits import BaseLogits
+from moe_bias.features.adapted import LogitsOf
+from moe_bias.features.base_logits import BaseLogits, target_hidden
 from moe_bias.features.extract import Features
 from moe_bias.features.source import FeatureSource, on_device
 from moe_bias.layer import MoEBiasLayer
@@ -28,7 +29,8 @@ from moe_bias.training.gradients import Loss, gradients, mean_loss
 from moe_bias.training.held_out import mean_nll
 from moe_bias.training.loop import NOTHING_ELSE, Loop, Watching, with_prefix, without_prefix
 from moe_bias.training.metrics import Metrics, step_metrics
-from moe_bias.training.objectives import Objective, Supervised, check_objective
+from moe_bias.training.objective_trial import check_objective
+from moe_bias.training.objectives import Objective, Supervised, wants_target
 from moe_bias.training.optimisation import GradientNorms, Optimisation, dropped_experts
 from moe_bias.training.processes import ALONE, Processes
 
@@ -39,7 +41,7 @@ _BEST = "best."
 class FitReport:
     """Steps taken; with evaluations, the step that the layer is of and its held-out NLL in nats per token.
 
-    Of an objective of answers or pairs it is the held-out loss.
+    Of an objective of answers or pairs, or towards a target, it is the held-out loss.
     """
 
     steps: int
@@ -61,25 +63,32 @@ class Trainer(Loop[Position]):
         logits: BaseLogits | None = None,
         objective: Objective | None = None,
         held_out: FeatureSource | None = None,
+        target: Head | None = None,
     ) -> None:
         """`logits` of the source, where there are such already, are used in place of new ones.
 
         On `held_out` tokens the layer is measured, where `watching` has no measure of its own, of which less is
-        better. Raises UserError on an objective that cannot be used with the source.
+        better. `target` is the head of the model whose hidden states the tokens have beside them. Raises UserError on
+        an objective that cannot be used with the source.
         """
         self._source = source
         self._head = head
         self._settings = settings
-        self._objective = objective_of(settings, objective)
+        self._objective = objective_of(settings, objective, with_target=target is not None)
         self._units = units_of(source, self._objective)
         refuse_endless(settings, len(source))
         self._in_a_batch = self._units.in_a_batch(settings.batch_tokens)
         per_epoch = -(-self._units.count // self._in_a_batch)
         self._logits = logits or BaseLogits(source, head, settings.logits_budget)
+        self._of_target = target_logits(source, target, settings.logits_budget - self._logits.nbytes)
         if held_out is not None and watching.evaluate is None:
-            left = BaseLogits(held_out, head, settings.logits_budget - self._logits.nbytes)
-            watching = replace(watching, evaluate=HeldOut(held_out, head, left, self._objective, settings, processes))
-        self.measure = "held_out_nll" if self._objective.unit == "token" else "held_out_loss"
+            kept = [self._logits, *([self._of_target] if self._of_target else [])]
+            budget = settings.logits_budget - sum(logits.nbytes for logits in kept)
+            left = BaseLogits(held_out, head, budget)
+            of_target = target_logits(held_out, target, budget - left.nbytes)
+            measured = HeldOut(held_out, head, left, self._objective, settings, processes, of_target)
+            watching = replace(watching, evaluate=measured)
+        self.measure = "held_out_nll" if measures_nll(self._objective) else "held_out_loss"
         steps, layer = settings.epochs * per_epoch, layer.to(head.device)
         optimisation = Optimisation(layer, settings, steps)
         super().__init__(layer, optimisation, watching, Position(), steps, per_epoch, processes)
@@ -125,6 +134,7 @@ class Trainer(Loop[Position]):
                 self._head.transform,
                 self._objective,
                 total=self._processes.total,
+                target_of=target_of(self._of_target, part, batch),
             )
         self._processes.total_gradients(layer)
         norms = self._optimisation.norms()
@@ -180,7 +190,7 @@ class Trainer(Loop[Position]):
 class HeldOut:
     """Measures a layer on held-out tokens, whose base logits are kept where they fit: its NLL in nats per token.
 
-    For an objective of answers or pairs it is the objective's mean loss.
+    For an objective of answers or pairs, or towards a target, it is the objective's mean loss.
     """
 
     source: FeatureSource
@@ -189,10 +199,11 @@ class HeldOut:
     objective: Objective
     settings: SFTConfig
     processes: Processes = ALONE
+    of_target: BaseLogits | None = None
 
     def __call__(self, layer: MoEBiasLayer) -> float:
         """All processes take part."""
-        if self.objective.unit == "token":
+        if measures_nll(self.objective):
             return mean_nll(layer, self.source, self.logits, self.head.transform, self.processes)
         units = units_of(self.source, self.objective)
         total, in_a_batch = (
@@ -202,18 +213,40 @@ class HeldOut:
         for unit_N in torch.arange(units.count).split(in_a_batch)[self.processes.rank :: self.processes.count]:
             index = units.tokens_of(unit_N)
             batch = on_device(self.source.at(index), layer.device)
-            loss = mean_loss(layer, batch, self.logits.of(index, batch), self.head.transform, self.objective)
+            loss = mean_loss(
+                layer,
+                batch,
+                self.logits.of(index, batch),
+                self.head.transform,
+                self.objective,
+                target_of(self.of_target, index, batch),
+            )
             total += len(unit_N) * loss
         return float(self.processes.total(total)) / units.count
 
 
-def objective_of(settings: SFTConfig, objective: Objective | None) -> Objective:
+def measures_nll(objective: Objective) -> bool:
+    """Whether held-out tokens are measured by their likelihood, and not by the objective."""
+    return objective.unit == "token" and not wants_target(objective)
+
+
+def target_logits(source: FeatureSource, target: Head | None, budget: int) -> BaseLogits | None:
+    """The target's logits on the support, kept where they fit into so many bytes; None without a target."""
+    return None if target is None else BaseLogits(source, target, budget, target_hidden)
+
+
+def target_of(logits: BaseLogits | None, index: Tensor, batch: Features) -> LogitsOf | None:
+    """Those of a batch that holds the source's tokens `index`."""
+    return None if logits is None else logits.of(index, batch)
+
+
+def objective_of(settings: SFTConfig, objective: Objective | None, with_target: bool = False) -> Objective:
     """The objective given, or that of the settings. Raises UserError on one that supervised training cannot use."""
     if objective is None:
         return Supervised(settings.kl_weight)
     if settings.kl_weight:
         raise UserError(f"`kl_weight` = {settings.kl_weight:g} is of the usual objective; give it to your own")
-    check_objective(objective, with_samples=False)
+    check_objective(objective, with_samples=False, with_target=with_target)
     return objective
 
 
