@@ -22,11 +22,13 @@ if TYPE_CHECKING:
     from moe_bias.api.adapters import generate, load_layer, save
     from moe_bias.api.analysis import Analysis, Flips, analyze
     from moe_bias.api.data import extract
+    from moe_bias.api.drafts import train_draft
     from moe_bias.api.experiments import arms, compare, sweep
     from moe_bias.api.headroom import Headroom, headroom
     from moe_bias.api.labels import LabelsReport, labels
     from moe_bias.api.measuring import evaluate
-    from moe_bias.api.reports import ArmsReport, CompareReport, Evaluation, RLReport, SFTReport
+    from moe_bias.api.own_answers import OwnAnswers, own_answers
+    from moe_bias.api.reports import ArmsReport, CompareReport, DraftReport, Evaluation, RLReport, SFTReport
     from moe_bias.api.rewarded import Watch, train_rl
     from moe_bias.api.right_answers import RightAnswers, right_answers
     from moe_bias.api.static_bias import static_bias
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from moe_bias.config import (
         ArmsConfig,
         CompareConfig,
+        DraftConfig,
         EvalConfig,
         LabelsConfig,
         LayerConfig,
@@ -57,7 +60,7 @@ if TYPE_CHECKING:
     from moe_bias.tasks.verdict import Verdict
     from moe_bias.training.data import Data
     from moe_bias.training.loop import Callback
-    from moe_bias.training.objectives import DAPO, DPO, Objective, Supervised, Terms
+    from moe_bias.training.objectives import DAPO, DPO, Distillation, Objective, Supervised, Terms
 
 __all__ = [
     "DAPO",
@@ -69,6 +72,9 @@ __all__ = [
     "CompareConfig",
     "CompareReport",
     "Data",
+    "Distillation",
+    "DraftConfig",
+    "DraftReport",
     "EvalConfig",
     "Evaluation",
     "Flips",
@@ -84,6 +90,7 @@ __all__ = [
     "MoEBiasLayer",
     "MoEBiasModel",
     "Objective",
+    "OwnAnswers",
     "Problem",
     "RLConfig",
     "RLReport",
@@ -112,6 +119,7 @@ __all__ = [
     "load",
     "load_layer",
     "load_moe_bias_layer",
+    "own_answers",
     "push_to_hub",
     "right_answers",
     "save",
@@ -120,6 +128,7 @@ __all__ = [
     "static_bias",
     "sweep",
     "task",
+    "train_draft",
     "train_rl",
     "train_sft",
 ]
@@ -132,6 +141,11 @@ _HOMES = {
     "api.data": ("extract",),
     "training.data": ("Data",),
     "api.supervised": ("train_sft",),
+    "api.drafts": ("train_draft",),
+    "api.own_answers": (
+        "OwnAnswers",
+        "own_answers",
+    ),
     "api.tasks": ("task",),
     "api.rewarded": (
         "Watch",
@@ -169,6 +183,7 @@ _HOMES = {
     "api.reports": (
         "ArmsReport",
         "CompareReport",
+        "DraftReport",
         "Evaluation",
         "RLReport",
         "SFTReport",
@@ -176,6 +191,7 @@ _HOMES = {
     "config": (
         "ArmsConfig",
         "CompareConfig",
+        "DraftConfig",
         "EvalConfig",
         "LabelsConfig",
         "LayerConfig",
@@ -186,6 +202,7 @@ _HOMES = {
     "training.objectives": (
         "DAPO",
         "DPO",
+        "Distillation",
         "Objective",
         "Supervised",
         "Terms",

@@ -27,6 +27,7 @@ from typing import Any, NoReturn
 
 from pydantic_settings import CliSettingsSource
 
+from moe_bias.commands.draft_settings import TrainDraftSettings
 from moe_bias.commands.headroom_settings import HeadroomSettings
 from moe_bias.commands.label_settings import LabelsSettings
 from moe_bias.commands.looking_settings import (
@@ -271,6 +272,7 @@ COMMANDS = (
     Command("demo", DemoSettings, "demo", writes=_ADAPTER),
     Command("train sft", TrainSFTSettings, "train_sft", writes=_ADAPTER),
     Command("train rl", TrainRLSettings, "train_rl", writes=_ADAPTER),
+    Command("train draft", TrainDraftSettings, "train_draft", writes=_ADAPTER),
     # of two extractions into one store the second waits, which the store sees to itself
     Command("extract", ExtractSettings, "extract", writes=("manifest.json",), shared=True),
     Command("verify", VerifySettings, "verify", argument="STORE"),

@@ -38,6 +38,7 @@ Shapes: T tokens, V vocabulary, M support.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -181,6 +182,15 @@ def full_divergences(target_TV: Tensor, logits_TV: Tensor, move_TM: Tensor, supp
     return Divergences(
         (log_p_TV.exp() * (log_p_TV - log_pi_TV)).sum(-1), (log_pi_TV.exp() * (log_pi_TV - log_p_TV)).sum(-1)
     )
+
+
+def in_common(target_TV: Tensor, vocab_size: int) -> Tensor:
+    """The target's logits over a draft's vocabulary: rows that only pad the larger of two embeddings say nothing.
+
+    What the draft lacks is cut off, what the target lacks is excluded.
+    """
+    missing = vocab_size - target_TV.shape[-1]
+    return torch.nn.functional.pad(target_TV, (0, missing), value=-math.inf) if missing else target_TV
 
 
 def acceptance(target_TV: Tensor, policy_TV: Tensor) -> Tensor:

@@ -45,6 +45,7 @@ class RecordKind(StrEnum):
     INSPECTION = "inspect-text"
     LABELS = "labels"
     HEADROOM = "headroom"
+    DRAFT = "train draft"
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -14,14 +14,16 @@ CHAT_TEMPLATE = "{% for message in messages %}w3 {{ message['content'] }} {% end
 SUPPORT = [3, 5, 8, 40, 96]
 
 
-def save_model(folder: Path, chat_template: str | None = CHAT_TEMPLATE) -> str:
+def save_model(
+    folder: Path, chat_template: str | None = CHAT_TEMPLATE, architecture: str = "llama", word: str = "w", **sizes
+) -> str:
     """A tiny model and a tokenizer whose token t is the word `wt`, as one folder."""
-    words = Tokenizer(models.WordLevel({f"w{token}": token for token in range(VOCABULARY)}, unk_token="w0"))
+    words = Tokenizer(models.WordLevel({f"{word}{token}": token for token in range(VOCABULARY)}, unk_token=f"{word}0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2", pad_token="w0")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=f"{word}2", pad_token=f"{word}0")
     tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(folder)
-    tiny_model("llama").save_pretrained(folder)
+    tiny_model(architecture, **sizes).save_pretrained(folder)
     return str(folder)
 
 

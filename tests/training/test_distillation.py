@@ -14,7 +14,7 @@ from moe_bias.config import SFTConfig
 from moe_bias.divergence import full_divergences, target_scalars
 from moe_bias.features import adapted as adapted_module
 from moe_bias.features.adapted import adapted_policy
-from moe_bias.features.base_logits import BaseLogits, target_hidden
+from moe_bias.features.base_logits import BaseLogits
 from moe_bias.features.extract import HiddenTokens, with_scalars
 from moe_bias.features.target import TargetTokens, with_target
 from moe_bias.mistakes import UserError
@@ -183,7 +183,7 @@ def test_the_likelihood_under_a_target_costs_no_target():
     fit(beside, source, draft, settings, "test", objective=Supervised())
     for name, tensor in plain.state_dict().items():
         assert torch.equal(tensor, beside.state_dict()[name])
-    kept = BaseLogits(source, target, 2**20, target_hidden)
+    kept = BaseLogits(source, target, 2**20, lambda batch: batch.target.hidden)
     batch = source.at(torch.tensor([4, 9]))
     found = kept.of(torch.tensor([4, 9]), batch)(slice(None))
     torch.testing.assert_close(found, target.logits(batch.target.hidden)[:, batch.support])

@@ -21,8 +21,8 @@ from moe_bias.serving.asked import finite
 Settings = TypeVar("Settings", bound=Config)
 
 
-def refuse_other_base(base: object) -> None:
-    """Raises UserError where `base` is no frozen model."""
+def refuse_other_base(base: object, name: str = "base") -> None:
+    """Raises UserError where `base` is no frozen model; call it `name`."""
     if isinstance(base, Frozen):
         return
     if isinstance(base, str | Path):
@@ -31,7 +31,7 @@ def refuse_other_base(base: object) -> None:
         way = "moe_bias.Frozen(model, tokenizer) makes one of a model in memory"
     else:
         way = "give what moe_bias.load or moe_bias.Frozen returns"
-    raise UserError(f"`base` is {named(base)}, no frozen model; {way}")
+    raise UserError(f"`{name}` is {named(base)}, no frozen model; {way}")
 
 
 def refuse_other_layer(layer: object, base: Frozen, name: str = "layer") -> None:

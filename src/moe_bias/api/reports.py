@@ -8,16 +8,17 @@ from dataclasses import asdict, dataclass, field, replace
 from io import StringIO
 from typing import Any
 
+from moe_bias.evaluation.drafts import DraftFigures
 from moe_bias.evaluation.samples import Sample
 from moe_bias.evaluation.scores import Score
-from moe_bias.evaluation.statistics import Estimate, with_interval
+from moe_bias.evaluation.statistics import Estimate, percent, with_interval
 from moe_bias.evaluation.statistics import points as points_of
 from moe_bias.experiments.cells import Row
 from moe_bias.experiments.policy_arms import PolicyRow
 from moe_bias.extras import need
 from moe_bias.progress import text_console
 from moe_bias.report.table import Column, Table
-from moe_bias.report.tables import costs_of_arms, costs_of_cells, likelihoods, points, solved
+from moe_bias.report.tables import costs_of_arms, costs_of_cells, drafts, likelihoods, points, solved
 from moe_bias.report.terminal import terminal_table
 
 Curve = Sequence[Mapping[str, float]]
@@ -130,6 +131,46 @@ class SFTReport(Report):
         heading = "held-out NLL, nats per token" if self.preferred is None else "NLL of chosen answers, nats per token"
         named = {"base": self.base_nll, "adapted": self.adapted_nll, "change": self.change}
         return _table([Column("", (0,), words=True), Column(heading, (1,), "{:.3f}")], list(named.items()))
+
+
+@dataclass(frozen=True, repr=False)
+class DraftReport(Report):
+    """How good a draft model is for speculative decoding of a larger one, on held-out answers, with 95% intervals.
+
+    `figures` are those of the draft as it is, "plain", and of "adapted": `accepted`, the expected share of its tokens
+    that the target accepts; `rejected`, the share it does not over that of "plain"; `tokens`, expected of one pass of
+    the target after four drafts; `agreement` of the likeliest tokens; `kl` from the target in nats a token. All but
+    agreement at temperature 1.
+    """
+
+    figures: Mapping[str, DraftFigures]
+    steps: int
+    layer_step: int
+    layer_loss: float | None
+    parameters: int
+    train_tokens: int
+    held_out_tokens: int
+    support_mass: float
+    curve: Curve = field(default=(), compare=False)
+    CURVES = ("forward_kl", "held_out_loss")
+
+    @property
+    def title(self) -> str:
+        """One sentence of result."""
+        adapted, made = self.figures["adapted"], f"{self.steps:,} steps on {self.train_tokens:,} tokens"
+        what = f"The target accepts {percent(adapted.accepted)}% of the draft's tokens"
+        if adapted.rejected is not None:
+            what = f"Of the tokens that the target rejects {percent(adapted.rejected)}% are left"
+        return f"{what} after {made} ({self.parameters:,} parameters)"
+
+    @property
+    def table(self) -> Table:
+        """The draft as it is, and adapted."""
+        return drafts(self.record_rows())
+
+    def record_rows(self) -> list[dict[str, Any]]:
+        """The figures as a record has them."""
+        return [{"name": name, **figures.record()} for name, figures in self.figures.items()]
 
 
 @dataclass(frozen=True, repr=False)

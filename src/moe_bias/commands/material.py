@@ -33,7 +33,7 @@ def opened(
     extraction was, with what is whole.
     """
     if settings.store:
-        data = _stored(settings, settings.store, console, processes)
+        data = stored(settings, settings.store, console, processes)
     else:
         data = _extracted(settings, texts or texts_named(settings, pairs), console, processes)
     with closing(data):
@@ -50,10 +50,17 @@ def keep(settings: TextSettings) -> bool | str:
     return str(settings.features) if settings.features else settings.keep_features
 
 
-def _stored(settings: SupervisedSettings, folders: list[str], console: Console, processes: Processes) -> Data:
+def stored(
+    settings: SupervisedSettings,
+    folders: list[str],
+    console: Console,
+    processes: Processes,
+    base: Frozen | None = None,
+) -> Data:
+    """The features in these folders, of the settings' model, which is `base` where it is loaded already."""
     store = opened_store(folders, processes)
     rows_held_out(store, folders, settings.held_out, settings.seed)
-    base = frozen(settings)
+    base = base or frozen(settings)
     refuse_impossible(settings, base.head, len(store))
     data = fitted(base, store, folders, settings.held_out, settings.seed, console)
     if not settings.data:

@@ -24,6 +24,7 @@ from moe_bias.config.learning import LearnConfig
 from moe_bias.config.measuring import BUNDLED_MODEL, BYTES_OF_A_PROBLEM, EvalConfig, ModelConfig, TaskConfig, TaskOption
 from moe_bias.config.training import (
     TRAIN_ON,
+    DraftConfig,
     Optimizer,
     OptimizerOptions,
     RewardConfig,
@@ -44,6 +45,7 @@ __all__ = [
     "ArmsConfig",
     "CompareConfig",
     "Config",
+    "DraftConfig",
     "EvalConfig",
     "Experts",
     "LabelArm",

@@ -79,6 +79,21 @@ class SFTConfig(StartOptions, OptimizerOptions):
     )
 
 
+class DraftConfig(SFTConfig):
+    """How a layer on a draft model is brought nearer to a larger model."""
+
+    reverse: float = Field(
+        0.0, ge=0, le=1, description="weight of the reverse KL, KL(draft|target), in place of the forward one"
+    )
+
+    @field_validator("kl_weight")
+    @classmethod
+    def _away_from_itself(cls, value: float) -> float:
+        if value:
+            raise ValueError("it would hold the draft where it is, away from the target; leave it out")
+        return value
+
+
 class RewardConfig(Config):
     """What a completion is rewarded for."""
 

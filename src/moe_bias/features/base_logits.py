@@ -27,12 +27,6 @@ def _own_hidden(batch: Features) -> Tensor:
     return batch.hidden
 
 
-def target_hidden(batch: Features) -> Tensor:
-    """The target's hidden states (T, D) of a draft's batch."""
-    assert batch.target is not None
-    return batch.target.hidden
-
-
 class BaseLogits:
     """u_S of a source's tokens, float32 on the head's device; `nbytes` are kept of them, which took `seconds`.
 

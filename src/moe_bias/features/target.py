@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moe_bias.backbone import Head
 from moe_bias.columns import Columns, joined
-from moe_bias.divergence import TargetScalars, target_scalars
+from moe_bias.divergence import TargetScalars, in_common, target_scalars
 from moe_bias.features.extract import Features, chunk_rows
 from moe_bias.features.source import FeatureSource
 from moe_bias.progress import meter
@@ -81,10 +81,16 @@ def with_target(
         for start in range(0, len(source), size):
             rows = slice(start, start + size)
             logits_CV = _logits(head, source.at(rows).hidden)
-            target_CV = _logits(target_head, target.at(rows).hidden).to(head.device)
+            target_CV = in_common(_logits(target_head, target.at(rows).hidden).to(head.device), head.vocab_size)
             parts.append(target_scalars(target_CV, logits_CV, support_M).to("cpu"))
             bar.advance(len(logits_CV))
     return WithTarget(source, target, joined(parts))
+
+
+def target_of(batch: Features) -> TargetTokens:
+    """What the target says of a batch, which has one."""
+    assert batch.target is not None
+    return batch.target
 
 
 def _logits(head: Head, hidden_CD: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 from moe_bias.analysis.inspection import read_inspection
 from moe_bias.records import RecordKind
-from moe_bias.report import analysis, comparison, evaluation, headroom, labels, training
+from moe_bias.report import analysis, comparison, drafts, evaluation, headroom, labels, training
 from moe_bias.report.content import Block, Note, Report, Topic, slug
 from moe_bias.report.cost import cost_block
 from moe_bias.report.record import Record
@@ -44,6 +44,7 @@ _BLOCKS: Mapping[RecordKind, Callable[[Record], Iterator[Block]]] = {
     RecordKind.INSPECTION: _inspection,
     RecordKind.LABELS: labels.labels,
     RecordKind.HEADROOM: headroom.headroom,
+    RecordKind.DRAFT: drafts.draft,
 }
 
 

@@ -130,6 +130,7 @@ def _refuse_empty(path: Path, kind: RecordKind, content: dict[str, Any]) -> None
         RecordKind.ANALYSIS: lambda: content["text"]["tokens"] and content["adapters"],
         RecordKind.DEMO: lambda: content["samples"],
         RecordKind.LABELS: lambda: content["rows"],
+        RecordKind.DRAFT: lambda: content["rows"],
         RecordKind.INSPECTION: lambda: content["inspection"]["answers"],
     }
     try:

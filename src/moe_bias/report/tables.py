@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from moe_bias.analysis.quantities import QUANTITIES
+from moe_bias.evaluation.drafts import DRAFTS
 from moe_bias.evaluation.equal_tokens import shown_limits
 from moe_bias.evaluation.scores import CUT, DISTINCT, LOOPING, PASS, TOKENS
 from moe_bias.evaluation.statistics import estimate_of, with_interval
@@ -307,6 +308,24 @@ def ways(rows: Sequence[Row], name: str = "") -> Table:
     caption = (
         "Means over seeds [95% interval over texts]; ECE: calibration error of 15 bins; changes are paired by text; "
         "seconds of training with what was chosen, and of choosing it"
+    )
+    return Table(name, caption, columns, rows)
+
+
+def drafts(rows: Sequence[Row], name: str = "", more: Sequence[Column] = ()) -> Table:
+    """How good a draft is under each arm, the first one the draft as it is; `more` columns come second."""
+    columns = [
+        ARM,
+        *more,
+        percents("accepted, %", "accepted"),
+        percents("rejected, % of plain", "rejected"),
+        Column("tokens a pass", ("tokens",), "{:.2f}"),
+        percents("same likeliest, %", "agreement"),
+        Column("KL from target, nats", ("kl",), "{:.3f}"),
+    ]
+    caption = (
+        f"Of held-out tokens, with 95% intervals over answers. Tokens a pass: expected of one pass of the target after "
+        f"{DRAFTS} drafts"
     )
     return Table(name, caption, columns, rows)
 

@@ -25,6 +25,7 @@ from moe_bias.backbone import HeadTransform
 from moe_bias.divergence import Divergences, Draft, divergences_and_gradient
 from moe_bias.features.adapted import Adapted, LogitsOf, chunks
 from moe_bias.features.extract import Features
+from moe_bias.features.target import target_of as target_tokens
 from moe_bias.layer import MoEBiasLayer, Routing, itself, load_balance_loss
 from moe_bias.support import log_prob_and_gradient, reduced_stats
 from moe_bias.training.objectives import Distribution, Now, Objective, Sampled, Then, check_terms
@@ -264,9 +265,8 @@ class _Policy:
     ) -> tuple[Sequence[Tensor], Callable[[Sequence[Tensor]], Tensor]]:
         """The numbers that follow from `u + d`, which is overwritten, and what makes weights of them its gradient."""
         if self._target_of is not None:
-            assert batch.target is not None
             draft = Draft(batch.logit, batch.column, batch.rest, batch.log_partition)
-            return divergences_and_gradient(adapted_TM, draft, self._target_of(rows), batch.target.scalars)
+            return divergences_and_gradient(adapted_TM, draft, self._target_of(rows), target_tokens(batch).scalars)
         log_prob_T, gradient_of = log_prob_and_gradient(batch.logit, batch.column, adapted_TM, batch.rest)
         return [log_prob_T], lambda weights: gradient_of(weights[0])
 

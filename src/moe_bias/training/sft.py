@@ -115,14 +115,13 @@ def stored_parts(
     computed anew. The third is the seconds that the view took, by its share of the tokens. Raises UserError on a
     support that cannot be.
     """
-    order = store.example.argsort(stable=True)
-    is_held_out = torch.isin(store.example[order], torch.tensor(held_out))
-    train: FeatureSource = Subset(store, order[~is_held_out])
-    held: FeatureSource = Subset(store, order[is_held_out])
+    train_T, held_T = split_order(store, held_out)
+    train: FeatureSource = Subset(store, train_T)
+    held: FeatureSource = Subset(store, held_T)
     started = time.perf_counter()
     own = ids = store.manifest.support_ids()
     if support != OWN_SUPPORT:
-        ids = _chosen(train, store.example[order[~is_held_out]], head, support, always)
+        ids = _chosen(train, store.example[train_T], head, support, always)
     if ids != own:
         train = on_support(train, head, ids, "training base distribution")
     seconds = store.seconds * len(train) / len(store) + time.perf_counter() - started
@@ -132,6 +131,13 @@ def stored_parts(
     # Numbered anew: the numbers of the source's rows have gaps, which would count as examples without tokens.
     features = replace(features, example=features.example.unique(return_inverse=True)[1])
     return train, features, seconds
+
+
+def split_order(store: FeatureStore, held_out: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The numbers (T,) of a store's tokens to train on, and of those of the held-out rows, by example."""
+    order = store.example.argsort(stable=True)
+    is_held_out = torch.isin(store.example[order], torch.tensor(held_out))
+    return order[~is_held_out], order[is_held_out]
 
 
 def _chosen(

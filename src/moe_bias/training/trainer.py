@@ -16,9 +16,10 @@ from torch import Tensor
 from moe_bias.backbone import Head
 from moe_bias.config import SFTConfig
 from moe_bias.features.adapted import LogitsOf
-from moe_bias.features.base_logits import BaseLogits, target_hidden
+from moe_bias.features.base_logits import BaseLogits
 from moe_bias.features.extract import Features
 from moe_bias.features.source import FeatureSource, on_device
+from moe_bias.features.target import target_of
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.limits import refuse_endless_steps
 from moe_bias.mistakes import UserError
@@ -134,7 +135,7 @@ class Trainer(Loop[Position]):
                 self._head.transform,
                 self._objective,
                 total=self._processes.total,
-                target_of=target_of(self._of_target, part, batch),
+                target_of=logits_of(self._of_target, part, batch),
             )
         self._processes.total_gradients(layer)
         norms = self._optimisation.norms()
@@ -219,7 +220,7 @@ class HeldOut:
                 self.logits.of(index, batch),
                 self.head.transform,
                 self.objective,
-                target_of(self.of_target, index, batch),
+                logits_of(self.of_target, index, batch),
             )
             total += len(unit_N) * loss
         return float(self.processes.total(total)) / units.count
@@ -232,10 +233,10 @@ def measures_nll(objective: Objective) -> bool:
 
 def target_logits(source: FeatureSource, target: Head | None, budget: int) -> BaseLogits | None:
     """The target's logits on the support, kept where they fit into so many bytes; None without a target."""
-    return None if target is None else BaseLogits(source, target, budget, target_hidden)
+    return None if target is None else BaseLogits(source, target, budget, lambda batch: target_of(batch).hidden)
 
 
-def target_of(logits: BaseLogits | None, index: Tensor, batch: Features) -> LogitsOf | None:
+def logits_of(logits: BaseLogits | None, index: Tensor, batch: Features) -> LogitsOf | None:
     """Those of a batch that holds the source's tokens `index`."""
     return None if logits is None else logits.of(index, batch)
 
