@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+import assisted
+import draft
 import draw_growth
 import growth
 import side_by_side
 import update
 from corpus import corpus_of, model_of, shaped_config
+from helpers.saved import save_model
 from lora_arm import Form, LoRAArm
 from moe_bias.mistakes import UserError
 from update_arms import DEFAULT, EVERYTHING, LAYER_ARMS, head_autograd, lora_head_support, support_autograd
@@ -179,3 +182,40 @@ def test_the_figure_fits_slopes_and_is_the_same_bytes_again():
     assert np.allclose(seconds, [1.0, 8.0, 64.0])
     assert draw_growth.svg(record) == draw_growth.svg(record)
     assert draw_growth.svg({"cells": cells_of_slope(1.0)}) != draw_growth.svg(record)
+
+
+@pytest.fixture
+def pair(folder, monkeypatch):
+    """A draft and a target as folders, rows, and options of both benchmarks."""
+    monkeypatch.setenv("MOE_BIAS_CACHE", str(folder / "cache"))
+    small, large = save_model(folder / "small"), save_model(folder / "large", hidden_size=24)
+    rows = [{"question": f"w{5 + n} w6", "answer": f"w{9 + n % 3} w{20 + n % 5} w9"} for n in range(30)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return ["--small", small, "--large", large, "--data", str(folder / "rows.jsonl"), "--device", "cpu"]
+
+
+def test_drafts_are_measured_on_every_text_and_then_used(pair, folder, records, monkeypatch):
+    more = ["--other", f"again={folder / 'rows.jsonl'}", "--support", "auto:40", "--epochs", "2", "--held-out", "0.3"]
+    kept = ["--features", str(folder / "features"), "--adapters", str(folder / "adapters")]
+    monkeypatch.setattr("sys.argv", ["draft.py", *pair, *more, *kept])
+    draft.main()
+    (path,) = records.glob("draft-*.json")
+    found = json.loads(path.read_text())
+    assert found["models"] == {"draft": "small", "target": "large"}
+    assert set(found["texts"]) == {"rows", "again"}
+    assert [row["name"] for row in found["texts"]["rows"]["rows"]] == ["plain", "static", "moe-bias"]
+    plain, _, adapted = found["texts"]["rows"]["rows"]
+    assert adapted["kl"]["value"] < plain["kl"]["value"]
+    assert found["arms"]["static"]["parameters"] < found["arms"]["moe-bias"]["parameters"]
+    assert str(folder) not in path.read_text()
+
+    adapters = [f"--adapter={name}={folder / 'adapters' / name}" for name in draft.ARMS]
+    monkeypatch.setattr("sys.argv", ["assisted.py", *pair, *adapters, "--prompts", "3", "--max-new-tokens", "7"])
+    assisted.main()
+    (path,) = records.glob("assisted-*.json")
+    found = {row["name"]: row for row in json.loads(path.read_text())["rows"]}
+    assert set(found) == {"plain", "static", "moe-bias", "alone"}
+    assert all(row["same_answer"] == 1 for row in found.values())
+    assert found["alone"]["tokens_a_pass"]["value"] == pytest.approx(1)
+    assert found["plain"]["tokens_a_pass"]["value"] >= 1
+    assert str(folder) not in path.read_text()

@@ -110,6 +110,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(folder, capsys, monkeypatc
         (["--target", "other"], "token id 0 is 'w0' of the draft and 'v0' of the target"),
         (["--target", "short"], "and the target reads 4; extract with --max-length 4"),
         (["--max-new-tokens", "5"], "--max-new-tokens 5 needs --own-samples; give both"),
+        (["--features", "one", "--target-features", "one"], "are both one; give two folders"),
+        (["--own-samples", "draft", "--store", "s"], "--own-samples draft and --store s exclude each other"),
         (["--reverse", "2"], "--reverse"),
         (["--kl-weight", "1"], "it would hold the draft where it is"),
     ],

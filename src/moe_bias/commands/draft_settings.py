@@ -49,6 +49,12 @@ class TrainDraftSettings(DraftConfig, SupervisedSettings):
                 "--own-samples {own_samples} and --store {store} exclude each other; give one",
                 {"own_samples": self.own_samples, "store": ",".join(self.store)},
             )
+        if self.features and self.features == self.target_features:
+            raise PydanticCustomError(
+                "source",
+                "--features and --target-features are both {features}; give two folders",
+                {"features": str(self.features), "target_features": str(self.target_features)},
+            )
         for name in ("max_new_tokens", "temperature"):
             if name in self.model_fields_set and not self.own_samples:
                 raise PydanticCustomError(

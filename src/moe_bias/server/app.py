@@ -138,7 +138,7 @@ class _Server:
     def _ended(self, answering: Answering) -> None:
         answering.call_off()
         del self._running[answering.id]
-        self._counters.ended(answering.asked.adapters, len(answering.answer.all_ids))
+        self._counters.written(answering.asked.adapters, len(answering.answer.all_ids))
 
     async def strength(self, request: Request) -> Response:
         """Another strength of an answer that is being written."""

@@ -14,11 +14,12 @@ from weakref import WeakKeyDictionary
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 
-from moe_bias.serving.metrics import count_request, count_tokens
+from moe_bias.serving.metrics import AdapterCounters
 from moe_bias.serving.requests import adapters_of
 
 _ADAPTERS: WeakKeyDictionary[RequestState, list[str]] = WeakKeyDictionary()
 """Of the requests that vLLM keeps, the names of their adapters."""
+_COUNTERS = AdapterCounters()
 
 
 def count_by_adapter() -> None:
@@ -44,7 +45,7 @@ def _counting_requests(original: Callable[..., None]) -> Callable[..., None]:
         if adapters:
             _ADAPTERS[self.request_states[request.request_id]] = adapters
             if request_index == 0:  # the others are further samples of the same request
-                count_request(adapters)
+                _COUNTERS.begun(adapters)
 
     return add_request
 
@@ -57,7 +58,7 @@ def _counting_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
         for output in engine_core_outputs:
             state = self.request_states.get(output.request_id)
             if state in _ADAPTERS:
-                count_tokens(_ADAPTERS[state], len(output.new_token_ids))
+                _COUNTERS.written(_ADAPTERS[state], len(output.new_token_ids))
         return original(self, engine_core_outputs, *args, **kwargs)
 
     return process_outputs

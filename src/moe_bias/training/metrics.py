@@ -14,7 +14,7 @@ The keys:
     tokens              of this step
     tokens_per_second   of this step, held-out tokens and writing left out
     held_out_nll        in nats per token, where this step was followed by an evaluation; held_out_loss, the
-                        objective's, where its unit is more than a token
+                        objective's, where its unit is more than a token or it is towards a target
 
 With several processes all of them are of the whole batch.
 
