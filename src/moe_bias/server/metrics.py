@@ -1,8 +1,8 @@
 """What a server that learns counts besides requests and tokens, by adapter, in the form that Prometheus reads.
 
-    moe_bias:updates_total{adapter}     versions that came of feedback
-    moe_bias:rejected_total{adapter}    updates that were not published
-    moe_bias:kl_to_base{adapter}        exact KL of the last update to the base, in nats a token
+moe_bias:updates_total{adapter}     versions that came of feedback
+moe_bias:rejected_total{adapter}    updates that were not published
+moe_bias:kl_to_base{adapter}        exact KL of the last update to the base, in nats a token
 """
 
 from __future__ import annotations
