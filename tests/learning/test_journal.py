@@ -61,10 +61,14 @@ def test_a_state_takes_the_journals_place_and_numbers_go_on(tmp_path):
     write_state(tmp_path / "state.bin", 3, {"version": 2}, {"x": torch.zeros(1)})
     journal.begin_anew(tmp_path / "state.bin")
     assert journal.size < before
+    assert journal.grown == 0
     assert journal.append("undo", {}) == 4
+    journal_grown = journal.grown
+    assert journal_grown > 0
     assert [(entry.number, entry.event) for entry in entries(journal.path)] == [(3, STATE), (4, "undo")]
     journal.close()
-    assert Journal(journal.path).last == 4
+    again = Journal(journal.path)
+    assert (again.last, again.grown) == (4, journal_grown)
 
 
 def test_a_full_disk_leaves_the_journal_as_it_was(tmp_path, monkeypatch):

@@ -162,6 +162,7 @@ def test_a_long_journal_is_cut_and_nothing_is_lost(inline, tmp_path):
     again = begun(tmp_path, config)
     try:
         assert len(again.history("mine")) == 41
+        assert bytes_of(again) == expected
         assert again.teach("mine", edit(42)).result(PATIENCE)["number"] == 42
         assert bytes_of(again) != expected
     finally:

@@ -35,6 +35,6 @@ class LearnConfig(OptimizerOptions):
     undo_depth: int = Field(8, ge=1, description="versions that can be undone, one after the other")
     lesson_tokens: int = Field(512, ge=1, description="tokens of an answer that are learned from, the first")
     journal_size: ByteSize = Field(
-        ByteSize(64 * 2**20), description="size from which a journal is cut to what its adapter still needs"
+        ByteSize(64 * 2**20), description="growth from which on a journal is cut to what its adapter still needs"
     )
     seed: int = Field(0, ge=0, description="of the choice of lessons to replay")

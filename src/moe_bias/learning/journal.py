@@ -50,11 +50,12 @@ class Journal:
         """Opens or makes the file, and cuts off a half entry at its end. Raises UserError on one that is damaged."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self.last = 0
+        self.last = self._state_size = 0
         whole = 0
         if path.exists():
             with path.open("rb") as file:
-                for number, _, end in _headers(file, path):
+                for number, (header, _), end in _headers(file, path):
+                    self._state_size = end if header["event"] == STATE else self._state_size
                     self.last, whole = number, end
         self._file = path.open("r+b" if path.exists() else "x+b")
         self._file.truncate(whole)
@@ -64,6 +65,11 @@ class Journal:
     def size(self) -> int:
         """Bytes of all entries."""
         return self._file.tell()
+
+    @property
+    def grown(self) -> int:
+        """Bytes that came after the state that the file begins with."""
+        return self.size - self._state_size
 
     def append(self, event: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> int:
         """Adds an entry and returns its number once it is on the disk.
@@ -87,7 +93,7 @@ class Journal:
         os.replace(state, self.path)
         self._file.close()
         self._file = self.path.open("r+b")
-        self._file.seek(0, os.SEEK_END)
+        self._state_size = self._file.seek(0, os.SEEK_END)
 
     def close(self) -> None:
         """Closes the file."""
@@ -109,7 +115,12 @@ def entries(path: Path, start: int = 0) -> Iterator[Entry]:
         file.seek(start)
         for _, (header, content), end in _headers(file, path):
             number, event = header.pop("number"), header.pop("event")
-            yield Entry(number, event, header, load(content) if content else {}, end)
+            yield Entry(number, event, header, _aligned(content), end)
+
+
+def _aligned(content: bytes) -> dict[str, Tensor]:
+    """Tensors in memory of their own: last bits of a product may depend on where in memory its factors begin."""
+    return {name: tensor.clone() for name, tensor in load(content).items()} if content else {}
 
 
 def _headers(file: BinaryIO, path: Path) -> Iterator[tuple[int, tuple[dict[str, Any], bytes], int]]:

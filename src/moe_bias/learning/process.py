@@ -98,12 +98,11 @@ class Learners:
             started = time.perf_counter()
             outcome = loaded.learner.apply(entry)
             loaded.offset = entry.end
-            if outcome is None:
-                continue
-            if outcome.published:
-                self._publish(name, loaded.learner)
-            outcomes.append({**asdict(outcome), "milliseconds": 1e3 * (time.perf_counter() - started)})
-            loaded.since += 1
+            if outcome is not None:
+                outcomes.append({**asdict(outcome), "milliseconds": 1e3 * (time.perf_counter() - started)})
+                loaded.since += 1
+        if not loaded.is_published or any(outcome["published"] for outcome in outcomes):
+            self._publish(name, loaded, outcomes)
         if loaded.since >= _CHECKPOINT_EVERY:
             self._checkpoint(name, loaded)
         self._put_away(name)
@@ -130,12 +129,16 @@ class Learners:
                 for entry in entries(folder / CHECKPOINT):
                     learner.apply(entry)
             self._loaded[name] = _Loaded(learner)
-            self._publish(name, learner)
         self._loaded.move_to_end(name)
         return self._loaded[name]
 
-    def _publish(self, name: str, learner: Learner) -> None:
+    def _publish(self, name: str, loaded: _Loaded, outcomes: list[dict[str, Any]]) -> None:
+        """Once all that is new was applied: a server that is started again never goes back to an earlier version."""
+        started, learner = time.perf_counter(), loaded.learner
         self._published.publish(name, learner.version, self._place.of(name) / START, learner.layer)
+        loaded.is_published = True
+        for outcome in outcomes:
+            outcome["milliseconds"] += 1e3 * (time.perf_counter() - started)
 
     def _checkpoint(self, name: str, loaded: _Loaded) -> None:
         write_state(self._place.of(name) / CHECKPOINT, loaded.learner.through, *loaded.learner.state())
@@ -154,9 +157,13 @@ class Learners:
 
 @dataclass
 class _Loaded:
-    """A learner, where its journal is to be read on, and how many entries came since its checkpoint."""
+    """A learner, where its journal is to be read on, and how many entries came since its checkpoint.
+
+    `is_published`: what is served is its version.
+    """
 
     learner: Learner
+    is_published: bool = False
     inode: int = 0
     offset: int = 0
     since: int = 0

@@ -200,7 +200,7 @@ class Learning:
                 future.set_result(outcome)
         if taught.waiting:  # that came while the process was answering
             self._worker.ask("read", name)
-        if outcomes and taught.journal.size > self.config.journal_size:
+        if outcomes and taught.journal.grown > self.config.journal_size:
             self._worker.ask("checkpoint", name)
 
     def _cut(self, name: str, taught: _Taught, through: int) -> None:
