@@ -13,7 +13,8 @@ from moe_bias.features.adapted import adapted_policy
 from moe_bias.learning.lessons import Batch
 from moe_bias.learning.objective import FromFeedback
 from moe_bias.training.gradients import gradients, plain_loss
-from moe_bias.training.objectives import Then, check_objective
+from moe_bias.training.objective_trial import check_objective
+from moe_bias.training.objectives import Then
 
 BETA, WEIGHT = 0.3, 0.7
 
