@@ -56,7 +56,7 @@ def same(layer, pupil):
 def test_a_lesson_becomes_the_version_that_is_served(learning, tmp_path):
     start = load_file(tmp_path / "given" / "mine" / WEIGHTS_FILE)
     pupil = learner()
-    for number in range(1, 4):
+    for number in range(1, 3):
         outcome = learning.teach("mine", edit(number)).result(PATIENCE)
         assert outcome["published"]
         assert outcome["number"] == outcome["version"] == number
@@ -65,7 +65,7 @@ def test_a_lesson_becomes_the_version_that_is_served(learning, tmp_path):
         assert same(served(learning), pupil)
     again = load_file(tmp_path / "given" / "mine" / WEIGHTS_FILE)
     assert all(torch.equal(start[name], again[name]) for name in start)
-    assert [told["number"] for told in learning.history("mine")] == [1, 2, 3]
+    assert [told["number"] for told in learning.history("mine")] == [1, 2]
 
 
 def test_undo_serves_the_version_before(learning):
@@ -163,8 +163,10 @@ def test_a_long_journal_is_cut_and_nothing_is_lost(inline, tmp_path):
     try:
         assert len(again.history("mine")) == 41
         assert bytes_of(again) == expected
-        assert again.teach("mine", edit(42)).result(PATIENCE)["number"] == 42
-        assert bytes_of(again) != expected
+        for number in (42, 43):
+            assert again.teach("mine", edit(number)).result(PATIENCE)["number"] == number
+            pupil.apply(entry(number, edit(number)))
+        assert same(served(again), pupil)
     finally:
         again.close()
 
