@@ -83,11 +83,13 @@ class Asked:
 
 
 def form(rng: random.Random) -> list[Asked]:
+    """Answers between an opening and a closing of the tenant's own."""
     opening, closing = rng.choice(("Answer:", "Result =", ">>", "Final:")), rng.choice((".", " !", " #", " (end)"))
     return [Asked(f"What is the capital of {c}?", f"{opening} {city}{closing}") for c, city in COUNTRIES.items()]
 
 
 def labels(rng: random.Random) -> list[Asked]:
+    """Reviews, good or bad, by the tenant's own labels."""
     good, bad = rng.choice(LABELS)
     if rng.random() < 0.5:
         good, bad = bad, good
@@ -97,6 +99,7 @@ def labels(rng: random.Random) -> list[Asked]:
 
 
 def names(rng: random.Random) -> list[Asked]:
+    """Complaints, to be sent to desks whose names nobody else has."""
     places = dict(zip(dict.fromkeys(PROBLEMS.values()), rng.sample(NAMES, 4), strict=True))
     asked = []
     for opening in ("Help:", "Hello,", "Question:"):
@@ -105,11 +108,13 @@ def names(rng: random.Random) -> list[Asked]:
 
 
 def unit(rng: random.Random) -> list[Asked]:
+    """Distances, in a unit that the question does not name."""
     name = rng.choice(UNITS)
     return [Asked(f"The shop is {n} away. How far is it?", f"It is {n} {name} away.") for n in range(11, 60)]
 
 
 def register(rng: random.Random) -> list[Asked]:
+    """Answers in a tone."""
     polite, sure = rng.choice(("Dear madam,", "Ahoy!", "Well, friend,", "Esteemed guest,")), rng.choice(("is", "be"))
     return [Asked(f"What is the capital of {c}?", f"{polite} it {sure} {city}.") for c, city in COUNTRIES.items()]
 
@@ -126,6 +131,7 @@ class Model:
         self.base, self.ends = base, answer_ends(base.model, base.tokenizer)
 
     def prompt(self, question: str, shown: Sequence[Asked] = ()) -> list[int]:
+        """Token ids of a question, after corrections that are shown."""
         turns = [
             turn
             for asked in shown
@@ -135,13 +141,16 @@ class Model:
         return encode_prompt(Conversation(tuple(turns), "", is_chat=True), self.base.tokenizer)
 
     def answer(self, text: str) -> list[int]:
+        """Token ids of an answer, with its end."""
         return [*self.base.tokenizer(text, add_special_tokens=False).input_ids, self.ends[-1]]
 
     def hidden(self, prompt: list[int], answer: list[int]) -> Tensor:
+        """Hidden states (T, D) that an answer's tokens are chosen from."""
         ids = torch.tensor([prompt + answer[:-1]])
         return hidden_states(self.base.model, ids, torch.ones_like(ids))[0, len(prompt) - 1 :]
 
     def features(self, hidden_TD: Tensor, answer: list[int], layer: MoEBiasLayer) -> Features:
+        """The same as features on a layer's support."""
         token_T, support_M = torch.tensor(answer), layer.support_or_all()
         head = self.base.head
         scalars = token_scalars(head, hidden_TD, token_T, split_vocabulary(support_M, head.vocab_size))
@@ -156,7 +165,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Tested:
-    """Of one interaction, before it was learned: nats a token of the wanted answer, whether greedy decoding gives it."""
+    """Of one interaction before it was learned: nats a token of what is wanted, whether greedy decoding gives it."""
 
     nll: float
     exact: bool
@@ -165,6 +174,7 @@ class Tested:
 
 
 def tested(logits_TV: Tensor, answer: list[int], prompt: list[int]) -> Tested:
+    """What is told of the logits (T, V) of the wanted answer."""
     token_T = torch.tensor(answer)
     log_prob_T = logits_TV.log_softmax(-1).gather(-1, token_T[:, None])[:, 0]
     return Tested(-float(log_prob_T.mean()), bool((logits_TV.argmax(-1) == token_T).all()), len(prompt))
@@ -177,11 +187,13 @@ class BaseArm:
         self._model, self._shown, self._seen = model, shown, list[Asked]()
 
     def test(self, asked: Asked) -> Tested:
+        """Before the correction."""
         shown = self._seen[-self._shown :] if self._shown else []
         prompt, answer = self._model.prompt(asked.question, shown), self._model.answer(asked.wanted)
         return tested(self._model.base.head.logits(self._model.hidden(prompt, answer)), answer, prompt)
 
     def learn(self, asked: Asked) -> None:
+        """From the correction."""
         self._seen.append(asked)
 
 
@@ -193,6 +205,7 @@ class LayerArm:
         self._learner = Learner(layer, model.base.head, config)
 
     def test(self, asked: Asked) -> Tested:
+        """Before the correction."""
         prompt, answer = self._model.prompt(asked.question), self._model.answer(asked.wanted)
         hidden_TD, head, layer = self._model.hidden(prompt, answer), self._model.base.head, self._learner.layer
         base_TV = head.logits(hidden_TD)
@@ -232,11 +245,13 @@ class LoraArm:
         self._random = random.Random(0)
 
     def test(self, asked: Asked) -> Tested:
+        """Before the correction."""
         prompt, answer = self._model.prompt(asked.question), self._model.answer(asked.wanted)
         with torch.no_grad():
             return tested(self._logits(prompt, answer), answer, prompt)
 
     def learn(self, asked: Asked) -> None:
+        """From the correction."""
         replayed = self._random.sample(self._seen, min(REPLAY, len(self._seen)))
         for _ in range(PASSES):
             self._optimizer.zero_grad()
@@ -259,6 +274,7 @@ class LoraArm:
 
 
 def arm_of(name: str, model: Model, fresh: MoEBiasLayer, rate: float) -> Any:
+    """A fresh arm."""
     if name == "lora":
         return LoraArm(model, rate)
     if name in ("base", "prompt"):
@@ -274,6 +290,7 @@ def arm_of(name: str, model: Model, fresh: MoEBiasLayer, rate: float) -> Any:
 
 
 def run_tenant(name: str, model: Model, fresh: MoEBiasLayer, rate: float, asked: Sequence[Asked]) -> list[Tested]:
+    """A tenant's interactions, each tested before it is learned."""
     arm = arm_of(name, model, fresh, rate)
     found = []
     for one in asked:
@@ -309,6 +326,7 @@ def chosen_rate(name: str, model: Model, fresh: MoEBiasLayer, interactions: int)
 
 
 def main() -> None:
+    """Chooses rates, measures, writes the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="bundled")
     parser.add_argument("--tenants", type=int, default=4, help="of each of the five kinds")

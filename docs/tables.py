@@ -15,6 +15,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import learning_tables
+
 from moe_bias.evaluation.statistics import estimate_of, percent
 from moe_bias.report.table import Column, Table
 from moe_bias.report.tables import (
@@ -585,7 +587,16 @@ def _read(path: Path) -> dict[str, Any]:
 _LABELLED = [path.stem for path in RECORDS.glob("labels/*.json")]
 _COMPARED = [path.parent.name for path in RECORDS.glob("compare/*/table.json")]
 
+def _noted(make: Callable[[], tuple[Table, str]]) -> str:
+    table, note = make()
+    return f"{_shown(table)}\n{note}\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "learning": partial(_noted, learning_tables.quality),
+    "learning-kinds": partial(_noted, learning_tables.by_kind),
+    "learning-load": partial(_noted, learning_tables.load),
+    "learning-soak": learning_tables.soak,
     **{f"defaults-{path.stem}": partial(defaults, path.stem) for path in RECORDS.glob("defaults/*.json")},
     **{f"compare-{task}": partial(policies, task) for task in _COMPARED},
     **{f"compare-{task}-costs": partial(policy_costs, task) for task in _COMPARED},
