@@ -18,6 +18,7 @@ Writes a record; rates of static, ours and lora are chosen on tenants of their o
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -255,10 +256,7 @@ class LoraArm:
         replayed = self._random.sample(self._seen, min(REPLAY, len(self._seen)))
         for _ in range(PASSES):
             self._optimizer.zero_grad()
-            for one in [asked, *replayed]:
-                prompt, answer = self._model.prompt(one.question), self._model.answer(one.wanted)
-                loss = F.cross_entropy(self._logits(prompt, answer), torch.tensor(answer)) / (1 + len(replayed))
-                loss.backward()
+            self._loss([asked, *replayed]).backward()
             torch.nn.utils.clip_grad_norm_(self._trained, 1.0)
             self._optimizer.step()
         self._seen.append(asked)
@@ -266,6 +264,20 @@ class LoraArm:
     def close(self) -> None:
         """The model as it was."""
         self._peft.unload()
+
+    def _loss(self, batch: Sequence[Asked]) -> Tensor:
+        """The mean over the batch of each answer's nats a token; padded on the left, so that answers end together."""
+        pairs = [(self._model.prompt(one.question), self._model.answer(one.wanted)) for one in batch]
+        longest, kept = max(len(prompt + answer) for prompt, answer in pairs), max(len(answer) for _, answer in pairs)
+        ids, mask = torch.zeros(len(pairs), longest - 1, dtype=torch.int64), torch.zeros(len(pairs), longest - 1)
+        target = torch.full((len(pairs), kept), -100)
+        for row, (prompt, answer) in enumerate(pairs):
+            read = prompt + answer[:-1]
+            ids[row, -len(read) :], mask[row, -len(read) :] = torch.tensor(read), 1
+            target[row, -len(answer) :] = torch.tensor(answer)
+        logits_BTV = self._peft(ids, attention_mask=mask, logits_to_keep=kept).logits
+        nll_BT = F.cross_entropy(logits_BTV.transpose(1, 2), target, reduction="none")
+        return (nll_BT.sum(-1) / (target >= 0).sum(-1)).mean()
 
     def _logits(self, prompt: list[int], answer: list[int]) -> Tensor:
         ids = torch.tensor([prompt + answer[:-1]])
@@ -329,17 +341,19 @@ def main() -> None:
     """Chooses rates, measures, writes the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="bundled")
-    parser.add_argument("--tenants", type=int, default=4, help="of each of the five kinds")
-    parser.add_argument("--interactions", type=int, default=24)
-    parser.add_argument("--tuned-on", type=int, default=12, help="interactions of the tenants that rates are chosen on")
+    parser.add_argument("--tenants", type=int, default=2, help="of each of the five kinds")
+    parser.add_argument("--interactions", type=int, default=16)
+    parser.add_argument("--tuned-on", type=int, default=8, help="interactions of the tenants that rates are chosen on")
     parser.add_argument("--arms", default="base,static,ours,prompt,lora")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     model = Model(mb.load(args.model))
     fresh = fresh_layer(model.base)
     measured = tenants(args.tenants, args.interactions, 0)
-    arms = {}
+    arms = json.loads(args.output.read_text(encoding="utf-8"))["arms"] if args.output.exists() else {}
     for name in args.arms.split(","):
+        if name in arms:  # of a run that was interrupted
+            continue
         rate, tried = chosen_rate(name, model, fresh, args.tuned_on) if name in RATES else (0.0, {})
         runs = []
         for kind, asked in measured:
