@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from moe_bias.backbone import Head, HeadTransform
 from moe_bias.config import LearnConfig
-from moe_bias.features.adapted import LogitsOf, adapted_policy, mean_kl_between, mean_kl_to_base
+from moe_bias.features.adapted import LogitsOf, TableMove, adapted_policy
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.learning.lessons import Batch
 from moe_bias.learning.objective import FromFeedback
+from moe_bias.support import reduced_log_partition
 from moe_bias.training.gradients import gradients, mean_loss
 from moe_bias.training.optimisation import Optimisation
 
@@ -117,32 +119,75 @@ def loss_on(layer: MoEBiasLayer, measured: Measured, transform: HeadTransform, c
     return mean_loss(layer, batch.features, measured.logits_of, transform, still)
 
 
-@dataclass(frozen=True)
 class _Bounds:
-    """What an update is held to."""
+    """What an update is held to. What the layer before makes of the batch is computed once."""
 
-    layer: MoEBiasLayer
-    before: MoEBiasLayer
-    measured: Measured
-    transform: HeadTransform
-    config: LearnConfig
-    held_out: Measured | None
-    loss_before: float | None
+    def __init__(
+        self,
+        layer: MoEBiasLayer,
+        before: MoEBiasLayer,
+        measured: Measured,
+        transform: HeadTransform,
+        config: LearnConfig,
+        held_out: Measured | None,
+        loss_before: float | None,
+    ) -> None:
+        self._layer, self._measured, self._transform = layer, measured, transform
+        self._config, self._held_out, self._loss_before = config, held_out, loss_before
+        self._then = Moved.by(before, measured, transform)
 
     def look(self, share: float) -> Change:
         """How the layer stands to them."""
-        seen = self.measured.batch.features, self.measured.logits_of, self.transform
-        step_kl = mean_kl_between(self.layer, self.before, *seen)
-        base_kl = mean_kl_to_base(self.layer, *seen)
-        if step_kl > self.config.step_kl or base_kl > self.config.base_kl:
+        now = Moved.by(self._layer, self._measured, self._transform)
+        step_kl, base_kl = now.mean_kl_to(self._then), now.mean_kl_to_base()
+        if step_kl > self._config.step_kl or base_kl > self._config.base_kl:
             reason = (
                 f"beyond its bounds, with an exact KL of {step_kl:.2f} nats to the version before and {base_kl:.2f} to "
                 "the base"
             )
-            return Change(step_kl, base_kl, self.loss_before, None, share, reason)
-        if self.held_out is None or self.loss_before is None:
+            return Change(step_kl, base_kl, self._loss_before, None, share, reason)
+        if self._held_out is None or self._loss_before is None:
             return Change(step_kl, base_kl, None, None, share, "")
-        loss = loss_on(self.layer, self.held_out, self.transform, self.config)
-        is_worse = loss > self.loss_before + self.config.tolerance
-        reason = f"worse on the lessons kept to measure by, {self.loss_before:.3f} to {loss:.3f}" if is_worse else ""
-        return Change(step_kl, base_kl, self.loss_before, loss, share, reason)
+        loss = loss_on(self._layer, self._held_out, self._transform, self._config)
+        is_worse = loss > self._loss_before + self._config.tolerance
+        reason = f"worse on the lessons kept to measure by, {self._loss_before:.3f} to {loss:.3f}" if is_worse else ""
+        return Change(step_kl, base_kl, self._loss_before, loss, share, reason)
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What a layer makes of a batch: its moves d (T, M), and log Z' (T,) float64 of the policy.
+
+    KL(pi'|pi) = sum_S pi'_i (d'_i - d_i) - (log Z' - log Z), over the support S alone, as the rest does not move.
+    """
+
+    measured: Measured
+    move: Tensor
+    log_partition: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def by(cls, layer: MoEBiasLayer, measured: Measured, transform: HeadTransform) -> Moved:
+        """The layer as it is."""
+        features = measured.batch.features
+        coefficients_TC = layer.mix(features.hidden, features.entropy).coefficients
+        move_TM = TableMove(layer, layer.table(), transform).move(coefficients_TC, measured.logits)
+        shift_T, relative_T = reduced_log_partition(measured.logits, move_TM, features.rest)
+        return cls(measured, move_TM, shift_T.double() + relative_T.double())
+
+    def mean_kl_to(self, before: Moved) -> float:
+        """Exact mean KL to another layer's policy, in nats a token."""
+        return self._mean_kl(self.move - before.move, self.log_partition - before.log_partition)
+
+    def mean_kl_to_base(self) -> float:
+        """Exact mean KL to the frozen model, in nats a token."""
+        return self._mean_kl(self.move, self.log_partition - self.measured.batch.features.log_partition)
+
+    @cached_property
+    def _prob(self) -> Tensor:
+        adapted_TM = self.measured.logits + self.move
+        return adapted_TM.sub_(self.log_partition.to(adapted_TM.dtype)[:, None]).exp_()
+
+    def _mean_kl(self, gain_TM: Tensor, change_T: Tensor) -> float:
+        gained_T = torch.linalg.vecdot(self._prob, gain_TM).double()
+        return float((gained_T - change_T).mean().clamp(min=0))
