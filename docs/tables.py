@@ -34,6 +34,7 @@ from moe_bias.report.tables import (
     strata,
     ways,
 )
+from moe_bias.report.tables import drafts as of_drafts
 
 RECORDS = Path(__file__).parent.parent / "records"
 _MARKED = re.compile(r"(<!-- from records: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -389,6 +390,45 @@ def _trained(row: dict[str, Any]) -> str:
     return f"{row['parameters']:,} parameters"
 
 
+def drafts() -> str:
+    """A draft under each arm on each text, and what training the arms took."""
+    record = _latest("draft")
+    rows = [
+        {**row, **record["arms"].get(row["name"], {}), "text": f"{text}, {found['tokens']:,} tokens"}
+        for text, found in record["texts"].items()
+        for row in found["rows"]
+    ]
+    models = record["models"]
+    told = (
+        f"{models['draft']} as draft of {models['target']}, both in {record['dtype']}; {record['train_tokens']:,} "
+        f"tokens to train on, {record['epochs']} passes, a support of {record['support']:,}"
+    )
+    more = [
+        Column("text", ("text",), words=True),
+        PARAMETERS,
+        Column("ms of a processor an update", ("ms_an_update",), "{:.0f}"),
+    ]
+    return _shown(of_drafts(rows, more=more)) + f"\n{told}; 95% intervals over answers; {_machine(record)}.\n"
+
+
+def assisted() -> str:
+    """Tokens a second of assisted generation with each draft, prompt by prompt in turn."""
+    record = _latest("assisted")
+    columns = [
+        ARM,
+        Column("prompts", ("prompts",)),
+        Column("tokens", ("tokens",), "{:,}"),
+        Column("tokens a pass of the target", ("tokens_a_pass",), "{:.2f}"),
+        Column("tokens/s", ("tokens_per_second",), "{:.2f}"),
+        Column("tokens/s, times plain", ("to_plain",), "{:.2f}"),
+        Column("same answer as plain, %", ("same_answer",), "{:.0f}", 100),
+    ]
+    told = f"greedy, {record['drafts']} drafts a pass, at most {record['max_new_tokens']} tokens"
+    return (
+        _shown(Table("", "", columns, record["rows"])) + f"\n{told}; 95% intervals over prompts; {_machine(record)}.\n"
+    )
+
+
 def decode() -> str:
     """Speed and memory of generation over the bare model's."""
     record = _latest("decode")
@@ -611,6 +651,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "gains": gains,
     "compare-products-variants": partial(policy_variants, "products"),
     "decode": decode,
+    "drafts": drafts,
+    "drafts-assisted": assisted,
     "demo-output": demo_output,
     "demo-tasks": demo_tasks,
     "evaluation": partial(evaluation, "eval"),
