@@ -445,6 +445,22 @@ def decode() -> str:
     return _table(headings, rows) + _where(record)
 
 
+_SERVER_ARMS = {
+    "one": ("one answer by the server, tokens/s", "the library's own decoder"),
+    "many": ("eight answers at once, under eight adapters, tokens/s", "the library's own decoder, one answer"),
+    "known": ("first token of an answer to a conversation that is known, under another adapter", "nothing known"),
+}
+
+
+def server() -> str:
+    """The server on transformers: answers at once, and a conversation that is known."""
+    record = _latest("server")
+    rows = [[what, _times(record["ratio"][arm]), over] for arm, (what, over) in _SERVER_ARMS.items()]
+    options = record["options"]
+    load = f"Answers of {options['new_tokens']} tokens; a conversation of {options['prompt_tokens']:,}."
+    return _table(["the server on transformers", "times as fast", "as"], rows) + _where(record) + load + "\n"
+
+
 def serving(name: str = "serving") -> str:
     """Many tenants on one model in vLLM: speed over the plain model and over LoRA, and what the cache did."""
     record = _latest(name)
@@ -665,6 +681,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "rl-trials": rl_trials,
     "rl-update": rl_update,
     "rollout": rollout,
+    "server": server,
     "serving": serving,
     "serving-alone": partial(serving, "serving_alone"),
     "sft-gsm8k": sft,

@@ -371,6 +371,15 @@ def test_where_nothing_is_learned_there_is_nothing_to_judge(address, opened):
     assert page.locator(".actions button").count() == 0
 
 
+def test_a_server_without_adapters_answers_with_the_plain_model(served, opened):
+    with listening(make_app(Engine(served[0]), name="tiny")) as address:
+        page = opened(address)
+        page.evaluate("window.dispatchEvent(new Event('focus'))")
+        answered(page)
+        assert page.locator(".mixer .none").count() == 1
+        assert texts(page) == [library(served)]
+
+
 def test_the_page_has_all_in_itself():
     folder = Path(mb.__file__).parent / "report" / "pages"
     for name in ("chat.html", "chat.css", "chat.js", "chat_answer.js", "chat_server.js", "tokens.js"):

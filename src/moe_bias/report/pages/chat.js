@@ -51,8 +51,8 @@
 
     mix(names) {
       for (const name of this.mixed.keys()) if (!names.includes(name)) this.drop(name);
-      if (!names.length) find(".mixer").append(element("p", { class: "muted none", text: "There are none in the server's folder." }));
-      else find(".mixer .none")?.remove();
+      find(".mixer .none")?.remove();
+      if (!names.length) find(".mixer").append(element("p", { class: "muted none", text: "This server has none." }));
       for (const name of names) if (!this.mixed.has(name)) this.mixRow(name, this.mixed.size === 0);
       this.showColumns();
     }
