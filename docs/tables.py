@@ -643,6 +643,7 @@ def _read(path: Path) -> dict[str, Any]:
 _LABELLED = [path.stem for path in RECORDS.glob("labels/*.json")]
 _COMPARED = [path.parent.name for path in RECORDS.glob("compare/*/table.json")]
 
+
 def _noted(make: Callable[[], tuple[Table, str]]) -> str:
     table, note = make()
     return f"{_shown(table)}\n{note}\n"

@@ -11,9 +11,16 @@ from starlette.routing import Route
 
 import moe_bias as mb
 from helpers.chatting import listening, served_folder
+from helpers.lessons import InlineWorker
+from moe_bias.config import LearnConfig
+from moe_bias.learning import service
+from moe_bias.learning.service import Learning
 from moe_bias.server import engine as engines
 from moe_bias.server.app import make_app
 from moe_bias.server.engine import Engine
+from moe_bias.server.keys import Keys
+from moe_bias.server.metrics import Counters
+from moe_bias.server.teaching import Teaching
 
 pytestmark = pytest.mark.browser
 SAID = "w5 w6 w7"
@@ -294,7 +301,7 @@ def learning(asked, answers):
 
     async def undo(request):
         asked.append(request.url.path)
-        return JSONResponse({"version": 6})
+        return JSONResponse({"version": 6, "published": True, "reason": ""})
 
     async def history(request):
         events = [{"kind": "edit", "kl_step": 0.0123456, "version": 7, "text": "<b>bold</b>", "skipped": None}]
@@ -363,6 +370,32 @@ def test_answers_are_judged_edited_and_undone(served, opened):
         {"id": answer, "prefer": asked[-1]["prefer"]},
     ]
     assert asked[-1]["prefer"] not in ("", answer)
+
+
+def test_with_a_key_an_answer_is_taught_for_good(served, opened, tmp_path, monkeypatch):
+    """The page on the server that learns, with nothing stood in for but the process."""
+    monkeypatch.setattr(service, "Worker", InlineWorker)
+    base, adapters = served
+    learned = Learning(tmp_path / "learned", adapters, base.head, LearnConfig())
+    engine, keys = Engine(base, learned.adapters, learned.spool.keep), Keys({"a-key-of-sixteen": ("one",)})
+    routes = Teaching(engine, learned, keys, Counters()).routes
+    with listening(make_app(engine, routes, name="tiny", closing=learned.close)) as address:
+        page = opened(address)
+        answered(page)
+        assert page.locator(".actions button").count() == 0
+        page.fill(".key", "a-key-of-sixteen")
+        page.press(".key", "Tab")
+        page.click(".again")
+        page.click("text=Edit")
+        page.fill(".edited", "w5 w9")
+        page.click("text=Learn from this")
+        page.wait_for_selector(".adapted .news:text-matches('published as version 1.$')")
+        page.click("text=Undo")
+        page.wait_for_selector(".adapted .news:text-is('Undone: version 2 is as it was before.')")
+        page.click("text=Undo")
+        page.wait_for_selector(".adapted .news:text-is('Not undone: there is no version to go back to.')")
+        page.click("text=History")
+        page.wait_for_selector(".history[open] li >> nth=2")
 
 
 def test_where_nothing_is_learned_there_is_nothing_to_judge(address, opened):

@@ -27,6 +27,7 @@ def test_a_key_is_for_its_adapters_alone(tmp_path):
 
 def test_without_keys_everyone_may():
     assert Keys().allow(None, "any")
+    assert not Keys().are_needed
     assert Keys().names == []
 
 

@@ -148,6 +148,7 @@ def test_a_tenant_touches_its_own_adapter_alone(begun):
     listed = asked(f"{address}/v1/adapters", authorization=f"Bearer {BOB}")[1]
     assert listed == {
         "learning": True,
+        "keyed": True,
         "adapters": [{"name": name, "learns": name == "two"} for name in ("fresh", "one", "two")],
     }
 

@@ -50,6 +50,11 @@ class Keys:
         given = self._adapters or {}
         return list(dict.fromkeys(name for names in given.values() for name in names if name != ALL))
 
+    @property
+    def are_needed(self) -> bool:
+        """Whether nothing is taught without one."""
+        return self._adapters is not None
+
     def allow(self, authorization: str | None, adapter: str) -> bool:
         """Whether a request with this header may touch the adapter. Takes as long whatever the key is."""
         if self._adapters is None:

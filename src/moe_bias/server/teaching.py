@@ -86,7 +86,8 @@ class Teaching:
         """What there is to choose from, and what the request's key may teach."""
         allowed = request.headers.get("authorization")
         cards = [{"name": name, "learns": self._keys.allow(allowed, name)} for name in self._engine.adapters]
-        return JSONResponse({"learning": any(card["learns"] for card in cards), "adapters": cards})
+        learns = any(card["learns"] for card in cards)
+        return JSONResponse({"learning": learns, "keyed": self._keys.are_needed, "adapters": cards})
 
     def _allowed(self, request: Request) -> str:
         """The adapter that the path names. One that is another's and one that is not there are answered alike."""

@@ -41,7 +41,8 @@
 
     async readAdapters() {
       try {
-        const { learning, adapters } = await Server.json("/v1/adapters");
+        const { learning, keyed, adapters } = await Server.json("/v1/adapters");
+        find(".keyed").hidden = !keyed;
         this.learns = new Set(learning ? adapters.filter((adapter) => adapter.learns ?? true).map(({ name }) => name) : []);
         this.mix(adapters.map(({ name }) => name));
       } catch (error) {
@@ -361,7 +362,8 @@
 
     async undo(answer) {
       const path = `/v1/adapters/${encodeURIComponent(answer.adapters[0])}/undo`;
-      await this.learn(answer, path, {}, ({ version }) => `Undone: the adapter is as in version ${version} again.`);
+      await this.learn(answer, path, {}, ({ published, version, reason }) => (published
+        ? `Undone: version ${version} is as it was before.` : `Not undone: ${reason}.`));
     }
 
     async learn(answer, path, body, said) {
@@ -405,6 +407,7 @@
       find(".composer").addEventListener("submit", (event) => { event.preventDefault(); this.send(); });
       find(".stop").addEventListener("click", () => this.stopping.abort());
       find(".new").addEventListener("click", () => this.startAnew());
+      find(".key").addEventListener("change", ({ target }) => { Server.useKey(target.value); this.readAdapters(); });
       find("#message").addEventListener("input", () => this.fitMessage());
       find("#message").addEventListener("keydown", (event) => {
         if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); this.send(); }

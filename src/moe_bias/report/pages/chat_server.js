@@ -3,8 +3,12 @@
 const Server = (() => {
   class Refusal extends Error {}
 
+  let key = "";
+
   async function asked(path, body, options = {}) {
-    const request = body === undefined ? {} : { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) };
+    const headers = key ? { Authorization: `Bearer ${key}` } : {};
+    const request = body === undefined ? { headers }
+      : { method: "POST", headers: { ...headers, "Content-Type": "application/json" }, body: JSON.stringify(body) };
     const response = await fetch(path, { ...request, ...options });
     if (!response.ok) throw new Refusal(await refusal(response));
     return response;
@@ -42,5 +46,8 @@ const Server = (() => {
     }
   }
 
-  return { json, chunks };
+  // Sent with every request from now on, and kept nowhere.
+  const useKey = (given) => { key = given.trim(); };
+
+  return { json, chunks, useKey };
 })();
