@@ -304,7 +304,9 @@ def learning(asked, answers):
         return JSONResponse({"version": 6, "published": True, "reason": ""})
 
     async def history(request):
-        events = [{"kind": "edit", "kl_step": 0.0123456, "version": 7, "text": "<b>bold</b>", "skipped": None}]
+        events = [
+            {"kind": "edit", "kl_step": 0.0123456, "version": 7, "text": "<b>bold</b>", "skipped": None, "reason": ""}
+        ]
         return JSONResponse({"adapter": request.path_params["name"], "events": events})
 
     return [
@@ -350,6 +352,7 @@ def test_answers_are_judged_edited_and_undone(served, opened):
         assert "kl step 0.01235" in shown
         assert "<b>bold</b>" in shown
         assert "skipped" not in shown
+        assert "reason" not in shown
         page.keyboard.press("Escape")
         page.click(".again")
         page.wait_for_selector("text=Better than before")

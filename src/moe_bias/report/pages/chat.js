@@ -381,7 +381,7 @@
       try {
         const { events } = await Server.json(`/v1/adapters/${encodeURIComponent(adapter)}/history`);
         const rows = events.map((event) => element("li", {}, ...Object.entries(event)
-          .filter(([, value]) => value !== null && typeof value !== "object")
+          .filter(([, value]) => value !== null && value !== "" && typeof value !== "object")
           .map(([name, value]) => element("span", { class: "fact" }, element("b", { text: name.replaceAll("_", " ") }), ` ${shown(value)}`))));
         dialog.querySelector(".events").replaceChildren(element("h2", { text: `What ${adapter} learned` }),
           rows.length ? element("ol", {}, ...rows) : element("p", { class: "muted", text: "Nothing yet." }));
