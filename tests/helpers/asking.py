@@ -51,11 +51,14 @@ def summed_log_probs(reference: Any, strengths: dict[str, float], prompt: list[i
 
 
 def check_against_transformers(engine: Any, reference: Any, count: int = 32, tokens: int = 12) -> None:
-    """Mixed requests with every logit returned: tokens are the reference's arg-max, log-probs within 1e-4."""
+    """Mixed requests with every logit returned: tokens are the reference's arg-max, log-probs are close.
+
+    Those of rare tokens are further below 0, and float32 rounds them in proportion.
+    """
     asked = [(prompt, NAMES[place % len(NAMES)]) for place, prompt in enumerate(prompts(count))]
     answers = ask(engine, [(prompt, greedy(name, tokens, logprobs=-1)) for prompt, name in asked])
     for (prompt, name), answer in zip(asked, answers, strict=True):
         expected = reference_log_probs(reference(name), prompt, answer.token_ids)
         assert list(answer.token_ids) == expected.argmax(-1).tolist()
         found = torch.tensor([[step[token].logprob for token in range(VOCABULARY)] for step in answer.logprobs])
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)

@@ -132,6 +132,7 @@ def test_a_model_that_changes_its_logits_once_more_is_refused(served, monkeypatc
         pass
 
 
+@pytest.mark.skipif(SECOND_RUNNER, reason="torch.compile, which ranks call, takes Triton's interpreter for a compiler")
 def test_ranks_of_tensor_parallelism_give_the_same_answers(served, reference, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     with running(*served, tensor_parallel_size=2, distributed_executor_backend="mp") as engine:
