@@ -6,10 +6,11 @@ adapter, and some are for others.
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from scipy.stats import chisquare
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from helpers.served import SECOND_RUNNER, VOCABULARY, WITHOUT_VLLM
+from helpers.served import HIDDEN, SECOND_RUNNER, VOCABULARY, WITHOUT_VLLM
 
 pytestmark = [
     pytest.mark.vllm,
@@ -62,6 +63,26 @@ def test_greedy_answers_are_those_without_drafts(engine, reference):
     check_against_transformers(engine, reference, 18, 12)
     drafted, accepted = (after - start for after, start in zip(drafted_and_accepted(engine), before, strict=True))
     assert drafted > accepted > 20
+
+
+def write_eagle(folder, model):
+    """A draft of the EAGLE kind, which shares the target's embeddings and head and guesses at random."""
+    block = {
+        name: tensor for name, tensor in model.model.layers[0].state_dict().items() if "input_layernorm" not in name
+    }
+    tensors = {f"layers.0.{name}": tensor.clone() for name, tensor in block.items()}
+    mixing = torch.randn(HIDDEN, 2 * HIDDEN, generator=torch.Generator().manual_seed(0)) / HIDDEN**0.5
+    config = LlamaConfig(**{**model.config.to_dict(), "num_hidden_layers": 1})
+    config.save_pretrained(folder)
+    save_file({**tensors, "fc.weight": mixing}, folder / "model.safetensors")
+
+
+def test_a_draft_that_shares_the_head_changes_nothing(served, reference, tmp_path):
+    write_eagle(tmp_path, AutoModelForCausalLM.from_pretrained(served[0], dtype=torch.float32))
+    eagle = {"method": "eagle", "model": str(tmp_path), "num_speculative_tokens": 2}
+    with running(*served, speculative_config=eagle) as engine:
+        check_against_transformers(engine, reference, 12, 8)
+        assert drafted_and_accepted(engine)[0] > 20
 
 
 def test_samples_have_the_distribution_without_drafts(engine, reference):

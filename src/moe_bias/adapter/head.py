@@ -125,7 +125,7 @@ class MoEBiasHead(nn.Module, BaseTunerLayer):
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         if len(names) > 1:
             raise UserError(
-                f"a PEFT model applies one MoE-Bias adapter at a time, got {names}; moe_bias.generate(base, prompt, "
+                f"MoE-Bias applies one adapter at a time in a PEFT model, got {names}; moe_bias.generate(base, prompt, "
                 "{layer: strength, ...}) applies several, and so does vLLM"
             )
         for name in names:
