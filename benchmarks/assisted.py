@@ -36,6 +36,8 @@ ALONE, PLAIN = "alone", "plain"
 def main() -> None:
     """Generates, prints and keeps the record."""
     options = parsed()
+    if options.prompts < 2 or options.alone == 1:
+        raise SystemExit("--prompts and --alone must be at least 2, or --alone 0: one has no interval")
     small, large = (mb.load(name, options.device, options.dtype) for name in (options.small, options.large))
     conversations = Texts.of(options.data).conversations[options.skip :][: options.prompts]
     prompts = [encode_prompt(conversation, large.tokenizer) for conversation in conversations]

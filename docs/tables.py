@@ -411,24 +411,6 @@ def drafts() -> str:
     return _shown(of_drafts(rows, more=more)) + f"\n{told}; 95% intervals over answers; {_machine(record)}.\n"
 
 
-def assisted() -> str:
-    """Tokens a second of assisted generation with each draft, prompt by prompt in turn."""
-    record = _latest("assisted")
-    columns = [
-        ARM,
-        Column("prompts", ("prompts",)),
-        Column("tokens", ("tokens",), "{:,}"),
-        Column("tokens a pass of the target", ("tokens_a_pass",), "{:.2f}"),
-        Column("tokens/s", ("tokens_per_second",), "{:.2f}"),
-        Column("tokens/s, times plain", ("to_plain",), "{:.2f}"),
-        Column("same answer as plain, %", ("same_answer",), "{:.0f}", 100),
-    ]
-    told = f"greedy, {record['drafts']} drafts a pass, at most {record['max_new_tokens']} tokens"
-    return (
-        _shown(Table("", "", columns, record["rows"])) + f"\n{told}; 95% intervals over prompts; {_machine(record)}.\n"
-    )
-
-
 def decode() -> str:
     """Speed and memory of generation over the bare model's."""
     record = _latest("decode")
@@ -669,7 +651,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "compare-products-variants": partial(policy_variants, "products"),
     "decode": decode,
     "drafts": drafts,
-    "drafts-assisted": assisted,
     "demo-output": demo_output,
     "demo-tasks": demo_tasks,
     "evaluation": partial(evaluation, "eval"),
