@@ -51,6 +51,7 @@ def words_of(command: str, model: str) -> list[str]:
         "extract": "--data rows.jsonl --output out",
         "train sft": "--data rows.jsonl --support auto:9 --features kept --output out",
         "train rl": "--task products --output out",
+        "train draft": f"--data rows.jsonl --target {model} --output out",
         "sweep": "--data rows.jsonl --features kept --grid epochs=1 --output out",
         "arms": "--data rows.jsonl --features kept --output out",
         "compare": "--output out",
