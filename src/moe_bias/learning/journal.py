@@ -54,9 +54,9 @@ class Journal:
         whole = 0
         if path.exists():
             with path.open("rb") as file:
-                for number, (header, _), end in _headers(file, path):
+                for header, _, end in _read(file, path):
                     self._state_size = end if header["event"] == STATE else self._state_size
-                    self.last, whole = number, end
+                    self.last, whole = header["number"], end
         self._file = path.open("r+b" if path.exists() else "x+b")
         self._file.truncate(whole)
         self._file.seek(whole)
@@ -113,9 +113,15 @@ def entries(path: Path, start: int = 0) -> Iterator[Entry]:
     """Whole entries from byte `start` on. Raises UserError on a damaged one; a half entry at the end ends it."""
     with path.open("rb") as file:
         file.seek(start)
-        for _, (header, content), end in _headers(file, path):
+        for header, content, end in _read(file, path):
             number, event = header.pop("number"), header.pop("event")
             yield Entry(number, event, header, _aligned(content), end)
+
+
+def first_header(path: Path) -> dict[str, Any]:
+    """The header of the first whole entry, without its tensors; empty where there is none. Raises as `entries`."""
+    with path.open("rb") as file:
+        return next((header for header, _, _ in _read(file, path)), {})
 
 
 def _aligned(content: bytes) -> dict[str, Tensor]:
@@ -123,7 +129,8 @@ def _aligned(content: bytes) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in load(content).items()} if content else {}
 
 
-def _headers(file: BinaryIO, path: Path) -> Iterator[tuple[int, tuple[dict[str, Any], bytes], int]]:
+def _read(file: BinaryIO, path: Path) -> Iterator[tuple[dict[str, Any], bytes, int]]:
+    """The header, the tensors' bytes and the end of each whole entry from the file's place on."""
     while len(sizes := file.read(_SIZES.size)) == _SIZES.size:
         start = file.tell() - _SIZES.size
         header_size, tensors_size, checksum = _SIZES.unpack(sizes)
@@ -137,8 +144,7 @@ def _headers(file: BinaryIO, path: Path) -> Iterator[tuple[int, tuple[dict[str, 
                 f"the journal {str(path)!r} is damaged at byte {start:,}; bring it back from a copy, or remove it to "
                 "begin anew with the adapter as it was at first"
             )
-        header = json.loads(content[:header_size])
-        yield header["number"], (header, content[header_size:]), file.tell()
+        yield json.loads(content[:header_size]), content[header_size:], file.tell()
 
 
 def _packed(number: int, event: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor] | None) -> bytes:

@@ -91,7 +91,7 @@ class Learner:
         self._lessons, self._rewards = 0, 0
         self._mean_reward = 0.0
         self._replayed, self._held_out = _Kept(config.kept_lessons), _Kept(config.held_out_lessons)
-        self._measured: Measured | None = None
+        self._measured: tuple[object, Measured] | None = None
         self._line = [_Version(0, 0, layer.config.support, self._tensors())]
 
     def apply(self, entry: Entry) -> Outcome | None:
@@ -110,14 +110,8 @@ class Learner:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors that are its own."""
-        kept = [lesson.tensors() for lesson in (self._replayed.lessons | self._held_out.lessons).values()]
-        own = [*self._tensors_of_line(), *self._optimisation.tensors().values(), *self.layer.parameters()]
-        measured = [] if self._measured is None else [self._measured.logits]
-        lessons = [tensor for tensors in kept for tensor in tensors.values()]
-        return sum(tensor.nbytes for tensor in [*own, *measured, *lessons])
-
-    def _tensors_of_line(self) -> list[Tensor]:
-        return [tensor for version in self._line for tensor in version.tensors.values()]
+        measured = [] if self._measured is None else [self._measured[1].logits]
+        return sum(tensor.nbytes for tensor in [*self._held().values(), *self.layer.parameters(), *measured])
 
     def _applied(self, entry: Entry) -> Outcome:
         if entry.event == LESSON:
@@ -135,7 +129,6 @@ class Learner:
         not_learned = Outcome(entry.number, entry.event, self.version)
         if self._lessons % self._config.held_out_every == 0:
             self._held_out.add(entry.number, lesson)
-            self._measured = None
             return replace(not_learned, reason="kept to measure by")
         baseline = self._mean_reward
         if lesson.reward is not None:
@@ -193,15 +186,18 @@ class Learner:
         self._put_back(before, {})
         self._replayed.forget_after(before.through)
         self._held_out.forget_after(before.through)
-        self._measured = None
         self.version += 1
         return Outcome(entry.number, entry.event, self.version, published=True)
 
     def _held_out_measured(self) -> Measured | None:
-        lessons = list(self._held_out.lessons.values())
-        if self._measured is None and lessons:
-            self._measured = self._on_support(lessons)
-        return self._measured
+        """The lessons to measure by, whose base logits are kept as long as lessons and support are the same."""
+        lessons = self._held_out.lessons
+        if not lessons:
+            return None
+        key = (tuple(lessons), self.layer.config.support)
+        if self._measured is None or self._measured[0] != key:
+            self._measured = key, self._on_support(list(lessons.values()))
+        return self._measured[1]
 
     def _reach(self, lessons: Sequence[Lesson]) -> None:
         """Adds the lessons' tokens to the support: an adapter is to learn words that nobody thought of."""
@@ -213,7 +209,6 @@ class Learner:
         coming = sorted({token for lesson in lessons for token in lesson.features.token.tolist()} - known)
         if coming:
             self.layer.change_support([*support, *coming])
-            self._measured = None
 
     def _on_support(self, lessons: Sequence[Lesson]) -> Measured:
         """Lessons as a batch on the layer's support, which holds all that they were served with."""
@@ -228,7 +223,6 @@ class Learner:
         if version.support != self.layer.config.support:
             assert version.support is not None
             self.layer.change_support(version.support)
-            self._measured = None
         with torch.no_grad():
             for name, parameter in self.layer.named_parameters():
                 parameter.copy_(version.tensors[name])
@@ -247,12 +241,16 @@ class Learner:
             "replayed": {str(number): lesson.reward for number, lesson in self._replayed.lessons.items()},
             "held_out": {str(number): lesson.reward for number, lesson in self._held_out.lessons.items()},
         }
+        return header, self._held()
+
+    def _held(self) -> dict[str, Tensor]:
+        """The tensors of its state, by their names there."""
         tensors = dict(self._optimisation.tensors())
         for version in self._line:
             tensors |= {f"line.{version.number}.{name}": tensor for name, tensor in version.tensors.items()}
         for number, lesson in (self._replayed.lessons | self._held_out.lessons).items():
             tensors |= {f"lesson.{number}.{name}": tensor for name, tensor in lesson.tensors().items()}
-        return header, tensors
+        return tensors
 
     def _set_state(self, entry: Entry) -> None:
         header, tensors = entry.header, entry.tensors
@@ -269,7 +267,6 @@ class Learner:
                 int(number): Lesson.of(_under(tensors, f"lesson.{number}."), self.layer.vocab_size, reward)
                 for number, reward in header[name].items()
             }
-        self._measured = None
         self._put_back(self._line[-1], tensors)
 
 

@@ -105,6 +105,7 @@ class Learners:
             self._publish(name, loaded, outcomes)
         if loaded.since >= _CHECKPOINT_EVERY:
             self._checkpoint(name, loaded)
+        loaded.nbytes = loaded.learner.nbytes
         self._put_away(name)
         return outcomes
 
@@ -145,24 +146,25 @@ class Learners:
         loaded.since = 0
 
     def _put_away(self, wanted: str) -> None:
-        sizes = {name: loaded.learner.nbytes for name, loaded in self._loaded.items()}
+        total = sum(loaded.nbytes for loaded in self._loaded.values())
         for name in list(self._loaded):
-            if sum(sizes.values()) <= self._memory or name == wanted:
+            if total <= self._memory or name == wanted:
                 return
             loaded = self._loaded.pop(name)
             if loaded.since:
                 self._checkpoint(name, loaded)
-            del sizes[name]
+            total -= loaded.nbytes
 
 
 @dataclass
 class _Loaded:
     """A learner, where its journal is to be read on, and how many entries came since its checkpoint.
 
-    `is_published`: what is served is its version.
+    `is_published`: what is served is its version. `nbytes` are the learner's, after it was last read on.
     """
 
     learner: Learner
+    nbytes: int = 0
     is_published: bool = False
     inode: int = 0
     offset: int = 0

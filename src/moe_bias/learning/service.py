@@ -18,7 +18,7 @@ from typing import Any
 from moe_bias.adapter.embedding import embedding_sample
 from moe_bias.backbone import Head
 from moe_bias.config import LearnConfig
-from moe_bias.learning.journal import STATE, Journal, entries
+from moe_bias.learning.journal import STATE, Journal, first_header
 from moe_bias.learning.learner import HISTORY, LESSON
 from moe_bias.learning.lessons import Lesson
 from moe_bias.learning.process import CHECKPOINT, JOURNAL, START, Place, write_head
@@ -217,8 +217,7 @@ class Learning:
 def _told(folder: Path) -> list[dict[str, Any]]:
     """The history in the last state that was written down, as a checkpoint or at the beginning of a journal."""
     for path in (folder / CHECKPOINT, folder / JOURNAL):
-        for entry in entries(path) if path.exists() else ():
-            if entry.event == STATE:
-                return list(entry.header["history"])
-            break
+        header = first_header(path) if path.exists() else {}
+        if header.get("event") == STATE:
+            return list(header["history"])
     return []

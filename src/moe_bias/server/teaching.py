@@ -112,12 +112,11 @@ class Teaching:
 
     async def _lesson(self, request: Request, answer: ServedAnswer, kind: str, given: object) -> Lesson:
         limit = self._learning.config.lesson_tokens
+        reward = _reward(given) if kind == "reward" else None
         served = await run_in_threadpool(self._engine.features_of_served, answer)
         try:
-            if kind == "reward":
-                if isinstance(given, bool) or not isinstance(given, int | float):
-                    raise UserError(f"reward: give a number from -1 to 1, not {shown(given)}")
-                return reward_lesson(served, float(given), limit)
+            if reward is not None:
+                return reward_lesson(served, reward, limit)
             return pair_lesson(await self._better(request, answer, kind, given), served, limit)
         except RefusedError:
             raise
@@ -177,3 +176,9 @@ def _kind_of(body: Mapping[str, Any]) -> str:
     if len(given) != 1:
         raise RefusedError(f"give one of edit, reward and prefer, not {' and '.join(given) or 'none of them'}")
     return given[0]
+
+
+def _reward(given: object) -> float:
+    if isinstance(given, bool) or not isinstance(given, int | float):
+        raise RefusedError(f"reward: give a number from -1 to 1, not {shown(given)}", "reward")
+    return float(given)
