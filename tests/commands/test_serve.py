@@ -135,7 +135,7 @@ def test_without_vllm_it_says_how_to_install_it(started, monkeypatch, capsys):
 
 def test_the_server_on_transformers_is_told_what_it_knows_and_refuses_the_rest(started, monkeypatch, capsys):
     told = []
-    monkeypatch.setattr(serve, "listen", told.append)
+    monkeypatch.setattr(serve.chat, "run", told.append)
     words = ["serve", "--engine", "transformers", "--adapters", "adapters", "--model", "models/tiny"]
     assert main([*words, "--port", "8123", "--served-name", "us", "--adapter-memory", "2MiB"]) == 0
     assert main([*words, "--cache-memory", "3MiB", "--host", "0.0.0.0", "--dtype", "bfloat16"]) == 0

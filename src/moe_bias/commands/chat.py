@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from moe_bias.commands.learning import LOOPBACK, begin_learning, keys_of
+from moe_bias.commands.learning import begin_learning, keys_of
 from moe_bias.commands.looking_settings import ChatSettings
 from moe_bias.commands.run_lock import held
 from moe_bias.commands.served import check_port, damages_of, name_to_clients
@@ -19,7 +19,7 @@ from moe_bias.extras import need
 from moe_bias.frozen import frozen, resolve_model
 from moe_bias.mistakes import UserError
 from moe_bias.progress import text_console
-from moe_bias.server.keys import Keys
+from moe_bias.server.keys import LOOPBACK, Keys
 
 GRACE_SECONDS = 3
 """What answers that are being written have to end in when the server is stopped."""
@@ -27,12 +27,7 @@ _ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
 def run(settings: ChatSettings) -> None:
-    """Serves until it is interrupted, and opens the page if asked. Raises UserError as `listen`."""
-    listen(settings)
-
-
-def listen(settings: ChatSettings) -> None:
-    """The server, until it is interrupted.
+    """Serves until it is interrupted, and opens the page if asked.
 
     Raises UserError where the model, its chat template, the adapters or the port cannot be had.
     """

@@ -16,9 +16,8 @@ from moe_bias.learning.fresh import fresh_layer
 from moe_bias.learning.service import Learning
 from moe_bias.learning.spool import SpoolLimits
 from moe_bias.mistakes import UserError
-from moe_bias.server.keys import Keys
+from moe_bias.server.keys import LOOPBACK, Keys
 
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 ONLY = "mine"
 """The adapter of someone who names none."""
 

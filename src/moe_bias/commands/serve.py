@@ -13,7 +13,7 @@ import sys
 import torch
 from rich.text import Text
 
-from moe_bias.commands.chat import listen
+from moe_bias.commands import chat
 from moe_bias.commands.looking_settings import ChatSettings, ServeSettings
 from moe_bias.commands.served import check_port, damages_of, name_to_clients
 from moe_bias.extras import need
@@ -30,7 +30,7 @@ CPU_CACHE = 4 * 2**30
 def run(settings: ServeSettings) -> None:
     """Becomes vLLM's server. Raises UserError where vLLM, the adapters or the port cannot be had."""
     if settings.engine == "transformers":
-        listen(_of_our_own(settings))
+        chat.run(_of_our_own(settings))
         return
     if settings.learn is not None or settings.key_file is not None:
         raise UserError("--learn and --key-file are for --engine transformers; vLLM's server does not learn yet")

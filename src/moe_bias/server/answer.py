@@ -86,7 +86,6 @@ class Answering:
         self.is_called_off = False
         self.text = GrowingText(decode, asked.stops)
         self.answer = Answer([], None)
-        self.log_probs: list[Tensor] = []
         self.hidden: list[Tensor] = []
         self.cached_tokens = 0
         self.layers: list[tuple[str, MoEBiasLayer]] = []
@@ -111,7 +110,7 @@ class Answering:
     def uniform(self) -> Tensor:
         """The number in [0, 1), float64 (1,), that the next token is drawn with."""
         assert self._uniform_L is not None
-        place = len(self.log_probs)
+        place = len(self.answer.token_ids)
         return self._uniform_L[place : place + 1]
 
     def hidden_states(self) -> Tensor:

@@ -31,6 +31,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from moe_bias.mistakes import UserError, shown
 from moe_bias.server.answer import Answering
 from moe_bias.server.engine import Engine
+from moe_bias.server.keys import LOOPBACK
 from moe_bias.server.metrics import Counters
 from moe_bias.server.page import page
 from moe_bias.server.requests import RefusedError, checked_strength, read_chat
@@ -40,7 +41,6 @@ LARGEST_BODY = 2**23
 """Bytes of a request: more text than any context holds."""
 LIMIT = 512
 """Tokens of an answer where the request names none."""
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def make_app(

@@ -44,14 +44,15 @@ class Batch:
         """Takes a row out, and returns its keys and values (1, H, L, K): a copy."""
         length = self._lengths[place]
         layers = layers_of(self._cache)
-        own = tuple(tuple(part[place : place + 1, :, -length:].clone() for part in layer) for layer in layers)
+        row = (slice(place, place + 1), slice(None), slice(-length, None))
+        own = tuple((keys[row].clone(), values[row].clone()) for keys, values in layers)
         del self._lengths[place]
         self._cache = roomy_cache()
         if self._lengths:
             stay = [other for other in range(len(self._lengths) + 1) if other != place]
             most = max(self._lengths)
             self._cache = filled_cache([(keys[stay, :, -most:], values[stay, :, -most:]) for keys, values in layers])
-        return own  # type: ignore[return-value]
+        return own
 
     @torch.no_grad()
     def next(self, tokens: Sequence[int]) -> Tensor:

@@ -23,10 +23,9 @@ LIKELIEST = 5
 
 @dataclass(frozen=True)
 class Choice:
-    """A token, its log-probability (1,) under the policy at the temperature, and its numbers where asked for."""
+    """A token, and its numbers where asked for."""
 
     token: int
-    log_prob: Tensor
     numbers: dict[str, Any] | None
 
 
@@ -41,19 +40,16 @@ def choose(
     """The next token of an answer, from the base's final logits and their entropy in nats."""
     asked, parts = answering.asked, answering.parts()
     policy_1V = summed_logits(parts, head.transform, hidden_1D, entropy_1, logits_1V)
-    heated_1V = at_temperature(policy_1V, asked.temperature or 1.0)
-    token_1 = policy_1V.argmax(-1) if asked.temperature == 0 else _drawn(heated_1V, answering)
-    log_prob_1 = heated_1V.log_softmax(-1).gather(-1, token_1[:, None]).squeeze(-1).float()
-    token = int(token_1)
+    token = int(policy_1V.argmax(-1) if asked.temperature == 0 else _drawn(policy_1V, answering))
     numbers = None
     if asked.numbers:
         names = [name for name, _ in answering.layers]
         numbers = token_numbers(names, parts, hidden_1D, logits_1V, policy_1V, entropy_1, spell) | {"id": token}
-    return Choice(token, log_prob_1, numbers)
+    return Choice(token, numbers)
 
 
-def _drawn(heated_1V: Tensor, answering: Answering) -> Tensor:
-    top_p = answering.asked.top_p
+def _drawn(policy_1V: Tensor, answering: Answering) -> Tensor:
+    heated_1V, top_p = at_temperature(policy_1V, answering.asked.temperature), answering.asked.top_p
     cut_1V = heated_1V if top_p == 1 else nucleus(heated_1V, top_p)
     return draw(cut_1V, answering.uniform().to(cut_1V.device)).token
 

@@ -270,7 +270,6 @@ class Engine:
 
     def _take(self, answering: Answering, choice: Choice) -> Reason | None:
         """Adds a token to an answer, and tells it; says why the answer ends here, if it does."""
-        answering.log_probs.append(choice.log_prob)
         ids = answering.answer.token_ids
         if choice.token in self._stop_ids:
             answering.answer = Answer(ids, choice.token)

@@ -14,6 +14,8 @@ from pathlib import Path
 from moe_bias.mistakes import UserError, read_json, shown
 
 ALL = "*"
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+"""What a machine calls itself: only its own users reach a server there."""
 _SHORTEST = 16
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import takewhile
 
 import torch
@@ -38,10 +39,14 @@ class Prefix:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of hidden states, keys and values."""
         return self.hidden.nbytes + sum(keys.nbytes + values.nbytes for keys, values in self.layers)
+
+    def begins_with(self, other: Prefix) -> bool:
+        """Whether the other one's tokens are the first of these."""
+        return self.tokens[: len(other)] == other.tokens
 
     def first(self, count: int) -> Prefix:
         """The first tokens alone: a view."""
@@ -63,24 +68,23 @@ class Prefixes:
 
     def longest(self, tokens: Sequence[int]) -> Prefix | None:
         """The longest beginning of the tokens that is held, or None. It counts as used."""
-        found = max(self._held, key=lambda prefix: shared(prefix.tokens, tokens), default=None)
-        count = 0 if found is None else shared(found.tokens, tokens)
-        if found is None or count == 0:
+        counts = [shared(prefix.tokens, tokens) for prefix in self._held]
+        count = max(counts, default=0)
+        if count == 0:
             return None
-        self._held.remove(found)
+        found = self._held.pop(counts.index(count))
         self._held.append(found)
         return found if count == len(found) else found.first(count)
 
     def add(self, prefix: Prefix) -> None:
         """Holds it in place of its own beginnings, unless one that is held begins with it, or it exceeds the budget."""
-        if prefix.nbytes > self._budget or any(
-            shared(held.tokens, prefix.tokens) == len(prefix) for held in self._held
-        ):
+        if prefix.nbytes > self._budget or any(held.begins_with(prefix) for held in self._held):
             return
-        self._held = [held for held in self._held if shared(held.tokens, prefix.tokens) < len(held)]
+        self._held = [held for held in self._held if not prefix.begins_with(held)]
         self._held.append(prefix)
-        while self.nbytes > self._budget:
-            self._held.pop(0)
+        excess = self.nbytes - self._budget
+        while excess > 0:
+            excess -= self._held.pop(0).nbytes
 
 
 def shared(one: Sequence[int], other: Sequence[int]) -> int:
