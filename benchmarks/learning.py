@@ -35,7 +35,7 @@ from torch import Tensor
 import moe_bias as mb
 from moe_bias.backbone import adapted_logits, hidden_states
 from moe_bias.config import LayerConfig, LearnConfig
-from moe_bias.features.extract import Features, support_columns, token_scalars
+from moe_bias.features.extract import Features, answer_features
 from moe_bias.frozen import Frozen
 from moe_bias.layer import MoEBiasLayer, entropy_from_logits
 from moe_bias.learning.fresh import fresh_layer
@@ -46,7 +46,6 @@ from moe_bias.mistakes import UserError
 from moe_bias.records import provenance, write_json
 from moe_bias.rollout.answers import greedy_answers
 from moe_bias.rollout.policy import layer_policy
-from moe_bias.support import split_vocabulary
 from moe_bias.tasks.conversations import Conversation, answer_ends, encode_prompt
 
 RATES = {"static": (3e-3, 1e-2, 3e-2), "ours": (3e-3, 1e-2, 3e-2), "lora": (3e-4, 1e-3, 3e-3)}
@@ -152,16 +151,7 @@ class Model:
 
     def features(self, hidden_TD: Tensor, answer: list[int], layer: MoEBiasLayer) -> Features:
         """The same as features on a layer's support."""
-        token_T, support_M = torch.tensor(answer), layer.support_or_all()
-        head = self.base.head
-        scalars = token_scalars(head, hidden_TD, token_T, split_vocabulary(support_M, head.vocab_size))
-        place_T = torch.arange(len(answer))
-        column_T = support_columns(support_M, head.vocab_size)[token_T]
-        base = scalars.base
-        return Features(
-            hidden_TD, token_T, torch.zeros_like(token_T), place_T, scalars.logit, base.entropy, base.log_partition,
-            base.rest, column_T, support_M,
-        )  # fmt: skip
+        return answer_features(self.base.head, hidden_TD, torch.tensor(answer), layer.support_or_all())
 
 
 @dataclass(frozen=True)

@@ -22,14 +22,13 @@ from moe_bias.adapter import save_layer
 from moe_bias.adapter.saved import WEIGHTS_FILE
 from moe_bias.backbone import Head, find_head
 from moe_bias.config import LayerConfig, LearnConfig
-from moe_bias.features.extract import Features, support_columns, token_scalars
+from moe_bias.features.extract import Features, answer_features
 from moe_bias.learning.journal import Journal
 from moe_bias.learning.learner import FREEZE, LESSON, UNDO, UNFREEZE
 from moe_bias.learning.lessons import Lesson, pair_lesson, reward_lesson
 from moe_bias.learning.process import CHECKPOINT, JOURNAL, START, Learners, Place, write_head
 from moe_bias.progress import meter
 from moe_bias.records import provenance, write_json
-from moe_bias.support import split_vocabulary
 
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 VOCABULARY, SUPPORT = 97, tuple(range(3, 60))
@@ -40,22 +39,7 @@ MEMORY = 2**21
 def features(head: Head, tokens: list[int], generator: torch.Generator) -> Features:
     """Of an answer of these tokens, from random hidden states."""
     hidden_TD = torch.randn(len(tokens), head.hidden_size, generator=generator)
-    token_T, support_M = torch.tensor(tokens), torch.tensor(SUPPORT)
-    scalars = token_scalars(head, hidden_TD, token_T, split_vocabulary(support_M, VOCABULARY))
-    base, place_T = scalars.base, torch.arange(len(tokens))
-    column_T = support_columns(support_M, VOCABULARY)[token_T]
-    return Features(
-        hidden_TD,
-        token_T,
-        torch.zeros_like(token_T),
-        place_T,
-        scalars.logit,
-        base.entropy,
-        base.log_partition,
-        base.rest,
-        column_T,
-        support_M,
-    )
+    return answer_features(head, hidden_TD, torch.tensor(tokens), torch.tensor(SUPPORT))
 
 
 def lesson(head: Head, rng: random.Random, wanted: int, generator: torch.Generator) -> Lesson:

@@ -4,17 +4,16 @@ from pathlib import Path
 
 import torch
 
-from helpers.models import HIDDEN, VOCABULARY, tiny_model
+from helpers.models import HIDDEN, tiny_model
 from moe_bias.adapter import save_layer
 from moe_bias.backbone import find_head
 from moe_bias.config import LayerConfig, LearnConfig
-from moe_bias.features.extract import Features, support_columns, token_scalars
+from moe_bias.features.extract import Features, answer_features
 from moe_bias.learning.journal import Entry
 from moe_bias.learning.learner import LESSON, Learner
 from moe_bias.learning.lessons import Lesson, pair_lesson, reward_lesson
 from moe_bias.learning.process import Learners
 from moe_bias.mistakes import UserError
-from moe_bias.support import split_vocabulary
 
 SUPPORT = tuple(range(3, 70))
 MODEL = tiny_model("llama-tied")
@@ -32,20 +31,7 @@ def answer(tokens, seed=0) -> Features:
     """Features of one answer of these tokens; the hidden states follow from the seed and their place."""
     generator = torch.Generator().manual_seed(seed)
     hidden_TD = torch.randn(len(tokens), HIDDEN, generator=generator)
-    token_T, support_M = torch.tensor(tokens), torch.tensor(SUPPORT)
-    scalars = token_scalars(HEAD, hidden_TD, token_T, split_vocabulary(support_M, VOCABULARY))
-    return Features(
-        hidden_TD,
-        token_T,
-        torch.zeros_like(token_T),
-        torch.arange(len(token_T)),
-        scalars.logit,
-        scalars.base.entropy,
-        scalars.base.log_partition,
-        scalars.base.rest,
-        support_columns(support_M, VOCABULARY)[token_T],
-        support_M,
-    )
+    return answer_features(HEAD, hidden_TD, torch.tensor(tokens), torch.tensor(SUPPORT))
 
 
 def edit(seed=0, length=6, wanted=5) -> Lesson:

@@ -133,8 +133,18 @@ def with_scalars(head: Head, tokens: HiddenTokens, support: Sequence[int], descr
             hidden_TD = tokens.hidden[rows].to(head.device)
             parts.append(token_scalars(head, hidden_TD, tokens.token[rows].to(head.device), split))
             bar.advance(len(rows))
-    scalars = columns.joined(parts).to("cpu")
-    support_M = torch.tensor(support)
+    return _features(tokens, columns.joined(parts), torch.tensor(support), head.vocab_size)
+
+
+def answer_features(head: Head, hidden_TD: Tensor, token_T: Tensor, support_M: Tensor) -> Features:
+    """Features of one answer on a support (M,), on the CPU, from the hidden states that predict its tokens."""
+    split = split_vocabulary(support_M.to(head.device), head.vocab_size)
+    scalars = token_scalars(head, hidden_TD.to(head.device), token_T.to(head.device), split)
+    tokens = HiddenTokens(at_least_float32(hidden_TD).cpu(), token_T.cpu(), torch.zeros_like(token_T, device="cpu"))
+    return _features(tokens, scalars, support_M.cpu(), head.vocab_size)
+
+
+def _features(tokens: HiddenTokens, scalars: TokenScalars, support_M: Tensor, vocab_size: int) -> Features:
     return Features(
         tokens.hidden,
         tokens.token,
@@ -144,7 +154,7 @@ def with_scalars(head: Head, tokens: HiddenTokens, support: Sequence[int], descr
         scalars.base.entropy,
         scalars.base.log_partition,
         scalars.base.rest,
-        support_columns(support_M, head.vocab_size)[tokens.token],
+        support_columns(support_M, vocab_size)[tokens.token],
         support_M,
     )
 

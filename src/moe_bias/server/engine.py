@@ -25,9 +25,10 @@ from threading import Lock, Thread
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from moe_bias.adapter.embedding import embedding_sample
-from moe_bias.features.extract import Features
+from moe_bias.features.extract import Features, answer_features
 from moe_bias.frozen import Frozen
 from moe_bias.layer import MoEBiasLayer, at_least_float32, entropy_from_logits
 from moe_bias.learning.spool import ServedAnswer
@@ -37,7 +38,6 @@ from moe_bias.server.answer import Answering, Asked, Ended, Failed, Keeper, List
 from moe_bias.server.batch import Batch
 from moe_bias.server.choice import Choice, choose
 from moe_bias.server.prefixes import KeysValues, Prefix, Prefixes, extended
-from moe_bias.server.tokens import features_of_tokens
 from moe_bias.serving.pool import AdapterPool
 from moe_bias.serving.versions import AdapterFolder, read_version
 from moe_bias.tasks.conversations import answer_ends
@@ -161,7 +161,7 @@ class Engine:
     def features_of_served(self, answer: ServedAnswer) -> Features:
         """The same of an answer that was served, whose hidden states are there. Raises UserError as `version`."""
         version, token_T = self.version(answer.adapter), torch.tensor(answer.tokens)
-        return self.call(lambda: features_of_tokens(self.base.head, self._pool.get(version), answer.hidden, token_T))
+        return self.call(lambda: self._answer_features(answer.hidden, token_T, version))
 
     def layer(self, adapter: str) -> MoEBiasLayer:
         """The frozen layer of the adapter's version now, which is not to be changed. Raises UserError as `version`."""
@@ -179,7 +179,10 @@ class Engine:
         prefix = extended(self.base.model, self._prefixes.longest(tokens), tokens)
         self._prefixes.add(prefix)
         hidden_TD = prefix.hidden[len(prompt) - 1 :]
-        return features_of_tokens(self.base.head, self._pool.get(version), hidden_TD, torch.tensor(answer))
+        return self._answer_features(hidden_TD, torch.tensor(answer), version)
+
+    def _answer_features(self, hidden_TD: Tensor, token_T: Tensor, version: Path) -> Features:
+        return answer_features(self.base.head, hidden_TD, token_T, self._pool.get(version).support_or_all())
 
     def _load(self, version: Path) -> MoEBiasLayer:
         head = self.base.head
