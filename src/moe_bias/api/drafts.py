@@ -16,10 +16,10 @@ from typing import Any
 from rich.console import Console
 
 from moe_bias.adapter import save_layer
-from moe_bias.adapter.saved import refuse_overwriting
 from moe_bias.api.arguments import config_of, refuse_other_base, refuse_other_layer
 from moe_bias.api.data import refuse_other_data, stored
 from moe_bias.api.reports import DraftReport
+from moe_bias.api.run_place import folder_of_adapter
 from moe_bias.api.supervised import Extra, on_own_support, prepared_for
 from moe_bias.config import DraftConfig
 from moe_bias.evaluation.drafts import draft_figures, draft_tokens
@@ -31,16 +31,15 @@ from moe_bias.features.store import FeatureStore
 from moe_bias.features.target import WithTarget, with_target
 from moe_bias.frozen import Frozen
 from moe_bias.layer import MoEBiasLayer
-from moe_bias.mistakes import Interrupted, UserError, nothing_stays_without, shown
+from moe_bias.mistakes import Interrupted, UserError, shown
 from moe_bias.progress import text_console
-from moe_bias.records import RecordKind, provenance, temporary_folder, write_json
+from moe_bias.records import RecordKind, provenance, write_json
 from moe_bias.training.checkpoint import Checkpoints
 from moe_bias.training.data import Data
 from moe_bias.training.loop import Callback
 from moe_bias.training.metrics import read_metrics
 from moe_bias.training.objectives import Distillation, Objective, make_objective
 from moe_bias.training.processes import ALONE, Processes
-from moe_bias.training.run_folder import refuse_other_settings
 from moe_bias.training.sft import Prepared, fresh_layer, refuse_impossible, split_order, train
 
 PLAIN, ADAPTED = "plain", "adapted"
@@ -83,11 +82,7 @@ def train_draft(
     config = on_own_support(data, config)
     made_with = config.model_dump(mode="json")
     refuse_impossible(config, small.head, len(data.store))
-    with nothing_stays_without(output), ExitStack() as stack:
-        folder = Path(stack.enter_context(temporary_folder("draft")) if output is None else output)
-        if output is not None:
-            refuse_overwriting(folder)
-            refuse_other_settings(folder, made_with)
+    with folder_of_adapter(output, "draft", made_with) as folder, ExitStack() as stack:
         target = target_store(large, data, keep, batch_size, stack)
         towards = Towards.of(large, data, prepared_for(data, config, layer), target)
         own = fresh_layer(config, towards.prepared.support, small.head) if layer is None else copy.deepcopy(layer)

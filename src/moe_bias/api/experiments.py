@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from moe_bias.api.arguments import config_of, refuse_other_base
 from moe_bias.api.data import refuse_other_data
 from moe_bias.api.reports import ArmsReport, CompareReport
 from moe_bias.api.rewarded import REWARD_ALONE, reward_record
+from moe_bias.api.run_place import folder_of
 from moe_bias.api.supervised import Trained, on_own_support
 from moe_bias.config import ArmsConfig, CompareConfig, RewardConfig, SFTConfig
 from moe_bias.experiments.arm import ArmRecords, Outcome, Wanted
@@ -32,9 +32,9 @@ from moe_bias.experiments.rewarded import Shifted, Stage, prepare_stage, refuse_
 from moe_bias.experiments.supervised import Workshop, cells_of_grid, supervised_arms
 from moe_bias.features.manifest import recipe_hash
 from moe_bias.frozen import Frozen
-from moe_bias.mistakes import UserError, nothing_stays_without
+from moe_bias.mistakes import UserError
 from moe_bias.progress import say, text_console
-from moe_bias.records import RecordKind, provenance, temporary_folder, write_json
+from moe_bias.records import RecordKind, provenance, write_json
 from moe_bias.tasks.catalogue import make_task
 from moe_bias.tasks.rewards import Rewards
 from moe_bias.tasks.task import Task
@@ -75,7 +75,7 @@ def arms(
     config = _config(base, data, config_of(config, ArmsConfig))
     if lora and data.corpus is None:
         say(text_console(), f"{' and '.join(LORA_ARMS)} are left out: they need the texts, not a feature store alone")
-    with _folder(output, "arms") as folder:
+    with folder_of(output, "arms") as folder:
         has_lora = lora and data.corpus is not None
         return compared_arms(config, _made_with(config, data), arms, seeds, folder, lambda: data, has_lora, batch_size)
 
@@ -101,7 +101,7 @@ def sweep(
     other settings; Interrupted on Ctrl-C, saying how many are done.
     """
     config = _config(base, data, config_of(config, SFTConfig))
-    with _folder(output, "sweep") as folder:
+    with folder_of(output, "sweep") as folder:
         return swept(config, _made_with(config, data), _written(grid), against, seeds, folder, lambda: data)
 
 
@@ -151,7 +151,7 @@ def compare(
         "test_problems": test_problems,
         **reward_record(reward, rewards),
     }
-    with _folder(output, "compare") as folder:
+    with folder_of(output, "compare") as folder:
         return compared(config, made_with, arms, seeds, folder, drawn, weighed)
 
 
@@ -241,17 +241,6 @@ def _config(base: Frozen, data: Data, config: Trained) -> Trained:
     config = on_own_support(data, config)
     refuse_impossible(config, base.head, len(data.store))
     return config
-
-
-@contextmanager
-def _folder(output: str | Path | None, purpose: str) -> Iterator[Path]:
-    """The folder of the arms' records, a temporary one where none is named."""
-    with nothing_stays_without(output):
-        if output is not None:
-            yield Path(output)
-        else:
-            with temporary_folder(purpose) as folder:
-                yield folder
 
 
 def _written(grid: Axes) -> str:

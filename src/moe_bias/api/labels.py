@@ -18,6 +18,7 @@ from moe_bias.adapter import save_layer
 from moe_bias.api.arguments import config_of, refuse_other_base
 from moe_bias.api.data import stored
 from moe_bias.api.reports import Curve, Report
+from moe_bias.api.run_place import folder_of
 from moe_bias.config import LabelsConfig
 from moe_bias.experiments.arm import ArmRecords, Outcome, Wanted
 from moe_bias.experiments.label_arms import (
@@ -42,9 +43,9 @@ from moe_bias.features.fingerprint import model_facts
 from moe_bias.features.source import on_support
 from moe_bias.features.store import FeatureStore
 from moe_bias.frozen import Frozen
-from moe_bias.mistakes import UserError, nothing_stays_without
+from moe_bias.mistakes import UserError
 from moe_bias.progress import say, text_console
-from moe_bias.records import RecordKind, provenance, temporary_folder, write_json
+from moe_bias.records import RecordKind, provenance, write_json
 from moe_bias.report.table import Table
 from moe_bias.report.tables import LEAD, ways
 from moe_bias.tasks.conversations import Corpus, Example, answer_ends, encode
@@ -94,8 +95,7 @@ def labels(
     config = config_of(config, LabelsConfig)
     if PROBE in config.arms:
         refuse_without_probe(base.head)
-    with nothing_stays_without(output), ExitStack() as stack:
-        folder = Path(stack.enter_context(temporary_folder("labels")) if output is None else output)
+    with folder_of(output, "labels") as folder:
         ground = _ground(base, str(rows) if isinstance(rows, Path) else rows, config, folder, text_console())
         return _compared(ground, config, folder)
 

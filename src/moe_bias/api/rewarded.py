@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,15 @@ import numpy as np
 from rich.console import Console
 
 from moe_bias.adapter import save_layer
-from moe_bias.adapter.saved import refuse_overwriting
 from moe_bias.api.arguments import config_of, refuse_other_base, refuse_other_layer
 from moe_bias.api.reports import RLReport
+from moe_bias.api.run_place import folder_of_adapter
 from moe_bias.config import RewardConfig, RLConfig
 from moe_bias.evaluation.statistics import mean, wilson
 from moe_bias.frozen import Frozen
 from moe_bias.layer import MoEBiasLayer
-from moe_bias.mistakes import nothing_stays_without
 from moe_bias.progress import say, text_console
-from moe_bias.records import RecordKind, provenance, temporary_folder, write_json
+from moe_bias.records import RecordKind, provenance, write_json
 from moe_bias.rollout.sampler import Sampler
 from moe_bias.tasks.catalogue import make_task
 from moe_bias.tasks.rewards import Rewards
@@ -46,7 +45,7 @@ from moe_bias.training.problems import (
     task_data,
 )
 from moe_bias.training.rl import PolicyPosition, PolicyTrainer
-from moe_bias.training.run_folder import begin, refuse_other_settings
+from moe_bias.training.run_folder import begin
 from moe_bias.training.sft import refuse_impossible
 
 
@@ -109,11 +108,7 @@ def train_rl(
     weighed.try_on(data.train.problems[0])
     if layer is None:
         refuse_impossible(config, base.head)
-    with nothing_stays_without(output), ExitStack() as stack:
-        folder = Path(stack.enter_context(temporary_folder("rl")) if output is None else output)
-        if output is not None:
-            refuse_overwriting(folder)
-            refuse_other_settings(folder, made_with)
+    with folder_of_adapter(output, "rl", made_with) as folder:
         begin_run(folder, data, made_with)
         beginning = fresh_policy_layer(data, config) if layer is None else Beginning(copy.deepcopy(layer), None)
         run = Run(data, weighed, config, watch, folder, beginning, seams=seams)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,24 +12,23 @@ import numpy as np
 import torch
 
 from moe_bias.adapter import save_layer
-from moe_bias.adapter.saved import refuse_overwriting
 from moe_bias.api.arguments import config_of, refuse_other_base, refuse_other_layer
 from moe_bias.api.data import refuse_other_data
 from moe_bias.api.reports import SFTReport
+from moe_bias.api.run_place import folder_of_adapter
 from moe_bias.config import SFTConfig
 from moe_bias.evaluation.likelihood import per_example, token_nll
 from moe_bias.evaluation.statistics import Estimate, ratio_of_sums, share
 from moe_bias.frozen import Frozen
 from moe_bias.layer import MoEBiasLayer
-from moe_bias.mistakes import Interrupted, UserError, nothing_stays_without
-from moe_bias.records import RecordKind, provenance, temporary_folder, write_json
+from moe_bias.mistakes import Interrupted, UserError
+from moe_bias.records import RecordKind, provenance, write_json
 from moe_bias.training.checkpoint import Checkpoints
 from moe_bias.training.data import Data
 from moe_bias.training.loop import Callback
 from moe_bias.training.metrics import read_metrics
 from moe_bias.training.objectives import Objective, make_objective
 from moe_bias.training.processes import ALONE, Processes
-from moe_bias.training.run_folder import refuse_other_settings
 from moe_bias.training.sft import Prepared, fresh_layer, refuse_impossible, train
 
 Trained = TypeVar("Trained", bound=SFTConfig)
@@ -72,11 +70,7 @@ def train_sft(
     config = on_own_support(data, config)
     made_with = config.model_dump(mode="json")
     refuse_impossible(config, base.head, len(data.store))
-    with nothing_stays_without(output), ExitStack() as stack:
-        folder = Path(stack.enter_context(temporary_folder("sft")) if output is None else output)
-        if output is not None:
-            refuse_overwriting(folder)
-            refuse_other_settings(folder, made_with)
+    with folder_of_adapter(output, "sft", made_with) as folder:
         checkpoints = Checkpoints(folder, checkpoint_every, keep_checkpoints)
         prepared = prepared_for(data, config, layer)
         own = fresh_layer(config, prepared.support, base.head) if layer is None else copy.deepcopy(layer)
