@@ -83,13 +83,10 @@ class Subset:
 
 
 @dataclass(frozen=True)
-class OnSupport:
-    """A source on another support (M,): `rest` (T,) and `column` (T,) are its own, all else the source's."""
+class AllOf:
+    """All tokens of a source in its order, of which a view says something otherwise."""
 
     source: FeatureSource
-    support: Tensor
-    rest: RestScalars
-    column: Tensor
 
     def __len__(self) -> int:
         return len(self.source)
@@ -103,6 +100,15 @@ class OnSupport:
     def example(self) -> Tensor:
         """The source's numbers of the examples, (T,) int64."""
         return self.source.example
+
+
+@dataclass(frozen=True)
+class OnSupport(AllOf):
+    """A source on another support (M,): `rest` (T,) and `column` (T,) are its own, all else the source's."""
+
+    support: Tensor
+    rest: RestScalars
+    column: Tensor
 
     def at(self, index: Tensor | slice) -> Features:
         """The given tokens, by their numbers in the source."""

@@ -19,7 +19,7 @@ from moe_bias.backbone import Head
 from moe_bias.columns import Columns, joined
 from moe_bias.divergence import TargetScalars, in_common, target_scalars
 from moe_bias.features.extract import Features, chunk_rows
-from moe_bias.features.source import FeatureSource
+from moe_bias.features.source import AllOf, FeatureSource
 from moe_bias.progress import meter
 
 
@@ -32,30 +32,16 @@ class TargetTokens(Columns):
 
 
 @dataclass(frozen=True)
-class WithTarget:
+class WithTarget(AllOf):
     """A draft's tokens with what the target says of them: `target` holds the same tokens in the same order."""
 
-    source: FeatureSource
     target: FeatureSource
     scalars: TargetScalars
-
-    def __len__(self) -> int:
-        return len(self.source)
 
     @property
     def support(self) -> Tensor:
         """The draft's, (M,) int64."""
         return self.source.support
-
-    @property
-    def token(self) -> Tensor:
-        """Realised token ids (T,) int64."""
-        return self.source.token
-
-    @property
-    def example(self) -> Tensor:
-        """The source's numbers of the examples, (T,) int64."""
-        return self.source.example
 
     def at(self, index: Tensor | slice) -> Features:
         """The given tokens, by their numbers in the source."""
