@@ -14,10 +14,10 @@ from transformers import AutoTokenizer, GenerationConfig
 from helpers.complaints import complaint
 from helpers.models import HIDDEN, VOCABULARY, tiny_model
 from helpers.saved import CHAT_TEMPLATE, SUPPORT, save_adapter, save_model
-from moe_bias import MoEBiasConfig
+from moe_bias import MoEBiasConfig, saved_embedding
 from moe_bias.backbone import OutputRows
 from moe_bias.cli import COMMANDS, main
-from moe_bias.commands import inspect_adapter, params, saved_embedding
+from moe_bias.commands import inspect_adapter, params
 from moe_bias.config import ModelConfig
 from moe_bias.mistakes import Interrupted
 

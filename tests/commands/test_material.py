@@ -18,10 +18,10 @@ from helpers.stores import contents, in_child
 from helpers.training_processes import ADAPTER
 from moe_bias.api import data
 from moe_bias.cli import main
-from moe_bias.commands.run_lock import LOCK, NOTE
 from moe_bias.experiments.arms import lora_budget
 from moe_bias.features import build, making
 from moe_bias.features.store import FeatureStore
+from moe_bias.folder_lock import LOCK, NOTE
 from moe_bias.training.checkpoint import Checkpoints
 
 DATA = "--model model --data rows.jsonl --device cpu"

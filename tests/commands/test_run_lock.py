@@ -10,11 +10,12 @@ import pytest
 
 from helpers.complaints import complaint, told
 from helpers.saved import write_rows
+from moe_bias import folder_lock
 from moe_bias.cli import COMMANDS
-from moe_bias.commands import run_lock
 from moe_bias.commands.looking_settings import AnalyzeSettings, ReportSettings, VerifySettings
-from moe_bias.commands.run_lock import LOCK, NOTE, held
+from moe_bias.commands.run_lock import held
 from moe_bias.commands.training_settings import DemoSettings, ExtractSettings, TrainSFTSettings
+from moe_bias.folder_lock import LOCK, NOTE
 from moe_bias.mistakes import UserError
 
 pytestmark = pytest.mark.usefixtures("folder")
@@ -131,10 +132,10 @@ def test_nothing_is_left_of_a_run_that_wrote_nothing(folder):
 
 def test_a_file_system_without_locks_is_said(folder, monkeypatch, capsys):
     def refuse(*args, **options):
-        raise run_lock.sqlite3.OperationalError("disk I/O error")
+        raise folder_lock.sqlite3.OperationalError("disk I/O error")
 
     for way in ("acquire_write", "write_lock"):
-        monkeypatch.setattr(run_lock.ReadWriteLock, way, refuse)
+        monkeypatch.setattr(folder_lock.ReadWriteLock, way, refuse)
     with held(Path("out"), "eval", FILES):
         Path("out/file").touch()
     assert capsys.readouterr().err.startswith("out can be given no lock by its file system: start no other run into it")

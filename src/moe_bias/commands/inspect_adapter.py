@@ -17,12 +17,12 @@ from moe_bias.adapter.saved import read_saved
 from moe_bias.analysis import Decode, ExpertView, any_off_support, expert_views
 from moe_bias.commands.expert_table import OFF_SUPPORT, moved, readings_table
 from moe_bias.commands.looking_settings import InspectSettings
-from moe_bias.commands.saved_embedding import embedding_rows
 from moe_bias.config import ModelConfig
 from moe_bias.frozen import resolve_model
 from moe_bias.layer import EmbeddingRows, MoEBiasLayer
 from moe_bias.mistakes import UserError
 from moe_bias.progress import text_console
+from moe_bias.saved_embedding import embedding_rows
 
 WIDTH_OF_A_FILE = 100
 """Columns where standard output is no terminal, which would give 80."""

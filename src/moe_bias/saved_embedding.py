@@ -1,4 +1,4 @@
-"""The output embedding of the model that an adapter was made on, read without running the model.
+"""A model's output embedding alone, read from its files without the rest of its weights.
 
 Shapes: D hidden size, V vocabulary, M tokens asked for.
 """
@@ -6,6 +6,7 @@ Shapes: D hidden size, V vocabulary, M tokens asked for.
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from moe_bias.backbone import OutputRows, output_embedding, unwrapped
+from moe_bias.backbone import Head, OutputRows, find_head, measure_head_transform, output_embedding, unwrapped
 from moe_bias.config import ModelConfig
 from moe_bias.frozen import load_model, resolve_model
 from moe_bias.layer import EmbeddingRows, at_least_float32
@@ -53,6 +54,31 @@ def stored_embedding(settings: ModelConfig) -> Tensor | None:
 
     None where they are not to be had, name their tensors otherwise than the model does, or hold it packed.
     """
+    found = _without_weights(settings)
+    return None if found is None else found[1]
+
+
+def without_backbone(settings: ModelConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, Head]:
+    """A model whose weights are on the meta device, and its head, which computes in `dtype` on the CPU.
+
+    The whole model is loaded where its files do not tell the output embedding alone, or it has a bias of its own.
+    Raises UserError where it cannot be had.
+    """
+    found = _without_weights(settings)
+    if found is not None:
+        model, weight_VD = found
+        module = unwrapped(output_embedding(model))
+        if getattr(module, "bias", None) is None:
+            linear = nn.Linear(weight_VD.shape[1], weight_VD.shape[0], bias=False, dtype=dtype, device="meta")
+            linear.load_state_dict({"weight": weight_VD.to(dtype)}, assign=True)
+            return model, Head(linear.requires_grad_(False), measure_head_transform(model))
+    type_name = str(dtype).removeprefix("torch.")
+    model, _ = load_model(settings.model_copy(update={"dtype": type_name, "device": "cpu"}))
+    return model, find_head(model)[1]
+
+
+def _without_weights(settings: ModelConfig) -> tuple[PreTrainedModel, Tensor] | None:
+    """The model on the meta device, and its output embedding's weight as `stored_embedding` has it."""
     path = resolve_model(settings.model)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
@@ -60,8 +86,11 @@ def stored_embedding(settings: ModelConfig) -> Tensor | None:
             return None
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code)
+        with suppress(OSError):  # without such a file the config tells
+            model.generation_config = GenerationConfig.from_pretrained(path)
         shape, names = _shape_and_names(model)
-        return _tensor_of_files(path, names, shape)
+        weight_VD = _tensor_of_files(path, names, shape)
+        return None if weight_VD is None else (model, weight_VD)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError):
         return None  # what is wrong is told when the model itself is loaded
 
