@@ -20,6 +20,8 @@ CACHE = PREFIX + "CACHE"
 """Names the folder of what is kept between runs."""
 NOTES = PREFIX + "NOTES"
 """What the processes of one vLLM tell each other; nobody sets it by hand."""
+LEARNING = PREFIX + "LEARNING"
+"""What a server of vLLM's is to learn by, as JSON; `moe-bias serve --learn` sets it."""
 Values = TypeVar("Values", bound=Config)
 
 
@@ -57,7 +59,7 @@ def from_variables(kind: type[Values], values: Mapping[str, str] = os.environ) -
 def refuse_unknown(options: Iterable[str], names: Iterable[str] = os.environ) -> None:
     """Raises UserError on a `MOE_BIAS_*` variable that nothing reads, neither as one of these options nor elsewhere."""
     fields = {*options, *LayerVariables.model_fields, *ServingVariables.model_fields}
-    known = {variable(field) for field in fields} | {CONFIG, CACHE, NOTES}
+    known = {variable(field) for field in fields} | {CONFIG, CACHE, NOTES, LEARNING}
     for name in sorted(names):
         if name.upper().startswith(PREFIX) and name.upper() not in known:
             near = nearest(name.upper().removeprefix(PREFIX), {each.removeprefix(PREFIX) for each in known})

@@ -1,4 +1,4 @@
-"""What an engine tells the processes that take its requests: a sample of its model's output embedding.
+"""What an engine tells the processes that take its requests: a sample of its model's output embedding, hidden states.
 
 Requests are refused where they come in, in a process that has no model: once a request is in the engine,
 nothing that is wrong with its adapter can be told to its client alone. vLLM starts its processes from one, so
@@ -18,7 +18,10 @@ import torch
 from torch import Tensor
 from vllm.config import ModelConfig
 
+from moe_bias.serving.recording import RowLayout, Spool
 from moe_bias.variables import NOTES
+
+_KEPT = "kept"
 
 
 def share_notes() -> None:
@@ -40,6 +43,20 @@ def noted_sample(model_config: ModelConfig) -> Tensor | None:
     """The sample, where it was told: engines on other machines cannot."""
     note = _note(model_config)
     return torch.tensor(json.loads(note.read_text())) if note is not None and note.exists() else None
+
+
+def share_kept_states() -> None:
+    """Makes the folder of hidden states that are kept for learning: where it is, an engine keeps them."""
+    share_notes()
+    folder = _shared()
+    assert folder is not None
+    (folder / _KEPT).mkdir(exist_ok=True)
+
+
+def kept_states(layout: RowLayout) -> Spool | None:
+    """That folder; None where nothing learns."""
+    folder = _shared()
+    return None if folder is None or not (folder / _KEPT).is_dir() else Spool(folder / _KEPT, layout)
 
 
 def _note(model_config: ModelConfig) -> Path | None:

@@ -8,6 +8,7 @@ has been loaded, to follow its head and read its output embedding. Without MOE_B
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -20,13 +21,15 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from moe_bias.backbone import HeadTransform
 from moe_bias.mistakes import UserError
-from moe_bias.serving.counting import count_by_adapter
 from moe_bias.serving.embedding import ServedEmbedding, keep_embedding
+from moe_bias.serving.following import follow_requests
 from moe_bias.serving.head import find_served_head, follow
-from moe_bias.serving.notes import note_sample, share_notes
-from moe_bias.serving.processor import processor_of
+from moe_bias.serving.keeping import Pass, follow_passes
+from moe_bias.serving.notes import kept_states, note_sample, share_kept_states, share_notes
+from moe_bias.serving.processor import MoEBiasLogitsProcessor, processor_of
+from moe_bias.serving.recording import RowLayout
 from moe_bias.serving.requests import Gate, gate_of
-from moe_bias.variables import ServingVariables, from_variables
+from moe_bias.variables import LEARNING, ServingVariables, from_variables
 
 
 def register() -> None:
@@ -47,7 +50,9 @@ def _with_gate(original: Callable[..., None]) -> Callable[..., None]:
     def init(self: InputProcessor, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         if _is_on():
             share_notes()  # before the engine's processes are started
-            count_by_adapter()
+            follow_requests()
+            if LEARNING in os.environ:
+                share_kept_states()
         gate = gate_of(vllm_config)
         original(self, vllm_config, *args, **kwargs)
         if gate is not None:
@@ -78,7 +83,10 @@ def _with_head_followed(original: Callable[..., Any]) -> Callable[..., Any]:
             keep_embedding(vllm_config, head.embedding)
             if head.embedding.sample is not None:
                 note_sample(model_config, head.embedding.sample)
-            follow(head.layer, _ProcessorOf(vllm_config, head.embedding))
+            processor = _ProcessorOf(vllm_config, head.embedding)
+            follow(head.layer, processor)
+            if kept_states(RowLayout.of_model(model_config.get_hidden_size(), model_config.dtype)) is not None:
+                follow_passes(model, processor)
         return model
 
     return load_model
@@ -101,6 +109,22 @@ class _ProcessorOf:
 
     def on_head(self, hidden_BD: Tensor, logits_BV: Tensor, transform: HeadTransform) -> None:
         """See `HeadReader`."""
-        processor = processor_of(self._config)
+        processor = self._processor
         if processor is not None:
             processor.on_head(hidden_BD, logits_BV, transform)
+
+    @property
+    def wants_passes(self) -> bool:
+        """See `PassReader`."""
+        processor = self._processor
+        return processor is not None and processor.wants_passes
+
+    def on_pass(self, seen: Pass) -> None:
+        """See `PassReader`."""
+        processor = self._processor
+        assert processor is not None
+        processor.on_pass(seen)
+
+    @property
+    def _processor(self) -> MoEBiasLogitsProcessor | None:
+        return processor_of(self._config)

@@ -34,6 +34,8 @@ from moe_bias.layer import MoEBiasLayer, entropy_from_logits
 from moe_bias.mistakes import UserError
 from moe_bias.serving.asked import NAME
 from moe_bias.serving.embedding import embedding_of
+from moe_bias.serving.keeping import KEEP, Keeping, Pass, keep_rows, keeping_of
+from moe_bias.serving.notes import kept_states
 from moe_bias.serving.pool import AdapterPool
 from moe_bias.serving.recorder import RecordedRows, Recording, recorded, recorded_rows
 from moe_bias.serving.recording import RowLayout, Spool
@@ -74,8 +76,11 @@ class MoEBiasLogitsProcessor(FirstRunner, SecondRunner):
         self._groups: list[TenantRows] = []
         self._recordings: dict[int, Recording] = {}
         self._recorded: list[RecordedRows] = []
+        self._kept_states = kept_states(layout)
+        self._keepings: dict[int, Keeping] = {}
         self._due = False
         self._step: StepRows | None = None
+        self._pass: Pass | None = None
         _PROCESSORS[id(vllm_config)] = self
 
     @classmethod
@@ -98,6 +103,7 @@ class MoEBiasLogitsProcessor(FirstRunner, SecondRunner):
             self._groups = rows_by_tenant(self._tenants, self._device)
         if process_dict_updates(self._recordings, batch_update, lambda params, _, ids: self._recording(params, ids)):
             self._recorded = recorded_rows(self._recordings, self._sizes[1], self._device)
+        process_dict_updates(self._keepings, batch_update, self._keeping)
         self._due = True
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
@@ -105,11 +111,26 @@ class MoEBiasLogitsProcessor(FirstRunner, SecondRunner):
         tenant, recording = self._tenant(sampling_params), self._recording(sampling_params, [])
         _put(self._tenants, req_idx, tenant)
         _put(self._recordings, req_idx, recording)
-        return tenant is not None or self._processes_all
+        keeps = KEEP in (sampling_params.extra_args or {})
+        prompt = int(self._state.prompt_len.np[req_idx]) if keeps else 0
+        _put(self._keepings, req_idx, keeping_of(self._kept_states, sampling_params, prompt))
+        return tenant is not None or keeps or self._processes_all
 
     def apply_staged_writes(self) -> None:
         """The second runner, before each forward pass."""
-        self._due, self._step = True, None
+        self._due, self._step, self._pass = True, None, None
+
+    @property
+    def wants_passes(self) -> bool:
+        """See `PassReader`."""
+        return any(keeping.of_prompt for keeping in self._keepings.values())
+
+    def on_pass(self, seen: Pass) -> None:
+        """See `PassReader`; whose its tokens are the second runner says when it asks for the logits."""
+        if self._second_runner:
+            self._pass = seen
+        else:
+            seen.keep([self._keepings.get(row) for row in range(1 + max(self._keepings))])
 
     def on_head(self, hidden_BD: Tensor, logits_BV: Tensor, transform: HeadTransform) -> None:
         """See `HeadReader`."""
@@ -117,6 +138,7 @@ class MoEBiasLogitsProcessor(FirstRunner, SecondRunner):
             return
         self._due = False
         if not self._second_runner:
+            keep_rows({row: (kept, kept.next_position) for row, kept in self._keepings.items()}, hidden_BD)
             with recorded(self._recorded, self._first_place, hidden_BD, logits_BV, logits_BV):
                 move_rows(logits_BV, hidden_BD, self._groups, transform)
         elif self._tenants:
@@ -129,17 +151,30 @@ class MoEBiasLogitsProcessor(FirstRunner, SecondRunner):
             assert not (self._due and self._groups), "the model's head has not run in this step"
             return logits
         slots = slots_of_rows(ctx)
+        self._keep_prompts(ctx)
         tenants = {row: self._tenants[slot] for row, slot in enumerate(slots) if slot in self._tenants}
         if self._step is None:
             assert not tenants, "the model's head has not run in this step"
             return logits
         assert len(logits) == len(slots), "rows of logits are not those of the requests"
         rows = self._step.next(len(slots))
+        self._keep_answers(slots, ctx, rows)
         if tenants:
             with self._recorded_drafts(slots, rows, logits, ctx):
                 groups = rows_by_tenant(tenants, self._device)
                 move_rows(logits, rows.hidden_BD, groups, rows.transform, rows.entropy_B)
         return logits
+
+    def _keep_prompts(self, ctx: LogitsContext) -> None:
+        """Nothing where logits are processed in parts: a part does not tell whose the pass's tokens are."""
+        if self._pass is not None and not self._processes_all:
+            self._pass.keep([self._keepings.get(int(slot)) for slot in ctx.idx_mapping_np])
+        self._pass = None
+
+    def _keep_answers(self, slots: list[int], ctx: LogitsContext, rows: HeadRows) -> None:
+        kept = {row: self._keepings[slot] for row, slot in enumerate(slots) if slot in self._keepings}
+        positions = ctx.pos.tolist() if kept else []
+        keep_rows({row: (keeping, positions[row]) for row, keeping in kept.items()}, rows.hidden_BD)
 
     def _first_place(self, row: int) -> int:
         return len(self._recordings[row].tokens)
@@ -208,6 +243,9 @@ class MoEBiasLogitsProcessor(FirstRunner, SecondRunner):
         (adapter,) = tenant.adapters  # the gate refuses to record several
         above = asked.get(RECORD_ABOVE, -math.inf)
         return Recording(adapter.layer, params.temperature, file, above, output_ids)
+
+    def _keeping(self, params: SamplingParams, prompt_ids: list[int] | None, output_ids: list[int]) -> Keeping | None:
+        return keeping_of(self._kept_states, params, len(prompt_ids or ()), output_ids)
 
 
 def _put(kept: dict[int, Kept], slot: int, value: Kept | None) -> None:

@@ -107,15 +107,20 @@ class Spool:
 
     def read(self, name: str, rows: int) -> tuple[Tensor, Tensor]:
         """Scalars (T, K) and hidden states (T, D) of the first rows. Raises UserError where one was not written."""
-        rows_T = np.fromfile(self.folder / name, self.layout.row, rows)
-        scalars_TK, hidden_TD = self.layout.unpacked(rows_T)
-        missing = int((scalars_TK[:, 0] != torch.arange(1, len(rows_T) + 1)).sum()) + rows - len(rows_T)
+        scalars_TK, hidden_TD, there_T = self.written(name, rows)
+        missing = rows - int(there_T.sum())
         if missing:
             raise UserError(
                 f"the engine kept nothing of {missing} of an answer's {rows} tokens; its log says why, such as a full "
                 f"{str(self.folder)!r}"
             )
         return scalars_TK, hidden_TD
+
+    def written(self, name: str, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of rows that may be empty, and which are not, (T,) bool; fewer rows of a file that was cut."""
+        rows_T = np.fromfile(self.folder / name, self.layout.row, rows)
+        scalars_TK, hidden_TD = self.layout.unpacked(rows_T)
+        return scalars_TK, hidden_TD, scalars_TK[:, 0] == torch.arange(1, len(rows_T) + 1)
 
     def remove(self, names: Sequence[str]) -> None:
         """Removes files; those that are gone already are none to worry about."""

@@ -20,7 +20,8 @@ from vllm.config import VllmConfig
 
 from moe_bias.mistakes import UserError
 from moe_bias.serving.asked import NAME, STRENGTH, Strengths, asked_adapters, finite
-from moe_bias.serving.notes import noted_sample
+from moe_bias.serving.keeping import KEEP
+from moe_bias.serving.notes import kept_states, noted_sample
 from moe_bias.serving.recording import RowLayout, Spool
 from moe_bias.serving.versions import AdapterFolder
 from moe_bias.variables import ServingVariables, from_variables
@@ -32,13 +33,14 @@ VERSION, RECORD, RECORD_ABOVE = "moe_bias_version", "moe_bias_record", "moe_bias
 class Gate:
     """The adapters that requests to one engine may name, and how the engine treats log-probabilities.
 
-    `spool` is where requests may be recorded; what hinders that, or hinders a seed beside it, says how to
-    start the engine instead.
+    `spool` is where requests may be recorded, and what hinders that, or hinders a seed beside it, says how to start the
+    engine instead. `kept` is where hidden states are kept for learning.
     """
 
     folder: AdapterFolder
     adapts_logprobs: bool
     spool: Spool | None = None
+    kept: Spool | None = None
     hinders_recording: str | None = None
     hinders_seeds: str | None = None
 
@@ -48,6 +50,9 @@ class Gate:
         Raises UserError, saying what is wrong, on a request that cannot be answered rightly.
         """
         given = {key: value for key, value in (params.extra_args or {}).items() if key.startswith(NAME)}
+        keep = given.pop(KEEP, None)
+        if keep is not None:
+            self._check_keep(keep)
         if not given:
             return
         for key in given:
@@ -60,6 +65,14 @@ class Gate:
             self._check_recording(given[RECORD], asked, params)
         versions = [[name, str(self.folder.version(name)), strength] for name, strength in asked.items()]
         params.extra_args = {**(params.extra_args or {}), VERSION: versions}
+
+    def _check_keep(self, keep: object) -> None:
+        """Only this server itself asks for it: nobody else knows the name of a file that is there."""
+        match keep:
+            case [str(name), int(), int(rows)] if self.kept is not None:
+                self.kept.open(name, rows)
+            case _:
+                raise UserError(f"{KEEP!r} is for the server's own requests; leave it out")
 
     def _check_logprobs(self, params: SamplingParams) -> None:
         if params.prompt_logprobs is not None:
@@ -110,7 +123,7 @@ def gate_of(config: VllmConfig) -> Gate | None:
     adapts_logprobs = not config.use_v2_model_runner or model.logprobs_mode.startswith("processed")
     layout = RowLayout.of_model(sizes[0], model.dtype)
     spool = None if settings.spool is None else Spool(settings.spool, layout)
-    return Gate(folder, adapts_logprobs, spool, _hinders_recording(config), _hinders_seeds(config))
+    return Gate(folder, adapts_logprobs, spool, kept_states(layout), _hinders_recording(config), _hinders_seeds(config))
 
 
 def _hinders_recording(config: VllmConfig) -> str | None:
