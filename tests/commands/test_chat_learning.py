@@ -79,9 +79,3 @@ def test_mistakes_are_told_before_a_model_is_loaded(folder, capsys, words, sente
     Path("short.json").write_text(json.dumps({"abc": "one"}))
     Path("file").touch()
     assert sentence in complaint(capsys, "chat", "--model", "nowhere", "--port", free_port(), *words)
-
-
-def test_vllms_server_does_not_learn(folder, capsys):
-    Path("adapters").mkdir()
-    told = complaint(capsys, "serve", "--adapters", "adapters", "--learn", "l")
-    assert told == "--learn and --key-file are for --engine transformers; vLLM's server does not learn yet"

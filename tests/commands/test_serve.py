@@ -11,7 +11,9 @@ from helpers.complaints import complaint
 from helpers.saved import save_adapter, save_model
 from moe_bias.cli import main
 from moe_bias.commands import serve
+from moe_bias.commands.run_lock import held
 from moe_bias.extras import need
+from moe_bias.server.vllm_settings import VllmLearning
 
 pytestmark = pytest.mark.usefixtures("folder")
 
@@ -85,6 +87,39 @@ def test_a_server_that_samples_for_training_keeps_what_that_needs(started, folde
     _, given, variables = started[0]
     assert given[given.index("--logprobs-mode") + 1] == "processed_logprobs"
     assert variables["MOE_BIAS_SPOOL"] == str(folder / "training" / "spool")
+
+
+def test_a_server_that_learns_serves_what_it_learned_and_begins_what_keys_name(started, folder, free_port, capsys):
+    """On the first start nobody has trained the adapter `new`, and a second one finds it as it was made."""
+    Path("keys.json").write_text('{"a-secret-of-16-or-more": ["first", "new"]}')
+    words = ["--model", "models/tiny", "--adapters", "adapters", "--port", free_port, "--learn", "learned"]
+    written = []
+    for _ in range(2):
+        assert main(["serve", *words, "--key-file", "keys.json"]) == 0
+        written.append((folder / "learned" / "fresh" / "adapter_model.safetensors").stat().st_mtime_ns)
+    assert written[0] == written[1]
+    _, (_, (_, *given), variables) = started
+    assert given[:2] == ["-m", "moe_bias.server.vllm_main"]
+    middleware = [given[place + 1] for place, word in enumerate(given) if word == "--middleware"]
+    assert middleware == ["moe_bias.serving.names.AdapterNames", "moe_bias.server.on_vllm.TeachingRoutes"]
+    assert variables["MOE_BIAS_ADAPTERS"] == str(folder / "learned" / "adapters")
+    learning = VllmLearning.model_validate_json(variables["MOE_BIAS_LEARNING"])
+    assert (learning.root, learning.given, learning.key_file) == (
+        folder / "learned",
+        folder / "adapters",
+        folder / "keys.json",
+    )
+    assert learning.local
+    assert "Answers can be taught" in capsys.readouterr().err
+
+
+def test_a_folder_of_what_is_learned_is_one_servers(started, free_port, capsys):
+    words = ["--model", "models/tiny", "--adapters", "adapters", "--port", free_port, "--learn", "learned"]
+    with held(Path("learned"), "chat", [], option="--learn"):
+        assert "--learn 'learned' is in use by moe-bias chat" in complaint(capsys, "serve", *words)
+    words += ["--host", "0.0.0.0"]
+    assert "say who may, with --key-file" in complaint(capsys, "serve", *words)
+    assert not started
 
 
 def test_a_damaged_adapter_is_told_and_the_others_are_served(started, free_port, capsys):

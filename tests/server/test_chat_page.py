@@ -381,7 +381,7 @@ def test_with_a_key_an_answer_is_taught_for_good(served, opened, tmp_path, monke
     base, adapters = served
     learned = Learning(tmp_path / "learned", adapters, base.head, LearnConfig())
     engine, keys = Engine(base, learned.adapters, learned.spool.keep), Keys({"a-key-of-sixteen": ("one",)})
-    routes = Teaching(engine, learned, keys, Counters()).routes
+    routes = Teaching.of_engine(engine, learned, keys, Counters().learning).routes
     with listening(make_app(engine, routes, name="tiny", closing=learned.close)) as address:
         page = opened(address)
         answered(page)

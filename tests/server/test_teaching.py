@@ -48,7 +48,7 @@ def begun(served, tmp_path, monkeypatch):
         base, adapters = served
         learning = Learning(tmp_path / "learned", adapters, base.head, CONFIG, SpoolLimits(**limits))
         engine, counters = Engine(base, learning.adapters, learning.spool.keep), Counters()
-        routes = Teaching(engine, learning, keys or Keys(), counters).routes
+        routes = Teaching.of_engine(engine, learning, keys or Keys(), counters.learning).routes
         server = listening(make_app(engine, routes, name="base", limit=10, counters=counters, closing=learning.close))
         stop()
         open_servers.append(server)

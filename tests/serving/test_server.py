@@ -1,19 +1,10 @@
 """`moe-bias serve`, driven by OpenAI's own client: names, many requests at once, files that change, a kill."""
 
 import json
-import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, field
 from itertools import product
-from pathlib import Path
-from urllib.error import URLError
 from urllib.request import urlopen
 
 import pytest
@@ -21,72 +12,21 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from helpers.served import ADAPTERS, WITHOUT_VLLM, write_adapter
+from helpers.served_process import BASE, Server
 
 pytestmark = pytest.mark.vllm
 pytest.importorskip("vllm", reason=WITHOUT_VLLM)
 import openai
 
-BASE = "tiny"
 NAMES = (BASE, *(f"{BASE}:{name}" for name in ADAPTERS))
 PROMPTS = [f"{number} times {number + 3} is " for number in range(16)]
-PATIENCE = 300
-"""Seconds that a start may take; several processes import vLLM."""
-
-
-@dataclass
-class Server:
-    """A server whose processes are a session of their own, so that all of them can be ended."""
-
-    model: Path
-    adapters: Path
-    port: int
-    log: Path
-    _started: list[subprocess.Popen] = field(default_factory=list)
-
-    def start(self):
-        words = ["serve", "--model", self.model, "--adapters", self.adapters, "--served-name", BASE]
-        words += ["--port", self.port, "--dtype", "float32", "--cache-memory", "64MiB"]
-        words += ["--", "--enforce-eager", "--max-model-len", 256, "--distributed-executor-backend", "uni"]
-        words += ["--chat-template", "{{ messages[0].content }}"]
-        command = [sys.executable, "-c", "from moe_bias.cli import main; raise SystemExit(main())", *map(str, words)]
-        with self.log.open("w") as log:
-            self._started.append(subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True))
-        ends = time.monotonic() + PATIENCE
-        while not self._is_up():
-            assert self._started[-1].poll() is None, self.log.read_text()[-3000:]
-            assert time.monotonic() < ends, self.log.read_text()[-3000:]
-            time.sleep(0.2)
-
-    def _is_up(self):
-        try:
-            return urlopen(f"http://127.0.0.1:{self.port}/health").status == 200
-        except URLError:
-            return False
-
-    def end(self, number):
-        """The exit code after a signal to the process that was started."""
-        self._started[-1].send_signal(number)
-        return self._started[-1].wait(PATIENCE)
-
-    def remove(self):
-        """Whatever is left: vLLM's engine outlives a server that is killed."""
-        for process in self._started:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait(PATIENCE)
-
-    @property
-    def client(self):
-        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0, timeout=120)
 
 
 @pytest.fixture(scope="module")
 def server(served, tmp_path_factory):
     root = tmp_path_factory.mktemp("server")
     adapters = shutil.copytree(served[1], root / "adapters")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    started = Server(served[0], adapters, port, root / "log")
+    started = Server(served[0], adapters, root / "log")
     try:
         started.start()
         yield started

@@ -66,7 +66,7 @@ def _serve(settings: ChatSettings, keys: Keys, console: Console) -> None:
     counters = Counters()
     app = make_app(
         engine,
-        [] if learning is None else Teaching(engine, learning, keys, counters).routes,
+        [] if learning is None else Teaching.of_engine(engine, learning, keys, counters.learning).routes,
         name=name,
         limit=settings.max_new_tokens,
         local=settings.host in LOOPBACK,

@@ -9,20 +9,24 @@ from rich.text import Text
 
 from moe_bias.adapter import save_layer
 from moe_bias.adapter.saved import CONFIG_FILE
-from moe_bias.commands.looking_settings import ChatSettings
-from moe_bias.config import LearnConfig
-from moe_bias.frozen import Frozen
-from moe_bias.learning.fresh import fresh_layer
+from moe_bias.commands.looking_settings import ChatSettings, ServeSettings
+from moe_bias.commands.run_lock import held
+from moe_bias.config import LearnConfig, ModelConfig
+from moe_bias.frozen import Frozen, frozen
+from moe_bias.learning.fresh import FRESH, fresh_layer
+from moe_bias.learning.published import Published
 from moe_bias.learning.service import Learning
 from moe_bias.learning.spool import SpoolLimits
 from moe_bias.mistakes import UserError
 from moe_bias.server.keys import LOOPBACK, Keys
+from moe_bias.server.vllm_settings import VllmLearning
+from moe_bias.variables import LEARNING
 
 ONLY = "mine"
 """The adapter of someone who names none."""
 
 
-def keys_of(settings: ChatSettings) -> Keys:
+def keys_of(settings: ChatSettings | ServeSettings) -> Keys:
     """Who may teach. Raises UserError on a damaged file, and where anyone on the network could."""
     if settings.key_file is None:
         if settings.learn is not None and settings.host not in LOOPBACK:
@@ -51,15 +55,38 @@ def begin_learning(settings: ChatSettings, keys: Keys, base: Frozen, console: Co
         named = keys.names or ([] if settings.adapters is not None else [ONLY])
         for name in named:
             if not (learning.adapters / name).exists():
-                learning.begin(name, _fresh(root / "fresh", base))
+                learning.begin(name, _fresh(root / FRESH, base))
     except BaseException:
         learning.close()
         raise
-    console.print(
-        Text(f"Answers can be taught: {limits}, are kept in memory, and what is learned in {str(root)!r}."),
-        soft_wrap=True,
-    )
+    _announce(limits, root, console)
     return learning
+
+
+def prepare_learning(settings: ServeSettings, keys: Keys, root: Path, console: Console) -> dict[str, str]:
+    """What vLLM's server is to learn by, as a variable, and what it begins with; it opens the folder itself.
+
+    Raises UserError where another server learns in the folder.
+    """
+    limits = SpoolLimits()
+    with held(root, "serve", [], option="--learn"):
+        served = Published(root).names
+        if any(not (served / name).exists() and not (settings.adapters / name).exists() for name in keys.names):
+            _fresh(root / FRESH, frozen(ModelConfig(model=settings.model)))
+    _announce(limits, root, console)
+    learning = VllmLearning(
+        root=root.absolute(),
+        given=settings.adapters.absolute(),
+        key_file=None if settings.key_file is None else settings.key_file.absolute(),
+        limits=limits,
+        local=settings.host in LOOPBACK,
+    )
+    return {LEARNING: learning.model_dump_json()}
+
+
+def _announce(limits: SpoolLimits, root: Path, console: Console) -> None:
+    sentence = f"Answers can be taught: {limits}, are kept in memory, and what is learned in {str(root)!r}."
+    console.print(Text(sentence), soft_wrap=True)
 
 
 def _fresh(folder: Path, base: Frozen) -> Path:

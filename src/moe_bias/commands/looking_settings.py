@@ -156,7 +156,7 @@ class ServeSettings(ServingVariables):
     arguments: CliPositionalArg[list[str]] = Field([], description="arguments of vLLM's server, after --")
     model: str = Field(BUNDLED_MODEL, description="Hub id, folder, GGUF file, or 'bundled' (SmolLM2-135M-Instruct)")
     adapters: Path = Field(description="folder of the adapters, one folder each; they may change while it serves")
-    learn: Path | None = Field(None, description="learn from feedback, as chat does; for --engine transformers")
+    learn: Path | None = Field(None, description="learn from what users say of answers, and keep it in this folder")
     key_file: Path | None = Field(None, description="who may teach which adapter, as for chat")
     served_name: str = Field("", description="the model's name to clients; none: its Hub id, or its folder's name")
     host: str = Field("127.0.0.1", description="address to listen at; 0.0.0.0: all of this machine")

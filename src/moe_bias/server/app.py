@@ -26,7 +26,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Lifespan, Receive, Scope, Send
 
 from moe_bias.mistakes import UserError, shown
 from moe_bias.server.answer import Answering
@@ -80,9 +80,14 @@ def make_app(
         Route("/v1/adapters", server.adapters),
         Route("/v1/chat/completions", server.complete, methods=["POST"]),
     ]
+    return guarded([*extra_routes, *own], local=local, lifespan=lifespan)
+
+
+def guarded(routes: Sequence[BaseRoute], *, local: bool, lifespan: Lifespan[Starlette] | None = None) -> Starlette:
+    """An application of these routes, whose refusals are of OpenAI's form; see `make_app` for `local`."""
     hosts = [Middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK, www_redirect=False)] if local else []
     return Starlette(
-        routes=[*extra_routes, *own],
+        routes=routes,
         middleware=[*hosts, Middleware(SameOrigin)],
         exception_handlers={
             RefusedError: _refused,

@@ -158,6 +158,10 @@ class Engine:
         version = self.version(adapter)
         return self.call(lambda: self._features(list(prompt_ids), list(answer_ids), version))
 
+    def features_of_edit(self, answer: ServedAnswer, token_ids: Sequence[int]) -> Features:
+        """The same of other tokens in the place of an answer that was served."""
+        return self.features_of(answer.prompt, token_ids, answer.adapter)
+
     def features_of_served(self, answer: ServedAnswer) -> Features:
         """The same of an answer that was served, whose hidden states are there. Raises UserError as `version`."""
         version, token_T = self.version(answer.adapter), torch.tensor(answer.tokens)

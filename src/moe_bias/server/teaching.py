@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from transformers import PreTrainedTokenizerBase
 
 from moe_bias.features.extract import Features
 from moe_bias.learning.learner import FREEZE, UNDO, UNFREEZE
@@ -31,19 +32,55 @@ from moe_bias.mistakes import UserError, reason_of, shown
 from moe_bias.server.app import read_json_body
 from moe_bias.server.engine import Engine
 from moe_bias.server.keys import Keys
-from moe_bias.server.metrics import Counters
+from moe_bias.server.metrics import LearningCounters
 from moe_bias.server.requests import RefusedError
 from moe_bias.tasks.conversations import answer_ends
 
 _KINDS = ("edit", "reward", "prefer")
 
 
-class Teaching:
-    """The routes, on the event loop, where the tokenizer is used too."""
+class Served(Protocol):
+    """The engine whose answers are taught, for any thread."""
 
-    def __init__(self, engine: Engine, learning: Learning, keys: Keys, counters: Counters) -> None:
-        self._engine, self._learning, self._keys, self._counters = engine, learning, keys, counters
-        self._ends = answer_ends(engine.base.model, engine.base.tokenizer)
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the adapters that are served now."""
+        ...
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that prompt and answer may have together, where that is known."""
+        ...
+
+    def features_of_served(self, answer: ServedAnswer) -> Features:
+        """Features of an answer that was served, on its adapter's support. Raises UserError where that is gone."""
+        ...
+
+    def features_of_edit(self, answer: ServedAnswer, token_ids: Sequence[int]) -> Features:
+        """The same of other tokens in its place, at least one; only what differs need be computed."""
+        ...
+
+
+class Teaching:
+    """The routes, on the event loop, where the tokenizer is used too; `ends` are the tokens that end an answer."""
+
+    def __init__(
+        self,
+        served: Served,
+        learning: Learning,
+        keys: Keys,
+        counters: LearningCounters,
+        tokenizer: PreTrainedTokenizerBase,
+        ends: Sequence[int],
+    ) -> None:
+        self._served, self._learning, self._keys, self._counters = served, learning, keys, counters
+        self._tokenizer, self._ends = tokenizer, ends
+
+    @classmethod
+    def of_engine(cls, engine: Engine, learning: Learning, keys: Keys, counters: LearningCounters) -> Teaching:
+        """What teaches our own engine's answers."""
+        base = engine.base
+        return cls(engine, learning, keys, counters, base.tokenizer, answer_ends(base.model, base.tokenizer))
 
     @property
     def routes(self) -> list[Route]:
@@ -85,14 +122,14 @@ class Teaching:
     async def adapters(self, request: Request) -> Response:
         """What there is to choose from, and what the request's key may teach."""
         allowed = request.headers.get("authorization")
-        cards = [{"name": name, "learns": self._keys.allow(allowed, name)} for name in self._engine.adapters]
+        cards = [{"name": name, "learns": self._keys.allow(allowed, name)} for name in self._served.adapters]
         learns = any(card["learns"] for card in cards)
         return JSONResponse({"learning": learns, "keyed": self._keys.are_needed, "adapters": cards})
 
     def _allowed(self, request: Request) -> str:
         """The adapter that the path names. One that is another's and one that is not there are answered alike."""
         name = str(request.path_params["name"])
-        if not self._keys.allow(request.headers.get("authorization"), name) or name not in self._engine.adapters:
+        if not self._keys.allow(request.headers.get("authorization"), name) or name not in self._served.adapters:
             raise RefusedError(f"there is no adapter {shown(name)} that this key may teach", "name", 404)
         return name
 
@@ -113,7 +150,7 @@ class Teaching:
     async def _lesson(self, request: Request, answer: ServedAnswer, kind: str, given: object) -> Lesson:
         limit = self._learning.config.lesson_tokens
         reward = _reward(given) if kind == "reward" else None
-        served = await run_in_threadpool(self._engine.features_of_served, answer)
+        served = await run_in_threadpool(self._served.features_of_served, answer)
         try:
             if reward is not None:
                 return reward_lesson(served, reward, limit)
@@ -126,18 +163,18 @@ class Teaching:
     async def _better(self, request: Request, answer: ServedAnswer, kind: str, given: object) -> Features:
         if kind == "edit":
             tokens = self._edited(answer, given)
-            return await run_in_threadpool(self._engine.features_of, answer.prompt, tokens, answer.adapter)
+            return await run_in_threadpool(self._served.features_of_edit, answer, tokens)
         better = self._kept(request, given, kind)
         if (better.adapter, better.prompt) != (answer.adapter, answer.prompt):
             raise UserError(f"prefer: {shown(given)} is an answer to another request, or under another adapter")
-        return await run_in_threadpool(self._engine.features_of_served, better)
+        return await run_in_threadpool(self._served.features_of_served, better)
 
     def _edited(self, answer: ServedAnswer, text: object) -> list[int]:
         """The text's tokens; with the end that the answer had, or the first that there is."""
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"edit: give the answer's text as it should be, not {shown(text)}")
-        tokens = list(self._engine.base.tokenizer(text, add_special_tokens=False).input_ids)
-        room = self._engine.context
+        tokens = list(self._tokenizer(text, add_special_tokens=False).input_ids)
+        room = self._served.context
         if room is not None and len(answer.prompt) + len(tokens) >= room:
             raise UserError(f"edit: the text is {len(tokens):,} tokens, and the model reads {room:,} with the prompt")
         end = answer.tokens[-1] if answer.finished else self._ends[0]
