@@ -33,7 +33,7 @@ import moe_bias
 from figure_text import svg_text
 from moe_bias import _HOMES
 from moe_bias.cli import COMMANDS, GROUPS, PROGRAM, build_parser, is_passed_on
-from moe_bias.commands.sources import PARTS, part_of
+from moe_bias.commands.sources import PARTS, key_of, part_of
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "commands.md"
@@ -118,7 +118,7 @@ def sections() -> str:
     rows = []
     for name in dict.fromkeys(PARTS.values()):
         fields = {
-            field: None
+            key_of(field, name): None
             for command in COMMANDS
             for field in command.settings.model_fields
             if part_of(command.settings, field) == name

@@ -7,9 +7,20 @@ from pydantic import ValidationError
 
 from helpers.complaints import told
 from moe_bias.cli import settings_of
-from moe_bias.commands.looking_settings import GenerateSettings, ParamsSettings
+from moe_bias.commands import serve
+from moe_bias.commands.learning_settings import LearnOptions
+from moe_bias.commands.looking_settings import ChatSettings, GenerateSettings, ParamsSettings, ServeSettings
 from moe_bias.commands.training_settings import ArmsSettings, DemoSettings, SweepSettings, TrainSFTSettings
-from moe_bias.config import OWN_SUPPORT, Config, EvalConfig, LayerConfig, RLConfig, SFTConfig, check_support
+from moe_bias.config import (
+    OWN_SUPPORT,
+    Config,
+    EvalConfig,
+    LayerConfig,
+    LearnConfig,
+    RLConfig,
+    SFTConfig,
+    check_support,
+)
 from moe_bias.mistakes import UserError
 from moe_bias.variables import LayerVariables, from_variables
 
@@ -121,6 +132,38 @@ def test_a_commands_own_section_wins_over_those_of_its_parts(folder):
     (folder / "moe-bias.toml").write_text("[rl]\nsteps = 7\n[sampling]\ngroup = 8\n[compare]\nsteps = 3\n")
     assert (read("compare --output o").steps, read("compare --output o").group) == (3, 8)
     assert (read("train rl --output o").steps, read("train rl --output o").group) == (7, 8)
+
+
+def test_options_of_learning_have_a_section_of_their_own(folder, monkeypatch):
+    (folder / "moe-bias.toml").write_text(
+        "[learn]\npasses = 7\nrho = 0.4\nanswers = 5\nanswers_minutes = 2\n[chat]\nlearn_rho = 0.5\n"
+    )
+    monkeypatch.setenv("MOE_BIAS_LEARN_STEP_KL", "0.3")
+    found = read("chat --learn kept --learn-journal-size 1MiB")
+    config = LearnConfig(passes=7, rho=0.5, step_kl=0.3, journal_size=2**20)
+    assert (found.learn_config(), found.learn_answers, found.learn_answers_minutes) == (config, 5, 2)
+    served = read("serve --engine transformers --adapters a --learn kept")
+    assert (served.learn_passes, served.learn_rho) == (7, 0.4)
+    assert serve.of_our_own(served).learn_config() == served.learn_config()
+    assert complaint("chat") == (
+        "--learn-passes 7 needs --learn, the folder that is learned in; give both "
+        "(learn_passes comes from moe-bias.toml [learn])"
+    )
+
+
+def test_an_option_of_learning_is_of_no_use_without_it():
+    for words in ("chat", "serve --adapters a", "serve --engine transformers --adapters a"):
+        assert complaint(f"{words} --learn-replay 3").startswith("--learn-replay 3 needs --learn")
+        assert complaint(f"{words} --learn-answers-memory 1GiB").startswith("--learn-answers-memory 1073741824 needs")
+    assert complaint("chat --learn kept --learn-rho 2").startswith("learn_rho from --learn-rho is '2'")
+    assert complaint("chat --learn kept --learn-answers 0").startswith("learn_answers from --learn-answers is '0'")
+
+
+def test_a_server_that_learns_is_told_all_that_its_config_says():
+    given = {name: field.default for name, field in LearnConfig.model_fields.items()}
+    assert read("chat --learn kept").learn_config() == LearnConfig() == LearnConfig(**given)
+    assert {f"learn_{name}" for name in LearnConfig.model_fields} < {*LearnOptions.model_fields}
+    assert {*LearnOptions.model_fields} < {*ChatSettings.model_fields} & {*ServeSettings.model_fields}
 
 
 def test_named_settings_file(folder, monkeypatch):

@@ -24,13 +24,14 @@ def free_port():
 
 
 @contextmanager
-def chatting(*more):
-    """The server's process and address, once it is there."""
+def chatting(*more, first="Answers can be taught: the last 10,000 answers"):
+    """The server's process and address, once it is there and has said these lines about learning."""
     port = free_port()
     words = ["chat", "--model", "tiny", "--adapters", "adapters", "--learn", "learned", "--port", port, *more]
     server = subprocess.Popen([sys.executable, "-m", "moe_bias", *words], stderr=subprocess.PIPE, text=True)
     try:
-        assert "Answers can be taught: the last 10,000 answers" in server.stderr.readline()
+        for line in first.splitlines():
+            assert line in server.stderr.readline()
         assert "/chat" in server.stderr.readline()
         yield server, f"http://127.0.0.1:{port}"
     finally:
@@ -61,6 +62,26 @@ def test_what_was_acknowledged_is_learned_once_whatever_is_killed(folder):
     assert Path("learned/adapters/one").resolve() == served
 
 
+def test_another_config_is_said_and_the_spool_is_as_it_was_asked_for(folder):
+    save_model(folder / "tiny")
+    save_adapter(folder / "adapters" / "one", "tiny")
+    body = {"model": "tiny:one", "messages": SAID, "max_tokens": 3, "temperature": 0}
+    with chatting("--learn-step-kl", "0.3") as (server, address):
+        identity = asked(f"{address}/v1/chat/completions", body)[1]["id"]
+        assert asked(f"{address}/v1/feedback", {"id": identity, "edit": "w7 w8"})[0] == 200
+        server.send_signal(signal.SIGINT)
+        assert server.wait(60) == 0
+    said = (
+        "What 'one' is told from now on is learned with passes 2 in place of 4, step_kl 0.5 in place of 0.3.\n"
+        "Answers can be taught: the last 1 answers of the last 5 minutes, in 1.0 GiB"
+    )
+    more = ("--learn-passes", "2", "--learn-answers", "1", "--learn-answers-minutes", "5")
+    with chatting(*more, "--learn-answers-memory", "1GiB", first=said) as (_, address):
+        first, second = (asked(f"{address}/v1/chat/completions", body)[1]["id"] for _ in range(2))
+        assert asked(f"{address}/v1/feedback", {"id": first, "reward": 1})[0] == 404
+        assert asked(f"{address}/v1/feedback", {"id": second, "edit": "w9"})[0] == 200
+
+
 def events(address):
     return asked(f"{address}/v1/adapters/one/history")[1]["events"]
 
@@ -71,6 +92,7 @@ def events(address):
         (["--learn", "l", "--host", "0.0.0.0"], "--host 0.0.0.0 lets whoever reaches this machine teach"),
         (["--key-file", "keys.json"], "nothing learns without --learn"),
         (["--learn", "l", "--key-file", "short.json"], "key 1 of 'short.json' has 3 characters"),
+        (["--learn-passes", "2"], "--learn-passes 2 needs --learn"),
         (["--learn", "file"], "--learn 'file' cannot be a folder"),
     ],
 )

@@ -45,11 +45,11 @@ def rewarded(value, seed=0, token=9, length=5) -> Lesson:
     return reward_lesson(answer([token] * length, seed), value, LIMIT)
 
 
-def entry(number, lesson=None, event=LESSON) -> Entry:
+def entry(number, lesson=None, event=LESSON, **header) -> Entry:
     """As a journal gives it."""
     if lesson is None:
-        return Entry(number, event, {}, {}, 0)
-    return Entry(number, event, {"reward": lesson.reward}, lesson.tensors(), 0)
+        return Entry(number, event, header, {}, 0)
+    return Entry(number, event, {"reward": lesson.reward, **header}, lesson.tensors(), 0)
 
 
 def learner(**choices) -> Learner:

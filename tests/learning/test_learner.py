@@ -1,11 +1,13 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
-from helpers.lessons import HEAD, contents, edit, entry, learner, rewarded, taught
+from helpers.lessons import HEAD, contents, edit, entry, fresh_layer, learner, rewarded, taught
 from moe_bias.config import LayerConfig, LearnConfig
 from moe_bias.features.adapted import adapted_policy
 from moe_bias.learning.journal import STATE, Entry
-from moe_bias.learning.learner import FREEZE, UNDO, UNFREEZE, Learner
+from moe_bias.learning.learner import FREEZE, UNDO, UNFREEZE, Learner, written
 from moe_bias.learning.lessons import Batch
 from moe_bias.learning.update import Measured, loss_on
 from moe_bias.mistakes import UserError
@@ -151,6 +153,63 @@ def test_a_state_goes_on_to_the_same_bytes(stop):
     for one in told[stop:]:
         assert whole.apply(one) == resumed.apply(one)
     assert contents(whole) == contents(resumed)
+
+
+def changed(first=11, second=21):
+    """The same entries, two of which say another config than those before."""
+    configs = {
+        1: LearnConfig(expert_rate=0.1),
+        first: LearnConfig(expert_rate=0.05, passes=3, rho=0.7, kept_lessons=4, held_out_lessons=2, beta=0.3),
+        second: LearnConfig(expert_rate=0.05, optimizer="sgd", replay=2, undo_depth=2, warmup=0.5, seed=5),
+    }
+    return [
+        replace(told, header={**told.header, "config": written(configs[told.number])})
+        if told.number in configs
+        else told
+        for told in everything()
+    ]
+
+
+def test_the_config_is_the_journals_own():
+    first, second = Learner(fresh_layer(), HEAD, LearnConfig(passes=9, expert_rate=0.01)), learner()
+    other = learner()
+    for plain, told in zip(everything(), changed(), strict=True):
+        assert first.apply(told) == second.apply(told)
+        other.apply(plain)
+        assert (contents(second) == contents(other)) == (told.number < 11)
+    assert contents(first) == contents(second)
+    assert len(contents(first)[0]["replayed"]) > 4  # the last config keeps more again
+
+
+@pytest.mark.parametrize("stop", [10, 11, 15, 20, 21, 25])
+def test_a_state_knows_its_config(stop):
+    whole, told = learner(), changed()
+    for one in told[:stop]:
+        whole.apply(one)
+    header, tensors = whole.state()
+    resumed = Learner(fresh_layer(), HEAD, LearnConfig(passes=9))
+    resumed.apply(Entry(stop, STATE, header, {name: tensor.clone() for name, tensor in tensors.items()}, 0))
+    for one in told[stop:]:
+        assert whole.apply(one) == resumed.apply(one)
+    assert contents(whole) == contents(resumed)
+
+
+def test_lessons_that_count_otherwise_are_measured_anew():
+    lessons = [rewarded(0.5, seed, token=9 + seed) for seed in range(6)]
+    pupil, other = learner(held_out_every=2), learner(held_out_every=2)
+    for number, lesson in enumerate(lessons, 1):
+        header = {"config": written(LearnConfig(expert_rate=0.1, held_out_every=2, rho=1.0))} if number == 5 else {}
+        pupil.apply(entry(number, lesson, **header))
+        outcome = other.apply(entry(number, lesson))
+    assert outcome is not None
+    assert pupil.history[4].loss_before != other.history[4].loss_before
+
+
+def test_rates_fall_within_one_lesson_and_not_below_nothing():
+    steady, falling = learner(passes=8), learner(passes=8, decay="linear")
+    outcomes = [pupil.apply(entry(1, edit())) for pupil in (steady, falling)]
+    assert 0 < outcomes[1].step_kl < outcomes[0].step_kl
+    assert loss_of(falling, edit()) < loss_of(learner(), edit())
 
 
 def test_nothing_is_applied_twice():

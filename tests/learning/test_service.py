@@ -1,6 +1,7 @@
 """Learning beside a server, with its real process."""
 
 import os
+import shutil
 import signal
 from concurrent.futures import wait
 
@@ -169,6 +170,40 @@ def test_a_long_journal_is_cut_and_nothing_is_lost(inline, tmp_path):
         assert same(served(again), pupil)
     finally:
         again.close()
+
+
+def test_a_server_of_other_settings_says_so_in_the_journal_and_it_is_made_again_from_that(inline, tmp_path):
+    other = LearnConfig(expert_rate=0.05, passes=2, rho=0.5, journal_size=30_000)
+    for config in (CONFIG, other, CONFIG):
+        learning = begun(tmp_path, config)
+        for seed in range(3):
+            learning.teach("mine", rewarded(0.5, seed) if seed == 1 else edit(seed)).result(PATIENCE)
+        expected = bytes_of(learning)
+        learning.close()
+    folder = tmp_path / "learned" / "journals" / "mine"
+    said = {one.number: one.header["config"]["passes"] for one in entries(folder / JOURNAL) if "config" in one.header}
+    assert said == {1: 4, 4: 2, 7: 4}
+    (folder / CHECKPOINT).unlink()
+    shutil.rmtree(tmp_path / "learned" / "versions")
+    (tmp_path / "learned" / "adapters" / "mine").unlink()
+    again = begun(tmp_path, LearnConfig(passes=7))
+    try:
+        assert bytes_of(again) == expected
+        assert again.changes() == {"mine": ["expert_rate None in place of 0.1", "passes 7 in place of 4"]}
+    finally:
+        again.close()
+
+
+def test_settings_of_a_journal_that_was_cut_are_known(inline, tmp_path):
+    config = LearnConfig(expert_rate=0.1, journal_size=20_000, kept_lessons=4)
+    learning = begun(tmp_path, config)
+    for number in range(1, 41):
+        learning.teach("mine", edit(number)).result(PATIENCE)
+    learning.close()
+    again = begun(tmp_path, config)
+    assert next(iter(entries(tmp_path / "learned" / "journals" / "mine" / JOURNAL))).event == "state"
+    assert again.changes() == {}
+    again.close()
 
 
 def test_many_adapters_learn_apart_in_little_memory(inline, tmp_path):

@@ -11,7 +11,7 @@ from moe_bias.adapter import save_layer
 from moe_bias.adapter.saved import CONFIG_FILE
 from moe_bias.commands.looking_settings import ChatSettings, ServeSettings
 from moe_bias.commands.run_lock import held
-from moe_bias.config import LearnConfig, ModelConfig
+from moe_bias.config import ModelConfig
 from moe_bias.frozen import Frozen, frozen
 from moe_bias.learning.fresh import FRESH, fresh_layer
 from moe_bias.learning.published import Published
@@ -49,8 +49,8 @@ def begin_learning(settings: ChatSettings, keys: Keys, base: Frozen, console: Co
     given = settings.adapters or root / "given"
     if settings.adapters is None:
         given.mkdir(parents=True, exist_ok=True)
-    limits = SpoolLimits()
-    learning = Learning(root, given, base.head, LearnConfig(), limits)
+    limits = settings.spool_limits()
+    learning = Learning(root, given, base.head, settings.learn_config(), limits)
     try:
         named = keys.names or ([] if settings.adapters is not None else [ONLY])
         for name in named:
@@ -59,6 +59,9 @@ def begin_learning(settings: ChatSettings, keys: Keys, base: Frozen, console: Co
     except BaseException:
         learning.close()
         raise
+    for name, changed in learning.changes().items():
+        sentence = f"What {name!r} is told from now on is learned with {', '.join(changed)}."
+        console.print(Text(sentence), soft_wrap=True)
     _announce(limits, root, console)
     return learning
 
@@ -68,7 +71,7 @@ def prepare_learning(settings: ServeSettings, keys: Keys, root: Path, console: C
 
     Raises UserError where another server learns in the folder.
     """
-    limits = SpoolLimits()
+    limits = settings.spool_limits()
     with held(root, "serve", [], option="--learn"):
         served = Published(root).names
         if any(not (served / name).exists() and not (settings.adapters / name).exists() for name in keys.names):
@@ -78,6 +81,7 @@ def prepare_learning(settings: ServeSettings, keys: Keys, root: Path, console: C
         root=root.absolute(),
         given=settings.adapters.absolute(),
         key_file=None if settings.key_file is None else settings.key_file.absolute(),
+        config=settings.learn_config(),
         limits=limits,
         local=settings.host in LOOPBACK,
     )

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, ByteSize, Field, field_validator, model_va
 from pydantic_core import PydanticCustomError
 from pydantic_settings import CliPositionalArg, NoDecode
 
+from moe_bias.commands.learning_settings import LearnOptions
 from moe_bias.commands.option_types import Kinds, Names, PositiveInts, option, split_at_commas
 from moe_bias.commands.training_settings import TextSettings
 from moe_bias.config import BUNDLED_MODEL, HIGHEST_RANK, Config, EvalConfig, ModelConfig, TaskConfig, not_empty
@@ -149,8 +150,8 @@ class LmEvalSettings(Config):
     """Run EleutherAI's lm-evaluation-harness, which knows the method then; all arguments are passed on to it."""
 
 
-class ServeSettings(ServingVariables):
-    """Serve a model and the adapters of a folder, by vLLM's server or our own; both speak OpenAI's protocol."""
+class ServedSettings(ServingVariables):
+    """What is served, where, and by which server."""
 
     engine: Literal["vllm", "transformers"] = Field("vllm", description="'transformers' needs no vLLM, see chat")
     arguments: CliPositionalArg[list[str]] = Field([], description="arguments of vLLM's server, after --")
@@ -167,8 +168,12 @@ class ServeSettings(ServingVariables):
     )
 
 
-class ChatSettings(ModelConfig):
-    """Try a model with its adapters on a page in the browser: a server of this machine, which needs no vLLM."""
+class ServeSettings(LearnOptions, ServedSettings):
+    """Serve a model and the adapters of a folder, by vLLM's server or our own; both speak OpenAI's protocol."""
+
+
+class PageSettings(ModelConfig):
+    """What is on the page, and the server behind it."""
 
     adapters: Path | None = Field(None, description="folder of adapters, one folder each; none: the plain model alone")
     learn: Path | None = Field(
@@ -188,6 +193,10 @@ class ChatSettings(ModelConfig):
     rows: int = Field(8, ge=1, le=1024, description="answers that are written at once; others wait")
     cache_memory: ByteSize = Field(ByteSize(2**30), gt=0, description="memory of conversations that may go on")
     adapter_memory: ByteSize = Field(ByteSize(2**30), gt=0, description="memory that loaded adapters may take")
+
+
+class ChatSettings(LearnOptions, PageSettings):
+    """Try a model with its adapters on a page in the browser: a server of this machine, which needs no vLLM."""
 
 
 class GenerateSettings(ModelConfig):

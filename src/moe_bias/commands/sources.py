@@ -26,6 +26,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from moe_bias.commands.learning_settings import BEGINNING, LearnOptions
 from moe_bias.commands.option_types import option
 from moe_bias.commands.training_settings import DataSettings, TextSettings
 from moe_bias.config import (
@@ -67,6 +68,7 @@ PARTS: dict[type[Config], str] = {
     RewardConfig: "reward",
     EvalConfig: "eval",
     ServingVariables: "serve",
+    LearnOptions: "learn",
 }
 """The section of each part. What a part takes from one without a section is its own, as the rates of an optimiser."""
 
@@ -80,11 +82,12 @@ class Sections:
     def __init__(self, commands: Mapping[str, type[Config]]) -> None:
         """`commands` are their settings by the section of their own."""
         self._commands = commands
+        self.fields = {field for settings in commands.values() for field in settings.model_fields}
         self.keys: dict[str, set[str]] = {name: set(settings.model_fields) for name, settings in commands.items()}
         for settings in commands.values():
             for field in settings.model_fields:
                 if (part := part_of(settings, field)) is not None:
-                    self.keys.setdefault(part, set()).add(field)
+                    self.keys.setdefault(part, set()).add(key_of(field, part))
 
     def values_of(self, settings: type[Config], content: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
         """By field of a command's settings, what the file says and the section that says it."""
@@ -92,8 +95,8 @@ class Sections:
         found: dict[str, tuple[Any, str]] = {}
         for field in settings.model_fields:
             for section in (own, part_of(settings, field)):
-                if section is not None and field in content.get(section, {}):
-                    found[field] = (content[section][field], section)
+                if section is not None and (key := key_of(field, section)) in content.get(section, {}):
+                    found[field] = (content[section][key], section)
                     break
         return found
 
@@ -118,6 +121,11 @@ def part_of(settings: type[Config], field: str) -> str | None:
         if field in getattr(cls, "model_fields", {}) and cls in PARTS:
             return PARTS[cls]
     return None
+
+
+def key_of(field: str, section: str) -> str:
+    """A field as a section of the settings file has it."""
+    return field.removeprefix(BEGINNING) if section == PARTS[LearnOptions] else field
 
 
 class _Reading(BaseSettings):
@@ -167,7 +175,7 @@ def read(
     Raises UserError saying where a bad value is from, and on a variable or a key of the settings file that no command
     reads.
     """
-    refuse_unknown({field for keys in sections.keys.values() for field in keys})
+    refuse_unknown(sections.fields)
     path = settings_file()
     content = _content(path)
     sections.check(path, content)

@@ -5,7 +5,7 @@ an entry at the end at most, which was never acknowledged and goes when the jour
 
     sizes       2 x uint32    of the header and of the tensors, in bytes, little-endian
     checksum    uint32        CRC-32 of both
-    header      JSON          `number` from 1 on, `event`, and what belongs to it
+    header      JSON          `number` from 1 on, `event`, what belongs to it, and `config` where that is new
     tensors     safetensors   of a lesson or a state; empty for other events
 
 A journal that has grown long is cut: a new file begins with the learner's whole state as its first entry.
@@ -47,16 +47,21 @@ class Journal:
     """The writer's side of one file; one process at a time has it open."""
 
     def __init__(self, path: Path) -> None:
-        """Opens or makes the file, and cuts off a half entry at its end. Raises UserError on one that is damaged."""
+        """Opens or makes the file, and cuts off a half entry at its end. Raises UserError on one that is damaged.
+
+        `config` is the one that the next entry is applied with, None where none is said.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.last = self._state_size = 0
+        self.config: Any = None
         whole = 0
         if path.exists():
             with path.open("rb") as file:
                 for header, _, end in _read(file, path):
                     self._state_size = end if header["event"] == STATE else self._state_size
                     self.last, whole = header["number"], end
+                    self.config = header.get(CONFIG, self.config)
         self._file = path.open("r+b" if path.exists() else "x+b")
         self._file.truncate(whole)
         self._file.seek(whole)
@@ -85,7 +90,7 @@ class Journal:
             self._file.seek(start)
             self._file.truncate(start)
             raise
-        self.last = number
+        self.last, self.config = number, header.get(CONFIG, self.config)
         return number
 
     def begin_anew(self, state: Path) -> None:
@@ -100,6 +105,8 @@ class Journal:
         self._file.close()
 
 
+CONFIG = "config"
+"""What an entry's header has where its config is another than that of the entries before it."""
 STATE = "state"
 """The event of an entry that holds a learner's whole state, up to and with the entry of its number."""
 

@@ -1,5 +1,7 @@
 """The learner of one adapter: a state that follows from the entries of its journal in their order, and nothing else.
 
+With which config an entry is applied is said in the journal too, by the first entry that it is for.
+
 Each lesson is learned once with a few earlier ones, or kept to measure by. What an update makes of the layer becomes
 the next version where it is within its bounds and does not make the lessons worse that it is measured by; else layer
 and moments are put back, and the lesson stays to be replayed. `undo` goes back to the version before, and forgets the
@@ -21,7 +23,7 @@ from moe_bias.backbone import Head
 from moe_bias.config import LearnConfig
 from moe_bias.features.grown import grown
 from moe_bias.layer import MoEBiasLayer
-from moe_bias.learning.journal import STATE, Entry
+from moe_bias.learning.journal import CONFIG, STATE, Entry
 from moe_bias.learning.lessons import Batch, Lesson
 from moe_bias.learning.update import Measured, update
 from moe_bias.mistakes import UserError
@@ -62,6 +64,10 @@ class _Kept:
 
     def add(self, number: int, lesson: Lesson) -> None:
         self.lessons[number] = lesson
+        self.drop_old()
+
+    def drop_old(self) -> None:
+        """Those beyond the limit go."""
         while len(self.lessons) > self.limit:
             del self.lessons[next(iter(self.lessons))]
 
@@ -83,11 +89,14 @@ class Learner:
     """One adapter's layer, moments and lessons."""
 
     def __init__(self, layer: MoEBiasLayer, head: Head, config: LearnConfig) -> None:
-        """`layer` is the adapter as it was at first, of which a copy has been made; it is changed."""
+        """`layer` is the adapter as it was at first, of which a copy has been made; it is changed.
+
+        `config` is that of entries before the first that says another.
+        """
         self.layer, self.through, self.version, self.frozen = layer.requires_grad_(True), 0, 0, False
         self.history: list[Outcome] = []
         self._head, self._config = head, config
-        self._optimisation = Optimisation(layer, config, steps=1)
+        self._optimisation = Optimisation(layer, config, config.passes)
         self._lessons, self._rewards = 0, 0
         self._mean_reward = 0.0
         self._replayed, self._held_out = _Kept(config.kept_lessons), _Kept(config.held_out_lessons)
@@ -102,6 +111,7 @@ class Learner:
         if entry.number <= self.through:
             return None
         assert entry.number == self.through + 1, "the journal lacks an entry"
+        self._learn_with(entry.header)
         outcome = self._applied(entry)
         self.through = entry.number
         self.history = [*self.history, outcome][-HISTORY:]
@@ -122,6 +132,21 @@ class Learner:
             self.frozen = entry.event == FREEZE
             return Outcome(entry.number, entry.event, self.version)
         raise UserError(f"the journal holds an event {entry.event!r}, which this version of the package does not know")
+
+    def _learn_with(self, header: Mapping[str, Any]) -> None:
+        """Takes the config that a header says, if it says one. Moments are kept where the optimiser has the same."""
+        if CONFIG not in header:
+            return
+        moments, before = self._optimisation.tensors(), self._config
+        self._config = config = LearnConfig(**header[CONFIG])
+        self._optimisation = Optimisation(self.layer, config, config.passes)
+        experts = self.layer.config.experts
+        if config.optimizer_of(experts) == before.optimizer_of(experts):
+            self._optimisation.load_tensors(moments)
+        for kept, limit in ((self._replayed, config.kept_lessons), (self._held_out, config.held_out_lessons)):
+            kept.limit = limit
+            kept.drop_old()
+        self._measured = None  # which tokens of a rewarded answer count is of the config too
 
     def _taught(self, entry: Entry) -> Outcome:
         lesson = Lesson.of(entry.tensors, self.layer.vocab_size, entry.header.get("reward"))
@@ -231,6 +256,7 @@ class Learner:
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """All of it as JSON values and tensors, for a journal's entry of event `STATE`."""
         header = {
+            CONFIG: written(self._config),
             "version": self.version,
             "frozen": self.frozen,
             "lessons": self._lessons,
@@ -254,6 +280,7 @@ class Learner:
 
     def _set_state(self, entry: Entry) -> None:
         header, tensors = entry.header, entry.tensors
+        self._learn_with(header)
         self.through, self.version, self.frozen = entry.number, header["version"], header["frozen"]
         self._lessons, self._rewards = header["lessons"], header["rewards"]
         self._mean_reward = header["mean_reward"]
@@ -268,6 +295,11 @@ class Learner:
                 for number, reward in header[name].items()
             }
         self._put_back(self._line[-1], tensors)
+
+
+def written(config: LearnConfig) -> dict[str, Any]:
+    """A config as an entry's header has it: what the adapter follows from."""
+    return config.model_dump(mode="json", exclude={"journal_size"})
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -18,8 +18,8 @@ from typing import Any
 from moe_bias.adapter.embedding import embedding_sample
 from moe_bias.backbone import Head
 from moe_bias.config import LearnConfig
-from moe_bias.learning.journal import STATE, Journal, first_header
-from moe_bias.learning.learner import HISTORY, LESSON
+from moe_bias.learning.journal import CONFIG, STATE, Journal, first_header
+from moe_bias.learning.learner import HISTORY, LESSON, written
 from moe_bias.learning.lessons import Lesson
 from moe_bias.learning.process import CHECKPOINT, JOURNAL, START, Place, write_head
 from moe_bias.learning.published import Published
@@ -78,6 +78,7 @@ class Learning:
         if not given.is_dir():
             raise UserError(f"{str(given)!r}, where adapters are to be served from, is not a folder")
         self.config, self.spool = config, Spool(limits or SpoolLimits())
+        self._config = written(config)
         self._place, self._published = Place(root), Published(root)
         self._sample = embedding_sample(head.rows, head.hidden_size, head.vocab_size)
         write_head(head, self._place.head)
@@ -133,10 +134,24 @@ class Learning:
         taught = self._of(name)
         future: Told = Future()
         with taught.lock:
-            number = taught.journal.append(event, header or {}, None if lesson is None else lesson.tensors())
+            new = {} if taught.journal.config == self._config else {CONFIG: self._config}
+            tensors = None if lesson is None else lesson.tensors()
+            number = taught.journal.append(event, {**(header or {}), **new}, tensors)
             taught.waiting[number] = future
         self._worker.ask("read", name)
         return future
+
+    def changes(self) -> dict[str, list[str]]:
+        """By adapter, each setting that what it is told next is learned with, and all before was not."""
+        return {
+            name: [
+                f"{field} {value} in place of {before[field]}" if field in before else f"{field} {value}"
+                for field, value in self._config.items()
+                if before.get(field) != value
+            ]
+            for name, taught in self._taught.items()
+            if (before := taught.journal.config) not in (None, self._config)
+        }
 
     def history(self, name: str) -> list[dict[str, Any]]:
         """What became of the last entries, the oldest first. Raises UserError on an adapter that is not there."""

@@ -7,6 +7,7 @@ puts such a class outside its check of API keys: who may teach is said by the ke
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from contextlib import ExitStack
 from typing import Any
@@ -33,6 +34,8 @@ from moe_bias.serving.notes import kept_states
 from moe_bias.serving.recording import RowLayout
 from moe_bias.tasks.conversations import answer_ends
 from moe_bias.variables import LEARNING
+
+_LOG = logging.getLogger(__name__)
 
 
 class TeachingRoutes:
@@ -84,6 +87,8 @@ class TeachingRoutes:
         if kept is None:
             raise UserError("no hidden states are kept on this server; it needs vLLM's plugin moe_bias")
         learning = Learning(settings.root, settings.given, head, settings.config, settings.limits)
+        for name, changed in learning.changes().items():
+            _LOG.warning("What %r is told from now on is learned with %s.", name, ", ".join(changed))
         for name in keys.names:
             if not (learning.adapters / name).exists():
                 learning.begin(name, settings.root / FRESH)
