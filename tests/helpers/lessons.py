@@ -78,7 +78,7 @@ class InlineWorker:
     """A worker whose process is the caller's own: nothing is pickled, and nobody waits for imports."""
 
     def __init__(self, arguments, listener):
-        self._arguments, self._listener = arguments, listener
+        self.arguments, self._listener = arguments, listener
         self._learners = Learners(*arguments)
         self.paused = False
         InlineWorker.newest = self
@@ -95,7 +95,7 @@ class InlineWorker:
 
     def kill(self):
         """All that was in memory is gone."""
-        self._learners = Learners(*self._arguments)
+        self._learners = Learners(*self.arguments)
         self._listener.restarted()
 
     def close(self):

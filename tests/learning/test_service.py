@@ -15,7 +15,7 @@ from moe_bias.config import LearnConfig
 from moe_bias.learning import service
 from moe_bias.learning.journal import entries
 from moe_bias.learning.learner import FREEZE, UNDO
-from moe_bias.learning.process import CHECKPOINT, JOURNAL, Place
+from moe_bias.learning.process import CHECKPOINT, JOURNAL, Learners, Place
 from moe_bias.learning.service import Learning, LearningStoppedError
 from moe_bias.mistakes import UserError
 
@@ -121,6 +121,40 @@ def test_a_killed_learner_in_the_middle_of_anything_goes_on_to_the_same_bytes(in
             worker.kill()
     assert [told["number"] for told in learning.history("mine")] == list(range(1, 48))
     assert same(served(learning), pupil_of(lessons))
+
+
+def test_who_waits_is_told_of_what_a_killed_process_wrote_down_and_told_nobody(inline, tmp_path):
+    learning = begun(tmp_path)
+    worker = InlineWorker.newest
+    learning.teach("mine", edit(0)).result(PATIENCE)
+    worker.paused = True
+    told = [learning.teach("mine", edit(seed)) for seed in range(1, 4)]
+    other = Learners(*worker.arguments)  # the process that is killed after its checkpoint
+    other.read_on("mine")
+    other.checkpoint("mine")
+    worker.paused = False
+    worker.kill()
+    assert [future.result(PATIENCE)["number"] for future in told] == [2, 3, 4]
+    assert [outcome["number"] for outcome in learning.history("mine")] == [1, 2, 3, 4]
+    learning.close()
+
+
+def test_who_waits_for_an_outcome_that_nobody_knows_any_more_is_told_so(inline, tmp_path, monkeypatch):
+    monkeypatch.setattr("moe_bias.learning.learner.HISTORY", 2)
+    learning = begun(tmp_path)
+    worker = InlineWorker.newest
+    worker.paused = True
+    told = [learning.teach("mine", rewarded(0.5, seed)) for seed in range(4)]
+    other = Learners(*worker.arguments)
+    other.read_on("mine")
+    other.checkpoint("mine")
+    worker.paused = False
+    worker.kill()
+    for future in told[:2]:
+        with pytest.raises(LearningStoppedError, match="applied once"):
+            future.result(PATIENCE)
+    assert [future.result(PATIENCE)["number"] for future in told[2:]] == [3, 4]
+    learning.close()
 
 
 def test_an_adapter_is_made_again_from_its_journal_alone(inline, tmp_path):

@@ -79,14 +79,26 @@ class Learners:
         self._head = read_head(place.head, transform)
         self._published = Published(place.root)
         self._loaded: OrderedDict[str, _Loaded] = OrderedDict()
+        self._told: set[str] = set()
 
     def read_on(self, name: str) -> list[dict[str, Any]]:
-        """Applies what is new in a journal, and publishes what comes of it; the outcomes, with `milliseconds`."""
+        """Applies what is new in a journal, and publishes what comes of it; the outcomes, with `milliseconds`.
+
+        The first of an adapter begin with all that its state tells of: a process that was killed may have written that
+        down, and told nobody.
+        """
         try:
-            return self._read_on(name)
+            outcomes = self._read_on(name)
         except BaseException:
             self._loaded.pop(name, None)  # it may be in the middle of an entry
+            self._told.discard(name)
             raise
+        if name not in self._told:
+            self._told.add(name)
+            new = len(outcomes)
+            told = self._loaded[name].learner.history
+            outcomes = [*({**asdict(one), "milliseconds": 0.0} for one in told[: len(told) - new]), *outcomes]
+        return outcomes
 
     def _read_on(self, name: str) -> list[dict[str, Any]]:
         loaded = self._load(name)

@@ -205,6 +205,7 @@ class Learning:
         self._taught[name] = _Taught(Journal(folder / JOURNAL), history=_told(folder))
 
     def _tell_outcomes(self, name: str, taught: _Taught, outcomes: list[dict[str, Any]]) -> None:
+        self._fail_unknown(taught, outcomes)
         for outcome in outcomes:
             if not taught.history or outcome["number"] > taught.history[-1]["number"]:
                 told = {name: value for name, value in outcome.items() if name != "milliseconds"}
@@ -217,6 +218,16 @@ class Learning:
             self._worker.ask("read", name)
         if outcomes and taught.journal.grown > self.config.journal_size:
             self._worker.ask("checkpoint", name)
+
+    def _fail_unknown(self, taught: _Taught, outcomes: list[dict[str, Any]]) -> None:
+        """Tells who waits for what comes before the first outcome: it was applied, by a process that was killed then,
+        and so many came after it that its outcome is not in the state.
+        """
+        with taught.lock:
+            first = outcomes[0]["number"] if outcomes else 0
+            unknown = [taught.waiting.pop(number) for number in list(taught.waiting) if number < first]
+        for future in unknown:
+            future.set_exception(LearningStoppedError("it was applied once, and what became of it is not known"))
 
     def _cut(self, name: str, taught: _Taught, through: int) -> None:
         """Where nothing has come since, the state takes the journal's place."""
