@@ -162,7 +162,9 @@ class Soak:
         """Notes what there is now."""
         sizes = [path.stat().st_size for path in self._place.root.glob(f"journals/*/{JOURNAL}")]
         own, other = resident(os.getpid()), resident(self.learning.process)
-        self.seen.append({"lessons": lessons, "server": own, "learner": other, "largest_journal": max(sizes, default=0)})
+        self.seen.append(
+            {"lessons": lessons, "server": own, "learner": other, "largest_journal": max(sizes, default=0)}
+        )
 
     def finish(self) -> None:
         """Waits for all outcomes, and ends the process."""

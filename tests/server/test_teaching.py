@@ -10,10 +10,9 @@ from helpers.chatting import asked, listening, served_folder
 from helpers.lessons import InlineWorker
 from helpers.models import token_ids
 from moe_bias.backbone import hidden_states
-from moe_bias.config import LearnConfig
+from moe_bias.config import LearnConfig, SpoolLimits
 from moe_bias.learning import service
 from moe_bias.learning.service import Learning
-from moe_bias.learning.spool import SpoolLimits
 from moe_bias.server.app import make_app
 from moe_bias.server.engine import Engine
 from moe_bias.server.keys import Keys

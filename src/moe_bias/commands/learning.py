@@ -11,12 +11,11 @@ from moe_bias.adapter import save_layer
 from moe_bias.adapter.saved import CONFIG_FILE
 from moe_bias.commands.looking_settings import ChatSettings, ServeSettings
 from moe_bias.commands.run_lock import held
-from moe_bias.config import ModelConfig
+from moe_bias.config import ModelConfig, SpoolLimits
 from moe_bias.frozen import Frozen, frozen
 from moe_bias.learning.fresh import FRESH, fresh_layer
 from moe_bias.learning.published import Published
 from moe_bias.learning.service import Learning
-from moe_bias.learning.spool import SpoolLimits
 from moe_bias.mistakes import UserError
 from moe_bias.server.keys import LOOPBACK, Keys
 from moe_bias.server.vllm_settings import VllmLearning

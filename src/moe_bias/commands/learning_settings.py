@@ -13,8 +13,7 @@ from pydantic import ByteSize, Field, create_model, model_validator
 from pydantic_core import PydanticCustomError
 
 from moe_bias.commands.option_types import option
-from moe_bias.config import Config, LearnConfig
-from moe_bias.learning.spool import SpoolLimits
+from moe_bias.config import Config, LearnConfig, SpoolLimits
 
 BEGINNING = "learn_"
 """What the names begin with."""

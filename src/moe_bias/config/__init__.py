@@ -20,7 +20,7 @@ from moe_bias.config.layer import (
     StartOptions,
     check_support,
 )
-from moe_bias.config.learning import LearnConfig
+from moe_bias.config.learning import LearnConfig, SpoolLimits
 from moe_bias.config.measuring import BUNDLED_MODEL, BYTES_OF_A_PROBLEM, EvalConfig, ModelConfig, TaskConfig, TaskOption
 from moe_bias.config.training import (
     TRAIN_ON,
@@ -62,6 +62,7 @@ __all__ = [
     "RewardConfig",
     "SFTConfig",
     "SamplingConfig",
+    "SpoolLimits",
     "StartOptions",
     "Take",
     "TaskConfig",

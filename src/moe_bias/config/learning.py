@@ -1,13 +1,15 @@
-"""How an adapter learns from feedback while it is served."""
+"""How an adapter learns from feedback while it is served, and of how many answers."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from pydantic import ByteSize, Field
 
 from moe_bias.config.layer import Experts
 from moe_bias.config.training import OptimizerOptions
+from moe_bias.limits import in_bytes
 
 
 class LearnConfig(OptimizerOptions):
@@ -38,3 +40,15 @@ class LearnConfig(OptimizerOptions):
         ByteSize(64 * 2**20), description="growth from which on a journal is cut to what its adapter still needs"
     )
     seed: int = Field(0, ge=0, description="of the choice of lessons to replay")
+
+
+@dataclass(frozen=True)
+class SpoolLimits:
+    """How many answers are kept, in how much memory, and for how long."""
+
+    count: int = 10_000
+    bytes: int = 2**29
+    seconds: float = 3600.0
+
+    def __str__(self) -> str:
+        return f"the last {self.count:,} answers of the last {self.seconds / 60:g} minutes, in {in_bytes(self.bytes)}"

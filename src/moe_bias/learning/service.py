@@ -17,13 +17,13 @@ from typing import Any
 
 from moe_bias.adapter.embedding import embedding_sample
 from moe_bias.backbone import Head
-from moe_bias.config import LearnConfig
+from moe_bias.config import LearnConfig, SpoolLimits
 from moe_bias.learning.journal import CONFIG, STATE, Journal, first_header
 from moe_bias.learning.learner import HISTORY, LESSON, written
 from moe_bias.learning.lessons import Lesson
 from moe_bias.learning.process import CHECKPOINT, JOURNAL, START, Place, write_head
 from moe_bias.learning.published import Published
-from moe_bias.learning.spool import Spool, SpoolLimits
+from moe_bias.learning.spool import Spool
 from moe_bias.learning.worker import Request, Worker
 from moe_bias.mistakes import UserError, shown
 from moe_bias.serving.versions import adapter_names, check_made_on

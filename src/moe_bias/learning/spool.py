@@ -15,7 +15,7 @@ from threading import Lock
 
 from torch import Tensor
 
-from moe_bias.limits import in_bytes
+from moe_bias.config import SpoolLimits
 from moe_bias.mistakes import UserError, shown
 
 _NUMBER_BYTES = 36
@@ -39,18 +39,6 @@ class ServedAnswer:
     def nbytes(self) -> int:
         """What it takes in memory, about."""
         return self.hidden.nbytes + _NUMBER_BYTES * (len(self.prompt) + len(self.tokens))
-
-
-@dataclass(frozen=True)
-class SpoolLimits:
-    """How many answers are kept, in how much memory, and for how long."""
-
-    count: int = 10_000
-    bytes: int = 2**29
-    seconds: float = 3600.0
-
-    def __str__(self) -> str:
-        return f"the last {self.count:,} answers of the last {self.seconds / 60:g} minutes, in {in_bytes(self.bytes)}"
 
 
 class Spool:

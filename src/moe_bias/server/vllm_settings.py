@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moe_bias.config import Config, LearnConfig
-from moe_bias.learning.spool import SpoolLimits
+from moe_bias.config import Config, LearnConfig, SpoolLimits
 
 
 class VllmLearning(Config):
