@@ -27,8 +27,8 @@ from moe_bias.extras import EXTRA_OF
 
 PROGRAM = str(Path(sys.executable).parent / "moe-bias")
 WORDS = 64
-OF_EXTRAS = ("moe_bias.serving.", "moe_bias.server.", "moe_bias.report.", "moe_bias.tasks.equality")
-"""Modules that need vLLM, Starlette, matplotlib or math-verify."""
+OF_EXTRAS = ("moe_bias.serving.", "moe_bias.trl.", "moe_bias.server.", "moe_bias.report.", "moe_bias.tasks.equality")
+"""Modules that need vLLM, TRL, Starlette, matplotlib or math-verify."""
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,11 @@ def run_two(folder: Path, choices: dict[str, Any]) -> None:
     assert _launch(_ranked_training, folder, choices) == [0, 0]
 
 
+def run_two_of(target: Callable[..., None], *arguments: Any) -> None:
+    """A function of a module in two processes of one launcher."""
+    assert _launch(_ranked, target, arguments) == [0, 0]
+
+
 def run_two_commands(words: list[str], errors: Path) -> list[int]:
     """The command in two processes, as a launcher starts it; their exit codes."""
     return _launch(_ranked_command, words, errors, os.environ.get("MOE_BIAS_CACHE"))
@@ -117,6 +123,12 @@ def _ranked_training(rank: int, port: int, folder: Path, choices: dict[str, Any]
     _take_place(rank, port)
     run_training(folder, choices)
     torch.distributed.destroy_process_group()
+
+
+def _ranked(rank: int, port: int, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    _take_place(rank, port)
+    torch.set_num_threads(1)
+    target(*arguments)
 
 
 def _ranked_command(rank: int, port: int, words: list[str], errors: Path, cache: str | None) -> None:
