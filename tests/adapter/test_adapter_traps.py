@@ -441,3 +441,14 @@ def test_load_balance_loss_is_not_part_of_the_models_loss():
     loss = peft_model(input_ids=ids, labels=ids).loss
     assert loss < 100
     assert get_load_balance_loss(peft_model) > 1e5
+
+
+def test_what_was_changed_in_a_config_is_looked_at_again():
+    config = MoEBiasConfig(support=[3, 5], num_experts=1, top_k=1)
+    assert config.layer_config() is config.layer_config()
+    config.support.append(8)
+    assert config.layer_config().support == (3, 5, 8)
+    config.num_experts = True
+    with pytest.raises(ValueError, match="num_experts"):
+        config.layer_config()
+    assert copy.copy(MoEBiasConfig(support=[4])).layer_config().support == (4,)

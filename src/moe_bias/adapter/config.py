@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from peft import PeftConfig
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -90,6 +90,7 @@ class MoEBiasConfig(PeftConfig):
     embedding_sample: list[float] | None = None
 
     target_modules = None  # not a field: see the module docstring
+    _checked: ClassVar[tuple[object, LayerConfig] | None] = None  # an instance has its own
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, *args: Any, **kwargs: Any) -> MoEBiasConfig:
@@ -117,8 +118,18 @@ class MoEBiasConfig(PeftConfig):
             raise UserError(describe(error, _Facts)) from error
 
     def layer_config(self) -> LayerConfig:
-        """The choices that define the layer. Raises ValueError naming the offending value."""
-        return LayerConfig(**{name: getattr(self, name) for name in LayerConfig.model_fields})
+        """The choices that define the layer. Raises ValueError naming the offending value.
+
+        They are checked once: to look at a support of thousands of tokens takes milliseconds.
+        """
+        choices = {name: getattr(self, name) for name in LayerConfig.model_fields}
+        support = None if self.support is None else tuple(self.support)
+        key = [(type(value), value) for value in {**choices, "support": support}.values()]  # True is 1, and is refused
+        if self._checked is not None and key == self._checked[0]:
+            return self._checked[1]
+        config = LayerConfig(**choices)
+        self.__dict__["_checked"] = key, config
+        return config
 
     def for_model(self, hidden_size: int, vocab_size: int, rows: EmbeddingRows | None = None) -> MoEBiasConfig:
         """A copy that knows its model's sizes and, from `rows`, a sample of its output embedding.

@@ -111,7 +111,8 @@ def _texts(value: object) -> Iterator[str]:
         yield from _texts([*value, *value.values()])
     elif isinstance(value, list | tuple):
         for part in value:
-            yield from _texts(part)
+            if type(part) is not int:  # a support has thousands of them
+                yield from _texts(part)
 
 
 def _numbers(value: object) -> Iterator[float]:
@@ -122,7 +123,10 @@ def _numbers(value: object) -> Iterator[float]:
         yield from _numbers([*value.values()])
     elif isinstance(value, list | tuple):
         for part in value:
-            yield from _numbers(part)
+            if type(part) is int:  # a support has thousands of them
+                yield part
+            else:
+                yield from _numbers(part)
 
 
 _CALLED_ELSEWHERE = {
