@@ -32,6 +32,24 @@ def test_features_on_a_grown_support_are_those_made_on_it(name, order, sizes):
     torch.testing.assert_close(found.rest.mean_logit, wanted.rest.mean_logit, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", HEADS)
+@settings(max_examples=40, deadline=None)
+@given(order=st.permutations(range(VOCABULARY)), sizes=st.tuples(*[st.integers(1, 30)] * 3))
+def test_features_on_a_support_that_tokens_come_to_and_go_from_are_those_made_on_it(name, order, sizes):
+    head, (gone, stay, come) = HEADS[name], sizes
+    before, after = order[: gone + stay], order[gone : gone + stay + come]
+    generator = torch.Generator().manual_seed(gone)
+    hidden_TD = 3 * torch.randn(11, HIDDEN, generator=generator)
+    token_T = torch.randint(VOCABULARY, (11,), generator=generator)
+    tokens = HiddenTokens(hidden_TD, token_T, torch.zeros_like(token_T))
+    found = grown(with_scalars(head, tokens, before, ""), head, torch.tensor(after))
+    wanted = with_scalars(head, tokens, after, "")
+    assert torch.equal(found.column, wanted.column)
+    assert torch.equal(found.support, wanted.support)
+    torch.testing.assert_close(found.rest.log_sum_exp, wanted.rest.log_sum_exp, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(found.rest.mean_logit, wanted.rest.mean_logit, rtol=1e-4, atol=1e-3)
+
+
 def test_what_dominates_the_rest_is_taken_out_without_losing_digits():
     """The token that comes has all of the rest but one part in a million."""
     head = HEADS["llama"]
