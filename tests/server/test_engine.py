@@ -16,7 +16,7 @@ from moe_bias.layer import entropy_from_logits
 from moe_bias.progress import meter
 from moe_bias.rollout.answers import AnswerChoices, sampled_answers
 from moe_bias.rollout.policy import base_policy, layer_policy
-from moe_bias.server.answer import Ended, Failed
+from moe_bias.server.answer import Ended, Failed, Given
 from moe_bias.server.engine import EngineClosedError
 from moe_bias.support import RestScalars
 from moe_bias.tasks.conversations import Example
@@ -190,21 +190,24 @@ def same_features(found, expected):
 @pytest.mark.parametrize("adapter", ["one", "two"])
 def test_what_is_kept_of_an_answer_is_what_training_extracts(served, adapter, temperature):
     base, adapters = served
-    support, kept = mb.load_layer(adapters / adapter, base).support_or_all().tolist(), []
+    kept = []
     with running_engine(base, adapters, kept.append) as engine:
         heard = ask(engine, PROMPT, (adapter,), seed=1, limit=12, temperature=temperature).wait()
         ask(engine, PROMPT, seed=1, limit=12).wait()
         ask(engine, PROMPT, ("one", "two"), limit=12).wait()
         (answer,) = kept
-        given = engine.features_of(PROMPT, heard.answering.answer.all_ids, adapter)
-        found = engine.features_of_served(answer)
+        (given,) = engine.features_of(PROMPT, [Given(heard.answering.answer.all_ids)], adapter)
+        (found,) = engine.features_of(PROMPT, [Given.served(answer)], adapter)
+        both = engine.features_of(PROMPT, [Given(answer.tokens), Given.served(answer, slice(2, 5))], adapter)
     assert (answer.id, answer.adapter, answer.prompt) == (heard.answering.id, adapter, PROMPT)
     assert answer.tokens == heard.answering.answer.all_ids
     assert answer.finished == (heard.end.reason == "stop")
     tokens = run_backbone(base.model, [Example(PROMPT, answer.tokens)], 1, "")
+    support = mb.load_layer(adapters / adapter, base).support_or_all().tolist()
     expected = with_scalars(base.head, tokens, support, "")
-    same_features(found, expected)
-    same_features(given, expected)
+    for each in (found, given, both[0]):
+        same_features(each, expected)
+    same_features(both[1], expected.at(slice(2, 5)))
 
 
 def test_features_of_an_edited_answer_are_those_of_its_whole_text(served):
@@ -213,12 +216,12 @@ def test_features_of_an_edited_answer_are_those_of_its_whole_text(served):
         heard = ask(engine, PROMPT, ("one",), seed=1, limit=12).wait()
         written = heard.answering.answer.token_ids
         edited = [*written[:3], 50, 51, 2]
-        found = engine.features_of(PROMPT, edited, "one")
+        (found,) = engine.features_of(PROMPT, [Given(edited)], "one")
         support = mb.load_layer(adapters / "one", base).support_or_all().tolist()
         with pytest.raises(mb.UserError, match="no adapter 'three'"):
-            engine.features_of(PROMPT, edited, "three")
+            engine.features_of(PROMPT, [Given(edited)], "three")
         with pytest.raises(mb.UserError, match="one token or more"):
-            engine.features_of(PROMPT, [], "one")
+            engine.features_of(PROMPT, [Given([])], "one")
     tokens = run_backbone(base.model, [Example(PROMPT, edited)], 1, "")
     same_features(found, with_scalars(base.head, tokens, support, ""))
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -81,13 +82,13 @@ class Lesson:
         )
 
 
-def pair_lesson(better: Features, other: Features, limit: int) -> Lesson:
-    """The lesson of a better answer and another one to the same prompt, one example each.
+def pair_parts(better: Sequence[int], other: Sequence[int], limit: int) -> tuple[slice, slice]:
+    """What of a better answer's tokens and of another's to the same prompt is learned from, `limit` tokens at most.
 
     Raises UserError where the two are the same tokens, of which there is nothing to learn, or where they do not differ
-    within the first `limit` tokens, the only ones that are kept.
+    within the first `limit` tokens.
     """
-    common = _common_length(better.token, other.token)
+    common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(better, other, strict=False)))
     if common == len(better) == len(other):
         raise UserError("the better answer is the answer itself, token for token; a reward of 1 says that it was right")
     if common >= limit:
@@ -96,7 +97,17 @@ def pair_lesson(better: Features, other: Features, limit: int) -> Lesson:
             "raise `lesson_tokens`"
         )
     # An answer that the better one only goes on from keeps its last token, which counts for nothing in both.
-    better, other = better.at(slice(limit)), other.at(slice(min(common, len(other) - 1), limit))
+    return slice(0, limit), slice(min(common, len(other) - 1), limit)
+
+
+def pair_lesson(better: Features, other: Features, limit: int) -> Lesson:
+    """The lesson of a better answer and another one to the same prompt, one example each. Raises as `pair_parts`."""
+    parts = pair_parts(better.token.tolist(), other.token.tolist(), limit)
+    return lesson_of_parts(better.at(parts[0]), other.at(parts[1]))
+
+
+def lesson_of_parts(better: Features, other: Features) -> Lesson:
+    """The lesson of what `pair_parts` says of two answers; `position` is the token's place in its whole answer."""
     answer_T = torch.tensor([0] * len(better) + [1] * len(other))
     return Lesson(replace(joined([better, other]), example=answer_T))
 
@@ -145,9 +156,3 @@ def highest(value_T: Tensor, share: float) -> Tensor:
     """(T,) bool: the largest values, a share of them and at least one; of equal ones the first."""
     chosen = value_T.argsort(descending=True, stable=True)[: max(math.ceil(share * len(value_T)), 1)]
     return torch.zeros_like(value_T, dtype=torch.bool).index_fill(0, chosen, True)
-
-
-def _common_length(first_T: Tensor, second_T: Tensor) -> int:
-    length = min(len(first_T), len(second_T))
-    differs = (first_T[:length] != second_T[:length]).nonzero()
-    return int(differs[0]) if len(differs) else length

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from moe_bias.backbone import Head
 from moe_bias.combined import Part
-from moe_bias.layer import MoEBiasLayer
+from moe_bias.features.extract import Features, answer_features
+from moe_bias.layer import MoEBiasLayer, at_least_float32
 from moe_bias.learning.spool import ServedAnswer
 from moe_bias.mistakes import UserError, shown
 from moe_bias.rollout.decoding import Answer
@@ -66,6 +68,38 @@ class Failed:
     """The answer goes no further, through no fault of the request's."""
 
     sentence: str
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """An answer of which features are wanted: its tokens, from `start` on, and the hidden states (T, D) that all of
+    them are chosen from, where they are known.
+    """
+
+    tokens: list[int]
+    hidden: Tensor | None = None
+    start: int = 0
+
+    @classmethod
+    def served(cls, answer: ServedAnswer, wanted: slice = slice(None)) -> Given:
+        """Of an answer that was served."""
+        return cls(answer.tokens[: wanted.stop], answer.hidden[: wanted.stop], wanted.start or 0)
+
+
+def given_features(head: Head, answers: Sequence[Given], support_M: Tensor) -> list[Features]:
+    """Features of answers whose hidden states are known, one example each: one product with the output embedding.
+
+    `position` is a token's place in its whole answer.
+    """
+    known = [answer.hidden[answer.start :] for answer in answers if answer.hidden is not None]
+    hidden_TD = torch.cat([at_least_float32(hidden).cpu() for hidden in known])
+    token_T = torch.tensor([token for answer in answers for token in answer.tokens[answer.start :]])
+    features, parts, begin = answer_features(head, hidden_TD, token_T, support_M), [], 0
+    for answer in answers:
+        part = features.at(slice(begin, begin + len(answer.tokens) - answer.start))
+        parts.append(replace(part, position=part.position - begin + answer.start))
+        begin += len(part)
+    return parts
 
 
 Event = Written | Ended | Failed

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from moe_bias.rollout.cache import roomy_cache
 from moe_bias.rollout.decoding import hidden_after
 from moe_bias.server.prefixes import KeysValues, Prefix, filled_cache, layers_of
+from moe_bias.server.together import Rows, Text, pass_together
 
 
 class Batch:
@@ -63,6 +64,16 @@ class Batch:
         mask_BL = (torch.arange(places, device=device) >= places - length_B[:, None]).long()
         token_B1 = torch.tensor(tokens, device=device)[:, None]
         return hidden_after(self._model, token_B1, mask_BL, length_B[:, None] - 1, self._cache)[:, -1]
+
+    @torch.no_grad()
+    def next_beside(self, tokens: Sequence[int], texts: Sequence[Text]) -> tuple[Tensor, list[Prefix]]:
+        """As `next`, with some texts read in the same pass; for a model that `can_pass_together`."""
+        rows = Rows(layers_of(self._cache), self._lengths)
+        hidden_BD, grown, prefixes = pass_together(self._model, rows, tokens, texts)
+        for number, (keys, values) in enumerate(grown):
+            self._cache.update(keys, values, number)
+        self._lengths = [length + 1 for length in self._lengths]
+        return hidden_BD, prefixes
 
 
 def _below(held: KeysValues, new: KeysValues) -> KeysValues:

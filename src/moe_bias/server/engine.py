@@ -20,6 +20,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock, Thread
 from typing import TypeVar
@@ -28,16 +29,28 @@ import torch
 from torch import Tensor
 
 from moe_bias.adapter.embedding import embedding_sample
-from moe_bias.features.extract import Features, answer_features
+from moe_bias.features.extract import Features
 from moe_bias.frozen import Frozen
 from moe_bias.layer import MoEBiasLayer, at_least_float32, entropy_from_logits
 from moe_bias.learning.spool import ServedAnswer
 from moe_bias.mistakes import UserError, reason_of, shown
 from moe_bias.rollout.decoding import Answer
-from moe_bias.server.answer import Answering, Asked, Ended, Failed, Keeper, Listener, Reason, Written
+from moe_bias.server.answer import (
+    Answering,
+    Asked,
+    Ended,
+    Failed,
+    Given,
+    Keeper,
+    Listener,
+    Reason,
+    Written,
+    given_features,
+)
 from moe_bias.server.batch import Batch
 from moe_bias.server.choice import Choice, choose
 from moe_bias.server.prefixes import KeysValues, Prefix, Prefixes, extended
+from moe_bias.server.together import MOST_TOKENS, Reading, Text, can_pass_together
 from moe_bias.serving.pool import AdapterPool
 from moe_bias.serving.versions import AdapterFolder, read_version
 from moe_bias.tasks.conversations import answer_ends
@@ -87,6 +100,7 @@ class Engine:
         self._batch, self._rows = Batch(base.model), list[Answering]()
         self._hidden_BD = torch.empty(0, sizes[0])
         self._waiting: deque[Answering] = deque()
+        self._readings, self._passes_together = list[Reading](), can_pass_together(base.model)
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._closing, self._is_closed = Lock(), False
         self._thread = Thread(target=self._work, name="moe-bias engine", daemon=True)
@@ -138,34 +152,22 @@ class Engine:
         """Runs a function on the engine's thread, between two tokens, and returns what it returns, or raises."""
         future: Future[Result] = Future()
 
-        def run() -> None:
-            try:
-                future.set_result(function())
-            except BaseException as error:  # of whatever kind, it is the caller's
-                future.set_exception(error)
-
-        self._put(run)
+        self._put(lambda: fulfil(future, function))
         return future.result()
 
-    def features_of(self, prompt_ids: Sequence[int], answer_ids: Sequence[int], adapter: str) -> Features:
-        """Features of a given answer, of one example on the adapter's support, at temperature 1. For any thread.
+    def features_of(self, prompt_ids: Sequence[int], answers: Sequence[Given], adapter: str) -> list[Features]:
+        """Features of answers to a prompt, one example each, at temperature 1, on the adapter's support.
 
-        Only those tokens go through the model that no conversation of late began with. Raises UserError where there
-        is no such adapter, or an answer without tokens.
+        For any thread. Of an answer whose hidden states are not known, of which there is one at most, only those tokens
+        go through the model that no conversation of late began with, beside the next token of the answers that are
+        written. `position` is a token's place in its whole answer. Raises UserError where there is no such adapter, or
+        an answer without tokens.
         """
-        if not prompt_ids or not answer_ids:
+        if not prompt_ids or not all(answer.tokens for answer in answers):
             raise UserError("features are those of an answer of one token or more, after a prompt of one or more")
-        version = self.version(adapter)
-        return self.call(lambda: self._features(list(prompt_ids), list(answer_ids), version))
-
-    def features_of_edit(self, answer: ServedAnswer, token_ids: Sequence[int]) -> Features:
-        """The same of other tokens in the place of an answer that was served."""
-        return self.features_of(answer.prompt, token_ids, answer.adapter)
-
-    def features_of_served(self, answer: ServedAnswer) -> Features:
-        """The same of an answer that was served, whose hidden states are there. Raises UserError as `version`."""
-        version, token_T = self.version(answer.adapter), torch.tensor(answer.tokens)
-        return self.call(lambda: self._answer_features(answer.hidden, token_T, version))
+        version, found = self.version(adapter), Future[list[Features]]()
+        self._put(lambda: self._begin_reading(list(prompt_ids), answers, version, found))
+        return found.result()
 
     def layer(self, adapter: str) -> MoEBiasLayer:
         """The frozen layer of the adapter's version now, which is not to be changed. Raises UserError as `version`."""
@@ -178,15 +180,21 @@ class Engine:
                 raise EngineClosedError("the server was stopped")
             self._inbox.put(item)
 
-    def _features(self, prompt: list[int], answer: list[int], version: Path) -> Features:
-        tokens = prompt + answer[:-1]
-        prefix = extended(self.base.model, self._prefixes.longest(tokens), tokens)
-        self._prefixes.add(prefix)
-        hidden_TD = prefix.hidden[len(prompt) - 1 :]
-        return self._answer_features(hidden_TD, torch.tensor(answer), version)
+    def _begin_reading(
+        self, prompt: list[int], answers: Sequence[Given], version: Path, found: Future[list[Features]]
+    ) -> None:
+        unread = [answer for answer in answers if answer.hidden is None]
+        assert len(unread) < 2
 
-    def _answer_features(self, hidden_TD: Tensor, token_T: Tensor, version: Path) -> Features:
-        return answer_features(self.base.head, hidden_TD, token_T, self._pool.get(version).support_or_all())
+        def finish(prefix: Prefix | None) -> None:
+            hidden = None if prefix is None else prefix.hidden[len(prompt) - 1 :]
+            known = [replace(answer, hidden=hidden) if answer.hidden is None else answer for answer in answers]
+            fulfil(found, lambda: given_features(self.base.head, known, self._pool.get(version).support_or_all()))
+
+        if not unread:
+            finish(None)
+        else:
+            self._readings.append(Reading((*prompt, *unread[0].tokens[:-1]), finish, found.set_exception))
 
     def _load(self, version: Path) -> MoEBiasLayer:
         head = self.base.head
@@ -204,6 +212,7 @@ class Engine:
             try:
                 self._admit()
                 self._step()
+                self._read_alone()
             except Exception as error:  # whatever it is, the next request is to be answered
                 _log.exception("the engine failed")
                 self._fail_all(f"the server failed at this answer: {reason_of(error)}")
@@ -211,7 +220,7 @@ class Engine:
 
     def _read_inbox(self) -> bool:
         """Does what came in, waiting for something where there is nothing else to do; False at the end."""
-        is_idle = not self._rows and not self._waiting
+        is_idle = not self._rows and not self._waiting and not self._readings
         while is_idle or not self._inbox.empty():
             item = self._inbox.get()
             if item is None:
@@ -262,9 +271,35 @@ class Engine:
             else:
                 self._finish(place, reason)
         if self._rows:
-            self._hidden_BD = self._batch.next(tokens[::-1])
+            self._hidden_BD = self._next(tokens[::-1])
             for answering, hidden_1D in zip(self._rows, self._hidden_BD.split(1), strict=True):
                 answering.hidden.append(hidden_1D)
+
+    def _next(self, tokens: Sequence[int]) -> Tensor:
+        """Hidden states (B, D) after the next token of each row; texts that are short are read in the same pass."""
+        waiting = self._readings if self._passes_together else []
+        texts = [(one, Text(self._prefixes.longest(one.tokens), one.tokens)) for one in waiting]
+        beside = [(one, text) for one, text in texts if 0 < len(text.new) <= MOST_TOKENS]
+        if not beside:
+            return self._batch.next(tokens)
+        hidden_BD, prefixes = self._batch.next_beside(tokens, [text for _, text in beside])
+        for (reading, _), prefix in zip(beside, prefixes, strict=True):
+            self._readings.remove(reading)
+            self._prefixes.add(prefix)
+            reading.finish(prefix)
+        return hidden_BD
+
+    def _read_alone(self) -> None:
+        """Reads what waits still, a text at a time."""
+        while self._readings:
+            reading = self._readings.pop(0)
+            try:
+                prefix = extended(self.base.model, self._prefixes.longest(reading.tokens), reading.tokens)
+            except Exception as error:  # of this text alone, such as one that memory does not hold
+                reading.failed(error)
+                continue
+            self._prefixes.add(prefix)
+            reading.finish(prefix)
 
     def _choices(self) -> list[Choice]:
         head = self.base.head
@@ -318,10 +353,21 @@ class Engine:
 
     def _fail_all(self, sentence: str) -> None:
         failed, self._rows, self._waiting = [*self._rows, *self._waiting], [], deque()
+        unread, self._readings = self._readings, []
         self._batch = Batch(self.base.model)
         self._hidden_BD = self._hidden_BD[:0]
         for answering in failed:
             answering.listener(Failed(sentence))
+        for reading in unread:
+            reading.failed(EngineClosedError(sentence))
+
+
+def fulfil(future: Future[Result], function: Callable[[], Result]) -> None:
+    """The function's result, or what it raises, as the future's."""
+    try:
+        future.set_result(function())
+    except BaseException as error:  # of whatever kind, it is the caller's
+        future.set_exception(error)
 
 
 def _single_rows(count: int) -> list[slice]:

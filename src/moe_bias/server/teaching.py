@@ -25,10 +25,11 @@ from transformers import PreTrainedTokenizerBase
 
 from moe_bias.features.extract import Features
 from moe_bias.learning.learner import FREEZE, UNDO, UNFREEZE
-from moe_bias.learning.lessons import Lesson, pair_lesson, reward_lesson
+from moe_bias.learning.lessons import Lesson, lesson_of_parts, pair_parts, reward_lesson
 from moe_bias.learning.service import Learning, LearningStoppedError, Told
 from moe_bias.learning.spool import ServedAnswer
 from moe_bias.mistakes import UserError, reason_of, shown
+from moe_bias.server.answer import Given
 from moe_bias.server.app import read_json_body
 from moe_bias.server.engine import Engine
 from moe_bias.server.keys import Keys
@@ -52,12 +53,11 @@ class Served(Protocol):
         """Tokens that prompt and answer may have together, where that is known."""
         ...
 
-    def features_of_served(self, answer: ServedAnswer) -> Features:
-        """Features of an answer that was served, on its adapter's support. Raises UserError where that is gone."""
-        ...
+    def features_of(self, prompt_ids: Sequence[int], answers: Sequence[Given], adapter: str) -> list[Features]:
+        """Features of answers to a prompt, one example each, on the adapter's support; of one the states are not known.
 
-    def features_of_edit(self, answer: ServedAnswer, token_ids: Sequence[int]) -> Features:
-        """The same of other tokens in its place, at least one; only what differs need be computed."""
+        Raises UserError where there is no such adapter.
+        """
         ...
 
 
@@ -149,25 +149,30 @@ class Teaching:
 
     async def _lesson(self, request: Request, answer: ServedAnswer, kind: str, given: object) -> Lesson:
         limit = self._learning.config.lesson_tokens
-        reward = _reward(given) if kind == "reward" else None
-        served = await run_in_threadpool(self._served.features_of_served, answer)
         try:
-            if reward is not None:
+            if kind == "reward":
+                reward = _reward(given)
+                (served,) = await self._features(answer, Given.served(answer, slice(limit)))
                 return reward_lesson(served, reward, limit)
-            return pair_lesson(await self._better(request, answer, kind, given), served, limit)
+            better = self._better(request, answer, kind, given)
+            parts = pair_parts(better.tokens, answer.tokens, limit)
+            cut = Given(better.tokens[parts[0]], None if better.hidden is None else better.hidden[parts[0]])
+            return lesson_of_parts(*await self._features(answer, cut, Given.served(answer, parts[1])))
         except RefusedError:
             raise
         except UserError as error:
             raise RefusedError(str(error), kind) from error
 
-    async def _better(self, request: Request, answer: ServedAnswer, kind: str, given: object) -> Features:
+    async def _features(self, answer: ServedAnswer, *given: Given) -> list[Features]:
+        return await run_in_threadpool(self._served.features_of, answer.prompt, given, answer.adapter)
+
+    def _better(self, request: Request, answer: ServedAnswer, kind: str, given: object) -> Given:
         if kind == "edit":
-            tokens = self._edited(answer, given)
-            return await run_in_threadpool(self._served.features_of_edit, answer, tokens)
+            return Given(self._edited(answer, given))
         better = self._kept(request, given, kind)
         if (better.adapter, better.prompt) != (answer.adapter, answer.prompt):
             raise UserError(f"prefer: {shown(given)} is an answer to another request, or under another adapter")
-        return await run_in_threadpool(self._served.features_of_served, better)
+        return Given.served(better)
 
     def _edited(self, answer: ServedAnswer, text: object) -> list[int]:
         """The text's tokens; with the end that the answer had, or the first that there is."""

@@ -12,6 +12,7 @@ import asyncio
 import re
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -23,10 +24,11 @@ from vllm import SamplingParams
 
 from moe_bias.adapter.embedding import embedding_sample
 from moe_bias.backbone import Head
-from moe_bias.features.extract import Features, answer_features
+from moe_bias.features.extract import Features
 from moe_bias.layer import MoEBiasLayer, at_least_float32
 from moe_bias.learning.spool import ServedAnswer
 from moe_bias.mistakes import UserError
+from moe_bias.server.answer import Given, given_features
 from moe_bias.serving.keeping import KEEP
 from moe_bias.serving.kept_answers import KeptAnswer, KeptFile
 from moe_bias.serving.pool import AdapterPool
@@ -65,33 +67,34 @@ class VllmServed:
         """Names of the adapters that are served now."""
         return self._folder.names()
 
-    def features_of_served(self, answer: ServedAnswer) -> Features:
-        """See `Served`."""
-        return self._features(answer.hidden, answer.tokens, answer.adapter)
-
-    def features_of_edit(self, answer: ServedAnswer, token_ids: Sequence[int]) -> Features:
+    def features_of(self, prompt_ids: Sequence[int], answers: Sequence[Given], adapter: str) -> list[Features]:
         """See `Served`. Raises UserError where the engine does not keep what it computes."""
-        return self._features(self._states(answer, list(token_ids)), token_ids, answer.adapter)
-
-    def _features(self, hidden_TD: Tensor, token_ids: Sequence[int], adapter: str) -> Features:
-        version = self._folder.version(adapter)
+        version, prompt = self._folder.version(adapter), list(prompt_ids)
+        known = [answer for answer in answers if answer.hidden is not None]
+        read = [
+            answer if answer.hidden is not None else replace(answer, hidden=self._states(prompt, answer.tokens, known))
+            for answer in answers
+        ]
         with self._lock:
             support_M = self._pool.get(version).support_or_all()
-        return answer_features(self._head, hidden_TD.to(self._head.dtype), torch.tensor(token_ids), support_M)
+        return given_features(self._head, read, support_M)
 
     def _read(self, version: Path) -> MoEBiasLayer:
         return read_version(version, self._head.hidden_size, self._head.vocab_size, self._head.rows)
 
-    def _states(self, answer: ServedAnswer, token_ids: list[int]) -> Tensor:
-        """What each token of the edited answer is chosen from, (T, D)."""
-        known = 1 + _alike(answer.tokens, token_ids)
-        known_TD = answer.hidden[: min(known, len(token_ids))]
+    def _states(self, prompt: list[int], token_ids: list[int], known: Sequence[Given]) -> Tensor:
+        """What each token of an answer is chosen from, (T, D), where those of others to the same prompt are known."""
+        known_TD = torch.empty(0, self._head.hidden_size)
+        for other in known:
+            alike = 1 + _alike(other.tokens, token_ids)
+            if other.hidden is not None and alike > len(known_TD):
+                known_TD = other.hidden[: min(alike, len(token_ids))]
         if len(known_TD) == len(token_ids):
             return known_TD
-        hidden_TD, there_T = self._computed(answer.prompt, token_ids, None)
+        hidden_TD, there_T = self._computed(prompt, token_ids, None)
         hidden_TD[: len(known_TD)], there_T[: len(known_TD)] = known_TD, True
         if not there_T.all():  # another request had these positions computed: compute them apart from all others
-            hidden_TD, there_T = self._computed(answer.prompt, token_ids, uuid4().hex)
+            hidden_TD, there_T = self._computed(prompt, token_ids, uuid4().hex)
         if not there_T.all():
             raise UserError(
                 f"the engine kept {int(there_T.sum())} of {len(there_T)} states of the edited answer, as one does "
