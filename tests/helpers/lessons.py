@@ -75,12 +75,17 @@ def save_start(folder: Path, name="mine") -> Path:
 
 
 class InlineWorker:
-    """A worker whose process is the caller's own: nothing is pickled, and nobody waits for imports."""
+    """A worker whose process is the caller's own: nothing is pickled, and nobody waits for imports.
+
+    One that `is_slow` begins paused, so that nothing is answered.
+    """
+
+    is_slow = False
 
     def __init__(self, arguments, listener):
         self.arguments, self._listener = arguments, listener
         self._learners = Learners(*arguments)
-        self.paused = False
+        self.paused = self.is_slow
         InlineWorker.newest = self
 
     def ask(self, kind, name):

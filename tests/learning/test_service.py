@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 from concurrent.futures import wait
+from threading import Timer
 
 import pytest
 import torch
@@ -155,6 +156,26 @@ def test_who_waits_for_an_outcome_that_nobody_knows_any_more_is_told_so(inline, 
             future.result(PATIENCE)
     assert [future.result(PATIENCE)["number"] for future in told[2:]] == [3, 4]
     learning.close()
+
+
+def test_a_history_waits_for_the_process_to_read_what_there_was(inline, tmp_path, monkeypatch):
+    learning = begun(tmp_path)
+    assert learning.history("mine") == []
+    learning.teach("mine", edit(1)).result(PATIENCE)
+    told = learning.history("mine")
+    InlineWorker.newest.kill()  # so that nothing is written down
+    learning.close()
+    (tmp_path / "learned" / "journals" / "mine" / CHECKPOINT).unlink()
+    monkeypatch.setattr(InlineWorker, "is_slow", True)
+    again = begun(tmp_path)
+    monkeypatch.setattr(service, "_PATIENCE", 0.01)
+    with pytest.raises(LearningStoppedError, match="ask again"):
+        again.history("mine")
+    monkeypatch.setattr(service, "_PATIENCE", PATIENCE)
+    InlineWorker.newest.paused = False
+    Timer(0.1, again.restarted).start()
+    assert again.history("mine") == told
+    again.close()
 
 
 def test_an_adapter_is_made_again_from_its_journal_alone(inline, tmp_path):

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock
 from typing import Any
 
 from moe_bias.adapter.embedding import embedding_sample
@@ -30,6 +30,8 @@ from moe_bias.serving.versions import adapter_names, check_made_on
 
 MEMORY = 2**30
 """What the learners that are loaded may take."""
+_PATIENCE = 60.0
+"""Seconds that a history waits for the process, which begins with all adapters."""
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _log = logging.getLogger(__name__)
 Told = Future[dict[str, Any]]
@@ -42,15 +44,20 @@ class LearningStoppedError(RuntimeError):
 
 @dataclass
 class _Taught:
-    """An adapter that learns: its journal, who waits for which entry, and what became of the last ones."""
+    """An adapter that learns: its journal, who waits for which entry, and what became of the last ones.
+
+    `heard` is set once the process has told of all that was in the journal when the server began.
+    """
 
     journal: Journal
+    heard: Event = field(default_factory=Event)
     lock: Lock = field(default_factory=Lock)
     waiting: dict[int, Told] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def fail(self, reason: str) -> None:
         """Tells everyone who waits."""
+        self.heard.set()
         with self.lock:
             waiting, self.waiting = self.waiting, {}
         for future in waiting.values():
@@ -154,8 +161,14 @@ class Learning:
         }
 
     def history(self, name: str) -> list[dict[str, Any]]:
-        """What became of the last entries, the oldest first. Raises UserError on an adapter that is not there."""
-        return list(self._of(name).history)
+        """What became of the last entries, the oldest first; after a start it waits until they are known.
+
+        Raises UserError on an adapter that is not there, and LearningStoppedError where that takes too long.
+        """
+        taught = self._of(name)
+        if not taught.heard.wait(_PATIENCE):
+            raise LearningStoppedError(f"what the adapter {name!r} was told is still being read; ask again later")
+        return list(taught.history)
 
     def close(self) -> None:
         """Ends the process, after it has written down what it holds."""
@@ -202,7 +215,10 @@ class Learning:
                 f"the adapter {name!r} has learned under {str(folder)!r}, but what it began as is gone: bring back "
                 f"{str((folder / START).readlink())!r}, or remove the folder to forget what it learned"
             )
-        self._taught[name] = _Taught(Journal(folder / JOURNAL), history=_told(folder))
+        taught = _Taught(Journal(folder / JOURNAL), history=_told(folder))
+        if taught.journal.last == 0:
+            taught.heard.set()
+        self._taught[name] = taught
 
     def _tell_outcomes(self, name: str, taught: _Taught, outcomes: list[dict[str, Any]]) -> None:
         self._fail_unknown(taught, outcomes)
@@ -214,6 +230,7 @@ class Learning:
                 future = taught.waiting.pop(outcome["number"], None)
             if future is not None:
                 future.set_result(outcome)
+        taught.heard.set()
         if taught.waiting:  # that came while the process was answering
             self._worker.ask("read", name)
         if outcomes and taught.journal.grown > self.config.journal_size:

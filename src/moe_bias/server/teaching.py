@@ -117,7 +117,11 @@ class Teaching:
     async def history(self, request: Request) -> Response:
         """What became of the last entries, the oldest first."""
         name = self._allowed(request)
-        return JSONResponse({"adapter": name, "events": self._learning.history(name)})
+        try:
+            events = await run_in_threadpool(self._learning.history, name)
+        except LearningStoppedError as error:
+            raise RefusedError(str(error), status=503) from error
+        return JSONResponse({"adapter": name, "events": events})
 
     async def adapters(self, request: Request) -> Response:
         """What there is to choose from, and what the request's key may teach."""
