@@ -44,14 +44,29 @@ class Server:
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """The reply to a request. Raises RuntimeError with what the server says where it refuses."""
-        headers = {"content-type": "application/json", "authorization": f"Bearer {KEY}"}
-        request = urllib.request.Request(self.address + path, json.dumps(body).encode(), headers)
         try:
-            with urllib.request.urlopen(request, timeout=300) as response:
-                found: dict[str, Any] = json.load(response)
-                return found
+            return self.send(path, body)
         except urllib.error.HTTPError as error:
             raise RuntimeError(error.read().decode()) from error
+
+    def send(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """The reply to a request. Raises OSError where the server refuses or is not there."""
+        with self.open(path, body) as response:
+            found: dict[str, Any] = json.load(response)
+            return found
+
+    def get(self, path: str) -> dict[str, Any]:
+        """What is there; raises as `send`."""
+        request = urllib.request.Request(self.address + path, headers={"authorization": f"Bearer {KEY}"})
+        with urllib.request.urlopen(request, timeout=300) as response:
+            found: dict[str, Any] = json.load(response)
+            return found
+
+    def open(self, path: str, body: dict[str, Any]) -> Any:
+        """The response to a request, to be read; raises as `send`."""
+        headers = {"content-type": "application/json", "authorization": f"Bearer {KEY}"}
+        request = urllib.request.Request(self.address + path, json.dumps(body).encode(), headers)
+        return urllib.request.urlopen(request, timeout=300)
 
     def answer(self, tenant: str, rng: random.Random, tokens: int) -> dict[str, Any]:
         """An answer to a question that has not been asked, of this many tokens at most."""
@@ -62,10 +77,15 @@ class Server:
             {"model": f"base:{tenant}", "messages": turn, "max_tokens": tokens, "temperature": 0.7},
         )
 
+    def learner(self) -> int | None:
+        """The process that learns: the largest child, which any thread may have started."""
+        lists = [path.read_text() for path in Path(f"/proc/{self.pid}/task").glob("*/children")]
+        return max((int(child) for words in lists for child in words.split()), key=_resident, default=None)
+
     def memory(self) -> dict[str, int]:
-        """Resident bytes of the server, and of its largest child, which learns."""
-        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
-        return {"server": _resident(self.pid), "learner": max((_resident(int(child)) for child in children), default=0)}
+        """Resident bytes of the server, and of the process that learns."""
+        learner = self.learner()
+        return {"server": _resident(self.pid), "learner": 0 if learner is None else _resident(learner)}
 
 
 def _resident(pid: int) -> int:

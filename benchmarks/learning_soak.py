@@ -140,10 +140,8 @@ class Soak:
         tenant.book.append(place)
         event, one = tenant.told(len(tenant.book) - 1)
         self._room.acquire()
-        if one is None:
-            told = self.learning.tell(tenant.name, event)
-        else:
-            told = self.learning.teach(tenant.name, one)
+        learning = self.learning
+        told = learning.tell(tenant.name, event) if one is None else learning.teach(tenant.name, one)
         self._waiting.add(told)
         told.add_done_callback(lambda done: self._done(tenant, done))
         if self._rng.random() < 1 / KILL_EVERY and self.learning.process is not None:
@@ -188,6 +186,7 @@ class Soak:
     def from_the_first(self, count: int) -> int:
         """How many of the first `count` adapters a learner has the same bytes of that heard everything at once."""
         place, same = Place(self._place.root.with_name("plain")), 0
+        shutil.rmtree(place.root, ignore_errors=True)
         for tenant in self.tenants[:count]:
             start = self._place.of(tenant.name) / START
             learner = tenant.made_again(start, self.head, self.choices)

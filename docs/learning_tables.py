@@ -101,16 +101,48 @@ def load() -> tuple[Table, str]:
 
 
 def soak() -> str:
-    """One sentence of the simulation."""
+    """Some sentences about the simulation."""
     record = _read("soak")
-    half = record["seen"][len(record["seen"]) // 2 :]
-    largest = max(one["largest_journal"] for one in record["seen"])
+    seen, counts, same = record["seen"], record["counts"], record["same_bytes"]
+    largest = max(one["largest_journal"] for one in seen)
+    server = " and ".join(_mib(seen[len(seen) * part // 4 - 1]["server"]) for part in (2, 4))
     return (
-        f"{record['choices']['lessons']:,} pieces of feedback to {record['choices']['tenants']} adapters of a tiny "
-        f"model: {record['versions']:,} versions, what was in memory thrown away {record['killed']} times, "
-        f"{record['cut']} journals cut. Resident memory was {_mib(half[0]['resident'])} at half and "
-        f"{_mib(half[-1]['resident'])} at the end, the longest journal {largest / 2**20:.1f} MiB; made again from its "
-        "files every adapter had the same bytes.\n"
+        f"{record['lessons']:,} pieces of feedback to {record['choices']['tenants']} adapters of a tiny model in "
+        f"{record['seconds'] / 60:.0f} minutes, each with one outcome: {counts['applied']:,} learned from, "
+        f"{counts['published']:,} versions; the process that learns was killed {counts.get('killed', 0)} times. "
+        f"Resident memory of the server's end was {server} at half and at the end, of the process {_most_and_last(seen)}; the "
+        f"longest journal had {largest / 2**20:.1f} MiB. Made again from their journals {same['from journals']} "
+        f"adapters had the same bytes, and so had {same['from the first']} of {record['choices']['told_again']} that "
+        "a learner was told from the first entry on without being disturbed.\n"
+    )
+
+
+def _most_and_last(seen: list[dict[str, Any]]) -> str:
+    """Of the second half: a process that is killed begins with little."""
+    sizes = [one["learner"] for one in seen[len(seen) // 2 :]]
+    return f"{_mib(max(sizes))} at most in the second half and {_mib(sizes[-1])} at its end"
+
+
+def lasting() -> str:
+    """Some sentences about everything at once."""
+    record = _read("lasting")
+    choices, actions = record["choices"], record["actions"]
+    asked = sum(actions.get(name, 0) for name in ("ask", "check")) + 2 * actions.get("prefer", 0)
+    faults = f"{len(record['faults'])} faults were found" if record["faults"] else "no fault was found"
+    slopes = [
+        f"of {title} {found['slope']:+.1f} [{found['low']:+.1f}, {found['high']:+.1f}]"
+        for title, found in (
+            ("the server", record["slopes"]["server"]),
+            ("the process that learns", record["slopes"]["learner"]),
+        )
+    ]
+    return (
+        f"{choices['seconds'] / 60:.0f} minutes, {choices['tenants']} tenants, {choices['clients']} clients: {asked:,} "
+        f"answers and {actions.get('leave', 0):,} that were left in the middle, {record['acknowledged']:,} events "
+        f"acknowledged, {record['published']:,} versions published; the server was killed "
+        f"{len(choices['server_kills'])} times and the process that learns {len(choices['learner_kills'])} times, "
+        f"which left {record['without_reply']} events without a reply. {record['greedy_tokens']:,} tokens of greedy answers "
+        f"were looked at: {faults}. Resident memory in MiB a minute: {', '.join(slopes)}.\n"
     )
 
 

@@ -636,6 +636,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "learning-kinds": partial(_noted, learning_tables.by_kind),
     "learning-load": partial(_noted, learning_tables.load),
     "learning-soak": learning_tables.soak,
+    "learning-lasting": learning_tables.lasting,
     **{f"defaults-{path.stem}": partial(defaults, path.stem) for path in RECORDS.glob("defaults/*.json")},
     **{f"compare-{task}": partial(policies, task) for task in _COMPARED},
     **{f"compare-{task}-costs": partial(policy_costs, task) for task in _COMPARED},
