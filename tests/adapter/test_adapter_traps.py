@@ -229,15 +229,6 @@ def test_mixing_with_lora_is_refused_whichever_comes_first():
         get_peft_model(tiny_model(), MoEBiasConfig(experts="free", num_experts=16), mixed=True)
 
 
-def test_several_active_adapters_and_adapters_per_row_are_refused():
-    peft_model = adapted()
-    peft_model.add_adapter("other", MoEBiasConfig(experts="free", num_experts=16))
-    with pytest.raises(ValueError, match="one adapter at a time"):
-        peft_model.base_model.set_adapter(["default", "other"])
-    with pytest.raises(ValueError, match="adapter_names per row"):
-        peft_model(input_ids=token_ids(), adapter_names=["default", "other"])
-
-
 def test_parameters_are_copied_by_their_dotted_name():
     """As TRL makes its 'ref' adapter; parameters in a ParameterDict would be left out."""
     peft_model = adapted()

@@ -12,6 +12,7 @@ Shapes: T tokens (any leading shape), D hidden size, V vocabulary, M support.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from moe_bias.adapter.config import MoEBiasConfig
 from moe_bias.adapter.files import LAYERS, layer_shapes
 from moe_bias.backbone import HeadTransform, OutputRows, offload_hook
+from moe_bias.combined import summed_move
 from moe_bias.layer import (
     LayerOutput,
     MoEBiasLayer,
@@ -36,6 +38,10 @@ if TYPE_CHECKING:
     from moe_bias.adapter.shift import InsertedShift
 
 
+BASE = "__base__"
+"""PEFT's name of no adapter, for a row of a batch."""
+
+
 class LastRouting:
     """The routing of the last training forward; a copy of the model leaves the graph it holds behind."""
 
@@ -47,10 +53,11 @@ class LastRouting:
 
 
 class MoEBiasHead(nn.Module, BaseTunerLayer):
-    """The output embedding with MoE-Bias layers around it, one per adapter name, one active at a time.
+    """The output embedding with MoE-Bias layers around it, one per adapter name; the biases of active ones add.
 
-    `last` holds the routing of the last forward with gradients, for the load-balance loss; `shift` what applies
-    the active adapter in the head's place.
+    `rows` names the adapter of each row of the batch in place of the active ones, `BASE` for none. `last` holds the
+    routing of the last forward with gradients, for the load-balance loss; `shift` what applies the active adapter in
+    the head's place.
     """
 
     adapter_layer_names = (LAYERS,)
@@ -69,6 +76,7 @@ class MoEBiasHead(nn.Module, BaseTunerLayer):
         self.out_features = int(self.base_layer.out_features)
         self.last = LastRouting()
         self.shift: InsertedShift | None = None
+        self.rows: Sequence[str] | None = None
         self._ran = False
         self._hooks: list[RemovableHandle] = []
         self.merged_adapters: list[str] = []
@@ -78,11 +86,22 @@ class MoEBiasHead(nn.Module, BaseTunerLayer):
         self._unchecked: set[str] = set()
 
     @property
+    def active_layers(self) -> list[MoEBiasLayer]:
+        """The layers that the next forward applies to every row: none when disabled, merged or without adapters."""
+        if self.disable_adapters or self.merged:
+            return []
+        return [self._layer(name) for name in self.active_adapters]
+
+    @property
     def active_layer(self) -> MoEBiasLayer | None:
-        """The layer that the next forward applies: None when disabled, merged or without adapters."""
-        if self.disable_adapters or self.merged or not self.active_adapters:
-            return None
-        layer = self.moe_bias_layers[self.active_adapters[0]]
+        """The only one of them, or None. Raises UserError where there are several."""
+        layers = self.active_layers
+        if len(layers) > 1:
+            raise UserError(f"the adapters {self.active_adapters} are active together; this is for one active adapter")
+        return layers[0] if layers else None
+
+    def _layer(self, name: str) -> MoEBiasLayer:
+        layer = self.moe_bias_layers[name]
         assert isinstance(layer, MoEBiasLayer)
         return layer
 
@@ -94,16 +113,40 @@ class MoEBiasHead(nn.Module, BaseTunerLayer):
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
-        layer = self.active_layer
-        if layer is None or self.shift is not None:
+        layers = self.active_layers
+        if self.shift is not None or self.disable_adapters or not (layers or self.rows):
             unchanged: Tensor = self.base_layer(hidden, *args, **kwargs)
             return unchanged
         self._check_once()
         hidden = hidden.detach()
         raw = self.base_layer(hidden, *args, **kwargs)
-        output = layer(hidden.to(raw.device), base_entropy(raw, self.transform))
-        self.last.routing = output.routing if torch.is_grad_enabled() and self.training else None
-        return move_logits(raw, layer, output, self.transform)
+        hidden = hidden.to(raw.device)
+        if self.rows is not None:
+            return self._moved_by_row(raw, hidden, self.rows)
+        output, moved = self._moved(raw, hidden, layers)
+        self.last.routing = output.routing if output and torch.is_grad_enabled() and self.training else None
+        return moved
+
+    def _moved_by_row(self, raw: Tensor, hidden: Tensor, names: Sequence[str]) -> Tensor:
+        """Raw logits (B, ..., V), each row moved by the adapter of its name."""
+        if len(names) != len(raw):
+            raise UserError(f"`adapter_names` has {len(names)} names, and the batch {len(raw)} rows; give one a row")
+        moved = raw.clone()
+        for name in dict.fromkeys(names):
+            if name != BASE:
+                rows = torch.tensor([row for row, other in enumerate(names) if other == name], device=raw.device)
+                moved[rows] = self._moved(raw[rows], hidden[rows], [self._layer(name)])[1]
+        return moved
+
+    def _moved(self, raw: Tensor, hidden: Tensor, layers: Sequence[MoEBiasLayer]) -> tuple[LayerOutput | None, Tensor]:
+        """Raw logits (..., V), perhaps overwritten, and what a single layer gave."""
+        entropy = base_entropy(raw, self.transform)
+        if len(layers) > 1:
+            move = summed_move([(layer, layer.strength) for layer in layers], hidden, entropy)
+            return None, _add(raw, self.transform.raw_move(raw, move.amount))
+        (layer,) = layers
+        output = layer(hidden, entropy)
+        return output, move_logits(raw, layer, output, self.transform)
 
     def shifting(self) -> MoEBiasLayer | None:
         """The layer that a shift of the hidden states applies in this forward: it counts as applied."""
@@ -121,13 +164,8 @@ class MoEBiasHead(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Makes one adapter active. Raises ValueError on several, or on one of another method."""
+        """Makes adapters active, whose biases add. Raises ValueError on one of another method."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        if len(names) > 1:
-            raise UserError(
-                f"MoE-Bias applies one adapter at a time in a PEFT model, got {names}; moe_bias.generate(base, prompt, "
-                "{layer: strength, ...}) applies several, and so does vLLM"
-            )
         for name in names:
             if name not in self.moe_bias_layers:
                 raise UserError(
@@ -195,7 +233,7 @@ class MoEBiasHead(nn.Module, BaseTunerLayer):
         self._ran = True
 
     def _on_model_done(self, model: nn.Module, *_: Any) -> None:
-        if not self._ran and self.active_layer is not None:
+        if not self._ran and not self.disable_adapters and (self.active_layers or self.rows):
             raise UserError(
                 f"this forward of {type(model).__name__} went past its output embedding, so the MoE-Bias adapter was "
                 "not applied: with a fused loss or head (TRL's trainers, Liger kernels) it can be used only as a shift "

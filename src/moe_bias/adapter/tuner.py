@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from moe_bias.adapter.card import tag_model, untag_model
 from moe_bias.adapter.config import PEFT_TYPE, MoEBiasConfig
 from moe_bias.adapter.files import LAYERS, check_adapter_file
-from moe_bias.adapter.head import MoEBiasHead, find_adapter_head
+from moe_bias.adapter.head import BASE, MoEBiasHead, find_adapter_head
 from moe_bias.backbone import OutputRows, measure_head_transform, output_embedding, unwrapped
-from moe_bias.mistakes import UserError
+from moe_bias.mistakes import UserError, shown
 
 PREFIX = "moe_bias_"
 
@@ -74,9 +74,35 @@ class MoEBiasModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise UserError("MoE-Bias applies one adapter to a whole batch; adapter_names per row is not supported")
-        yield
+        """While a forward or `generate` with `adapter_names` runs, each row has its own adapter."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        head = find_adapter_head(self.model)
+        self._check_rows(head, names)
+        beams = kwargs.get("num_beams") or 1
+        head.rows = [name for name in names for _ in range(beams)]  # beams of a row stand together
+        try:
+            yield
+        finally:
+            head.rows = None
+
+    def _check_rows(self, head: MoEBiasHead, names: Any) -> None:
+        """Raises UserError on what `adapter_names` cannot be."""
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise UserError(f"`adapter_names` is {shown(names)}; give a list of names, one for each row of the batch")
+        unknown = [name for name in names if name != BASE and name not in head.moe_bias_layers]
+        if unknown:
+            known = ", ".join([*map(repr, head.moe_bias_layers), repr(BASE)])
+            raise UserError(f"`adapter_names` has {shown(unknown[0])}, and the model has {known}")
+        if self.training:
+            raise UserError("`adapter_names` is for inference; call model.eval() first, or make one adapter active")
+        if head.merged or head.shift is not None:
+            raise UserError(
+                "`adapter_names` needs adapters at the head, and one is merged or a shift of the hidden states now; "
+                "take that back first"
+            )
 
     def _check_merge_allowed(self) -> None:
         """Nothing to check here: `MoEBiasHead.merge` does, and tied weights are not touched by a bias."""
