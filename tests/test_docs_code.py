@@ -38,8 +38,8 @@ def blocks(text: str) -> Iterator[Block]:
             yield Block(found["code"], text.count("\n", 0, found.start("code")), title[1] if title else "")
 
 
-SLOW = {"docs/guides/headroom.md", "docs/guides/rl.md"}
-"""They train ten probes, and sample for half a minute."""
+SLOW = {"docs/guides/headroom.md", "docs/guides/learning.md", "docs/guides/rl.md"}
+"""They train ten probes, make a fresh adapter of samples, and sample for half a minute."""
 PAGES = [
     pytest.param(str(path), marks=pytest.mark.slow) if str(path) in SLOW else str(path)
     for path in sorted(page.relative_to(ROOT) for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")))

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from moe_bias.api.experiments import arms, compare, sweep
     from moe_bias.api.headroom import Headroom, headroom
     from moe_bias.api.labels import LabelsReport, labels
+    from moe_bias.api.learning import LearnReport, learn
     from moe_bias.api.measuring import evaluate
     from moe_bias.api.own_answers import OwnAnswers, own_answers
     from moe_bias.api.reports import ArmsReport, CompareReport, DraftReport, Evaluation, RLReport, SFTReport
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
         EvalConfig,
         LabelsConfig,
         LayerConfig,
+        LearnConfig,
         RewardConfig,
         RLConfig,
         SFTConfig,
@@ -85,6 +87,8 @@ __all__ = [
     "LabelsConfig",
     "LabelsReport",
     "LayerConfig",
+    "LearnConfig",
+    "LearnReport",
     "MoEBiasConfig",
     "MoEBiasHead",
     "MoEBiasLayer",
@@ -116,6 +120,7 @@ __all__ = [
     "get_moe_bias_layer",
     "headroom",
     "labels",
+    "learn",
     "load",
     "load_layer",
     "load_moe_bias_layer",
@@ -175,6 +180,10 @@ _HOMES = {
         "LabelsReport",
         "labels",
     ),
+    "api.learning": (
+        "LearnReport",
+        "learn",
+    ),
     "api.adapters": (
         "generate",
         "load_layer",
@@ -195,6 +204,7 @@ _HOMES = {
         "EvalConfig",
         "LabelsConfig",
         "LayerConfig",
+        "LearnConfig",
         "RLConfig",
         "RewardConfig",
         "SFTConfig",

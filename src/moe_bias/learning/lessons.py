@@ -114,8 +114,7 @@ def lesson_of_parts(better: Features, other: Features) -> Lesson:
 
 def reward_lesson(answer: Features, reward: float, limit: int) -> Lesson:
     """The lesson of a rewarded answer. Raises UserError on a reward that is no number from -1 to 1."""
-    if not -1 <= reward <= 1:
-        raise UserError(f"`reward` is {reward}; give a number from -1 to 1")
+    refuse_no_reward(reward)
     answer = answer.at(slice(limit))
     return Lesson(replace(answer, example=torch.zeros_like(answer.token)), float(reward))
 
@@ -156,3 +155,9 @@ def highest(value_T: Tensor, share: float) -> Tensor:
     """(T,) bool: the largest values, a share of them and at least one; of equal ones the first."""
     chosen = value_T.argsort(descending=True, stable=True)[: max(math.ceil(share * len(value_T)), 1)]
     return torch.zeros_like(value_T, dtype=torch.bool).index_fill(0, chosen, True)
+
+
+def refuse_no_reward(reward: float) -> None:
+    """Raises UserError on a reward that is no number from -1 to 1."""
+    if not -1 <= reward <= 1:
+        raise UserError(f"`reward` is {reward}; give a number from -1 to 1")

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from moe_bias.backbone import Head, HeadTransform
 from moe_bias.config import LearnConfig
@@ -52,19 +52,31 @@ class Place:
 
 def write_head(head: Head, path: Path) -> None:
     """Keeps the output embedding's weight, and its own bias where it has one, in the type that it computes in."""
-    tensors = {"weight": head.rows(None).to("cpu", head.dtype).contiguous()}
-    bias = getattr(head.module, "bias", None)
-    if bias is not None:
-        tensors["bias"] = bias.detach().to("cpu", head.dtype).contiguous()
     path.parent.mkdir(parents=True, exist_ok=True)
     with unfinished(path) as beside:
-        save_file(tensors, beside)
+        save_file(_weights(head), beside)
         beside.replace(path)
 
 
 def read_head(path: Path, transform: HeadTransform) -> Head:
     """The output embedding that `write_head` kept."""
-    tensors = load_file(path)
+    return _head_of(load_file(path), transform)
+
+
+def head_alone(head: Head) -> Head:
+    """What `read_head` gives of a head that `write_head` kept, without a file."""
+    return _head_of(_weights(head), head.transform)
+
+
+def _weights(head: Head) -> dict[str, Tensor]:
+    tensors = {"weight": head.rows(None).to("cpu", head.dtype).contiguous()}
+    bias = getattr(head.module, "bias", None)
+    if bias is not None:
+        tensors["bias"] = bias.detach().to("cpu", head.dtype).contiguous()
+    return tensors
+
+
+def _head_of(tensors: dict[str, Tensor], transform: HeadTransform) -> Head:
     weight = tensors["weight"]
     module = nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in tensors, dtype=weight.dtype, device="meta")
     module.load_state_dict(tensors, assign=True)
