@@ -110,9 +110,9 @@ def soak() -> str:
         f"{record['lessons']:,} pieces of feedback to {record['choices']['tenants']} adapters of a tiny model in "
         f"{record['seconds'] / 60:.0f} minutes, each with one outcome: {counts['applied']:,} learned from, "
         f"{counts['published']:,} versions; the process that learns was killed {counts.get('killed', 0)} times. "
-        f"Resident memory of the server's end was {server} at half and at the end, of the process {_most_and_last(seen)}; the "
-        f"longest journal had {largest / 2**20:.1f} MiB. Made again from their journals {same['from journals']} "
-        f"adapters had the same bytes, and so had {same['from the first']} of {record['choices']['told_again']} that "
+        f"Resident memory of the server's end was {server} at half and at the end, of the process "
+        f"{_most_and_last(seen)}; the longest journal had {largest / 2**20:.1f} MiB. Made again from their journals "
+        f"{same['from journals']} adapters had the same bytes, and so had {same['from the first']} of {record['choices']['told_again']} that "
         "a learner was told from the first entry on without being disturbed.\n"
     )
 
@@ -141,8 +141,8 @@ def lasting() -> str:
         f"answers and {actions.get('leave', 0):,} that were left in the middle, {record['acknowledged']:,} events "
         f"acknowledged, {record['published']:,} versions published; the server was killed "
         f"{len(choices['server_kills'])} times and the process that learns {len(choices['learner_kills'])} times, "
-        f"which left {record['without_reply']} events without a reply. {record['greedy_tokens']:,} tokens of greedy answers "
-        f"were looked at: {faults}. Resident memory in MiB a minute: {', '.join(slopes)}.\n"
+        f"which left {record['without_reply']} events without a reply. {record['greedy_tokens']:,} tokens of greedy "
+        f"answers were looked at: {faults}. Resident memory in MiB a minute: {', '.join(slopes)}.\n"
     )
 
 
