@@ -112,8 +112,8 @@ def soak() -> str:
         f"{counts['published']:,} versions; the process that learns was killed {counts.get('killed', 0)} times. "
         f"Resident memory of the server's end was {server} at half and at the end, of the process "
         f"{_most_and_last(seen)}; the longest journal had {largest / 2**20:.1f} MiB. Made again from their journals "
-        f"{same['from journals']} adapters had the same bytes, and so had {same['from the first']} of {record['choices']['told_again']} that "
-        "a learner was told from the first entry on without being disturbed.\n"
+        f"{same['from journals']} adapters had the same bytes, and so had {same['from the first']} of "
+        f"{record['choices']['told_again']} that a learner was told from the first entry on without being disturbed.\n"
     )
 
 

@@ -4,23 +4,24 @@ A pass over a few tokens takes as long as its weights take to come from memory, 
 tokens of the answers makes all of them wait for as long as a token takes. Here its tokens go through the model beside
 the rows' own: all tokens stand in one row, and a mask keeps each to its own text.
 
-Shapes: B rows, N new tokens, H heads of keys and values, L places held, K their size, D hidden.
+Shapes: B rows, N new tokens, H heads of keys and values, L tokens held by all, K their size, D hidden.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicLayer
 
 from moe_bias.rollout.decoding import hidden_after
-from moe_bias.server.prefixes import KeysValues, Prefix, extended, filled_cache, layers_of
+from moe_bias.server.prefixes import KeysValues, Prefix, extended
 
 MOST_TOKENS = 64
 """New tokens of a text that go beside others at most: more cost what they cost alone."""
-_NOBODY = -1
 
 
 @dataclass(frozen=True)
@@ -63,21 +64,35 @@ def pass_together(
     """
     counts = [1] * len(tokens) + [len(text.new) for text in texts]
     starts = [*rows.lengths, *(len(text.tokens) - len(text.new) for text in texts)]
-    device = next(model.parameters()).device
-    token_1N = torch.tensor([[*tokens, *(token for text in texts for token in text.new)]], device=device)
+    parameter = next(model.parameters())
+    token_1N = torch.tensor([[*tokens, *(token for text in texts for token in text.new)]], device=parameter.device)
     position_N = torch.cat([torch.arange(start, start + count) for start, count in zip(starts, counts, strict=True)])
-    owner_N = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-    mask_NL = _mask(rows, texts, owner_N, position_N)
-    dtype = next(model.parameters()).dtype
-    additive_NL = torch.zeros(mask_NL.shape, dtype=dtype).masked_fill(~mask_NL, torch.finfo(dtype).min)
-    cache = filled_cache([_side_by_side(rows, texts, number) for number in range(len(rows.layers))])
-    additive = additive_NL[None, None].to(device)
-    hidden_ND = hidden_after(model, token_1N, additive, position_N[None].to(device), cache)[0]
-    new = [(keys[..., -len(owner_N) :, :], values[..., -len(owner_N) :, :]) for keys, values in layers_of(cache)]
-    of_rows, *of_texts = _split(new, [len(tokens), *counts[len(tokens) :]])
-    hidden_BD, *hidden_texts = hidden_ND.split([len(tokens), *counts[len(tokens) :]])
+    mask_NL = torch.zeros(len(position_N), sum(starts) + len(position_N), dtype=parameter.dtype)
+    mask_NL.masked_fill_(~_own(starts, counts, position_N), torch.finfo(parameter.dtype).min)
+    beside = [_Beside(_held(rows, texts, number)) for number in range(len(rows.layers))]
+    mask, positions = mask_NL[None, None].to(parameter.device), position_N[None].to(parameter.device)
+    hidden_ND = hidden_after(model, token_1N, mask, positions, Cache(layers=beside))[0]
+    parts = [len(tokens), *counts[len(tokens) :]]
+    of_rows, *of_texts = _split([layer.new for layer in beside], parts)
+    hidden_BD, *hidden_texts = hidden_ND.split(parts)
     grown = tuple((keys.transpose(0, 2), values.transpose(0, 2)) for keys, values in of_rows)
     return hidden_BD, grown, [_joined(*each) for each in zip(texts, hidden_texts, of_texts, strict=True)]
+
+
+class _Beside(DynamicLayer):
+    """What a layer holds of all rows and texts, as of one row, and the new tokens' after it."""
+
+    def __init__(self, held: Sequence[KeysValues]) -> None:
+        super().__init__()
+        self._held = held
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keys and values of all tokens; the new ones' stay in `new`."""
+        self.new = key_states, value_states
+        keys, values = (
+            torch.cat([*held, self.new[part]], -2) for part, held in enumerate(zip(*self._held, strict=True))
+        )
+        return keys, values
 
 
 def can_pass_together(model: nn.Module) -> bool:
@@ -101,33 +116,20 @@ def can_pass_together(model: nn.Module) -> bool:
     return float((found_LD - expected_LD).norm() / expected_LD.norm()) < 0.05  # bfloat16 rounds by less
 
 
-def _mask(rows: Rows, texts: Sequence[Text], owner_N: Tensor, position_N: Tensor) -> Tensor:
-    """(N, places held and N) bool: a token sees what is its text's own and not after it."""
-    places = rows.layers[0][0].shape[-2]
-    owners = [torch.full((places,), _NOBODY) for _ in rows.lengths]
-    for number, length in enumerate(rows.lengths):
-        owners[number][places - length :] = number
-    for number, text in enumerate(texts, len(owners)):
-        owners.append(torch.full((len(text.tokens) - len(text.new),), number))
-    held_L = torch.cat(owners)
-    owner_L = torch.cat([held_L, owner_N])
-    position_L = torch.cat([torch.full_like(held_L, -1), position_N])
-    return (owner_N[:, None] == owner_L) & (position_L <= position_N[:, None])
+def _own(starts: Sequence[int], counts: Sequence[int], position_N: Tensor) -> Tensor:
+    """(N, L and N) bool: a token sees what is its text's own and not after it."""
+    owners = torch.arange(len(counts))
+    held_L, owner_N = owners.repeat_interleave(torch.tensor(starts)), owners.repeat_interleave(torch.tensor(counts))
+    owner, position = torch.cat([held_L, owner_N]), torch.cat([torch.full_like(held_L, -1), position_N])
+    return (owner_N[:, None] == owner) & (position <= position_N[:, None])
 
 
-def _side_by_side(rows: Rows, texts: Sequence[Text], layer: int) -> KeysValues:
-    """What a layer holds of all rows and texts, as of one row (1, H, places, K)."""
-    keys, values = (
-        torch.cat(
-            [
-                rows.layers[layer][part].transpose(0, 1).flatten(1, 2)[None],
-                *(text.known.layers[layer][part] for text in texts if text.known is not None),
-            ],
-            dim=-2,
-        )
-        for part in (0, 1)
-    )
-    return keys, values
+def _held(rows: Rows, texts: Sequence[Text], layer: int) -> list[KeysValues]:
+    """What a layer holds of each row, without its empty places, and of each text: (1, H, places, K)."""
+    keys, values = rows.layers[layer]
+    own = [(slice(row, row + 1), slice(None), slice(-length, None)) for row, length in enumerate(rows.lengths)]
+    known = [text.known.layers[layer] for text in texts if text.known is not None]
+    return [*((keys[place], values[place]) for place in own), *known]
 
 
 def _split(layers: Sequence[KeysValues], counts: Sequence[int]) -> list[list[KeysValues]]:
