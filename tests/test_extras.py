@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from moe_bias.commands.looking_settings import ChatSettings, ReportSettings
+from moe_bias.config import Cluster
 from moe_bias.extras import EXTRA_OF, need
 from moe_bias.mistakes import UserError
 
@@ -79,12 +80,19 @@ def of_labels() -> None:
     chosen_penalty(None, 2)
 
 
+def of_cluster() -> None:
+    from moe_bias.cluster.connection import refuse_unusable
+
+    refuse_unusable(Cluster(workers=2))
+
+
 USES = {
     "datasets": of_data,
     "math_verify": of_benchmarks,
     "reasoning_gym": of_procedural,
     "matplotlib": of_report,
     "openai": of_endpoint,
+    "ray": of_cluster,
     "trl": of_comparison,
     "sklearn": of_labels,
     "lm_eval": of_harness,

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from moe_bias.api.tasks import task
     from moe_bias.config import (
         ArmsConfig,
+        Cluster,
         CompareConfig,
         DraftConfig,
         EvalConfig,
@@ -71,6 +72,7 @@ __all__ = [
     "ArmsConfig",
     "ArmsReport",
     "Callback",
+    "Cluster",
     "CompareConfig",
     "CompareReport",
     "Data",
@@ -199,6 +201,7 @@ _HOMES = {
     ),
     "config": (
         "ArmsConfig",
+        "Cluster",
         "CompareConfig",
         "DraftConfig",
         "EvalConfig",

@@ -19,6 +19,7 @@ EXTRA_OF = {
     "matplotlib": "report",
     "openai": "endpoint",
     "prometheus_client": "chat",
+    "ray": "ray",
     "reasoning_gym": "tasks",
     "sklearn": "compare",
     "starlette": "chat",

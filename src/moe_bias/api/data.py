@@ -17,8 +17,9 @@ from typing import Any
 from rich.console import Console
 
 from moe_bias.api.arguments import named, refuse_other_base
-from moe_bias.config import OWN_SUPPORT, TrainOn
-from moe_bias.features.build import Choices, Plan, make_plan, versions
+from moe_bias.cluster.extraction import shards_by
+from moe_bias.config import OWN_SUPPORT, Cluster, TrainOn
+from moe_bias.features.build import Choices, Maker, Plan, make_plan, versions
 from moe_bias.features.examples import encoded, length_limit, split
 from moe_bias.features.fingerprint import corpus_hash, model_facts
 from moe_bias.features.making import made
@@ -118,6 +119,7 @@ def extract(
     pairs: bool = False,
     max_length: int = 2048,
     batch_size: int = 16,
+    cluster: Cluster | None = None,
 ) -> Data:
     """Hidden states of the answers in the rows, by one pass of the frozen model; or those of a feature store.
 
@@ -129,7 +131,8 @@ def extract(
     same model, rows and limits finds them; a path keeps them there; False removes them with what is returned. Of a
     conversation `train_on` takes the 'last-turn' of the assistant or 'all-turns'. With `pairs` the rows are preferences
     (`prompt`, `chosen` and `rejected`), for an objective of pairs such as `DPO`. Examples are cut at `max_length`
-    tokens, or at the model's context; `batch_size` go through the model at a time.
+    tokens, or at the model's context; `batch_size` go through the model at a time. The workers of a `cluster` make the
+    states in this process's place; they load the model by its name.
 
     Raises UserError on rows, stores and values that cannot be used; Interrupted where the extraction was, with what is
     whole.
@@ -140,7 +143,7 @@ def extract(
     if isinstance(rows, HasTexts) and pairs:
         raise UserError("`pairs` needs rows of preferences, and `rows` are right answers without a rejected one")
     texts = rows.texts if isinstance(rows, HasTexts) else Texts.of(rows, split, train_on, pairs)
-    return of_texts(base, texts, Extraction(held_out, seed, support, keep, max_length, batch_size))
+    return of_texts(base, texts, Extraction(held_out, seed, support, keep, max_length, batch_size, cluster))
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,7 @@ class Extraction:
     keep: bool | str | Path
     max_length: int
     batch_size: int
+    cluster: Cluster | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.support, Sequence):
@@ -244,7 +248,7 @@ def of_texts(
     plan = make_plan(corpus, texts.source, model_facts(base.model, head, base.tokenizer), choices)
     check(plan.tokens)
     with ExitStack() as own:
-        store = stored(base, plan, how.keep, own, processes, console)
+        store = stored(base, plan, how.keep, own, processes, console, shards_by(how.cluster, base))
         folder = own.pop_all()
     units = [texts.units[row] for row in held_out]
     made_on = how.support if isinstance(how.support, str) else OWN_SUPPORT
@@ -252,12 +256,18 @@ def of_texts(
 
 
 def stored(
-    base: Frozen, plan: Plan, keep: bool | str | Path, folder: ExitStack, processes: Processes, console: Console
+    base: Frozen,
+    plan: Plan,
+    keep: bool | str | Path,
+    folder: ExitStack,
+    processes: Processes,
+    console: Console,
+    by: Maker | None = None,
 ) -> FeatureStore:
     """The store that the plan describes, found or made; one that is not to be kept is removed as `folder` is closed."""
     path = _folder_of(plan, keep, folder, processes)
     if processes.is_first:
-        _make(base, plan, path, bool(keep), console)
+        _make(base, plan, path, bool(keep), console, by)
     return opened_store([path], processes)
 
 
@@ -298,9 +308,9 @@ def _folder_of(plan: Plan, keep: bool | str | Path, folder: ExitStack, processes
     return Path(processes.of_first(own))
 
 
-def _make(base: Frozen, plan: Plan, folder: Path, keep: bool, console: Console) -> None:
+def _make(base: Frozen, plan: Plan, folder: Path, keep: bool, console: Console, by: Maker | None) -> None:
     try:
-        manifest = made(base.model, base.head, plan, folder, console)
+        manifest = made(base.model, base.head, plan, folder, console, by)
     except Interrupted as interrupt:
         if keep:
             raise

@@ -7,14 +7,16 @@ from pathlib import Path
 
 import torch
 
-from moe_bias.backbone import Head, find_head
+from moe_bias.backbone import Head
+from moe_bias.cluster.connection import refuse_unusable
+from moe_bias.cluster.extraction import shards_by
 from moe_bias.commands.training_settings import ExtractSettings
 from moe_bias.features.build import Choices, make_plan
 from moe_bias.features.examples import encoded, length_limit
 from moe_bias.features.fingerprint import model_facts
 from moe_bias.features.making import made
 from moe_bias.features.manifest import Manifest, read_manifest
-from moe_bias.frozen import load_model
+from moe_bias.frozen import frozen
 from moe_bias.limits import in_bytes
 from moe_bias.mistakes import UserError
 from moe_bias.progress import say, text_console
@@ -26,16 +28,19 @@ from moe_bias.training.sft import parse_support
 def run(settings: ExtractSettings) -> None:
     """Makes or continues the store in `settings.output`, saying before what it will cost and after what it holds.
 
-    Raises UserError on data or settings that cannot be used; Interrupted, with what is whole.
+    On several machines where `settings` say so. Raises UserError on data or settings that cannot be used; Interrupted,
+    with what is whole.
     """
     console = text_console()
+    refuse_unusable(settings)
     conversations = read_conversations(settings.data, settings.split, settings.train_on)
-    model, tokenizer = load_model(settings.model_copy(update={"dtype": "auto"}))
-    head = find_head(model)[1]
-    corpus = encoded(conversations, tokenizer, length_limit(model, settings.max_length), settings.data, console)
-    choices = _choices(settings, head, answer_ends(model, tokenizer))
-    plan = make_plan(corpus, settings.data, model_facts(model, head, tokenizer), choices)
-    say(console, _summary(made(model, head, plan, settings.output, console), settings.output))
+    base = frozen(settings.model_copy(update={"dtype": "auto"}))
+    limit = length_limit(base.model, settings.max_length)
+    corpus = encoded(conversations, base.tokenizer, limit, settings.data, console)
+    choices = _choices(settings, base.head, answer_ends(base.model, base.tokenizer))
+    plan = make_plan(corpus, settings.data, model_facts(base.model, base.head, base.tokenizer), choices)
+    by = shards_by(settings, base, settings.model, settings.device, settings.trust_remote_code)
+    say(console, _summary(made(base.model, base.head, plan, settings.output, console, by), settings.output))
 
 
 def _choices(settings: ExtractSettings, head: Head, always: Sequence[int]) -> Choices:

@@ -30,6 +30,7 @@ from moe_bias.commands.learning_settings import BEGINNING, LearnOptions
 from moe_bias.commands.option_types import option
 from moe_bias.commands.training_settings import DataSettings, TextSettings
 from moe_bias.config import (
+    Cluster,
     Config,
     EvalConfig,
     LayerOptions,
@@ -57,6 +58,7 @@ from moe_bias.variables import CONFIG, PREFIX, ServingVariables, refuse_unknown,
 Settings = TypeVar("Settings", bound=Config)
 PARTS: dict[type[Config], str] = {
     ModelConfig: "model",
+    Cluster: "cluster",
     LayerOptions: "layer",
     StartOptions: "layer",
     SFTConfig: "sft",

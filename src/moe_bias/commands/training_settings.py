@@ -14,6 +14,7 @@ from moe_bias.config import (
     OWN_SUPPORT,
     TRAIN_ON,
     ArmsConfig,
+    Cluster,
     CompareConfig,
     Config,
     ModelConfig,
@@ -195,7 +196,7 @@ class ArmsSettings(SupervisedSettings, ArmsConfig):
     lora: bool = Field(True, description="train the arms of LoRA too, which takes by far the longest")
 
 
-class ExtractSettings(DryRunSettings, ModelConfig):
+class ExtractSettings(DryRunSettings, ModelConfig, Cluster):
     """Run the model over a corpus once and keep what training needs of it on disk."""
 
     data: str = Field(description="JSON Lines file or Hub data set of prompts and answers")

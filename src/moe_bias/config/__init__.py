@@ -6,6 +6,7 @@ Nothing here reads variables, files or the command line, and nothing imports tor
 from __future__ import annotations
 
 from moe_bias.config.base import Config, WholeNumber, describe, nearest, not_empty
+from moe_bias.config.cluster import Cluster
 from moe_bias.config.experiments import ArmsConfig, CompareConfig, WarmConfig
 from moe_bias.config.labels import LabelArm, LabelsConfig
 from moe_bias.config.layer import (
@@ -43,6 +44,7 @@ __all__ = [
     "OWN_SUPPORT",
     "TRAIN_ON",
     "ArmsConfig",
+    "Cluster",
     "CompareConfig",
     "Config",
     "DraftConfig",

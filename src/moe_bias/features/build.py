@@ -21,7 +21,7 @@ Shapes: T tokens, D hidden.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -80,6 +80,14 @@ class Choices:
 
 
 @dataclass(frozen=True)
+class ShardTexts:
+    """What a shard is made of: its examples, and their rows in the source."""
+
+    rows: list[int]
+    examples: list[Example]
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a run will do: the examples of its part with their rows, cut into shards.
 
@@ -105,6 +113,14 @@ class Plan:
         """Size of the store, as far as it is known before the model runs."""
         width = self.recipe.model.hidden_size * self.choices.hidden_dtype.itemsize
         return round((width + SMALL_BYTES) * self.tokens * (self.recipe.keep_top or 1))
+
+    def texts(self, shard: int) -> ShardTexts:
+        """What the shard of this number is made of."""
+        return ShardTexts(self.rows[self.shards[shard]], self.examples[self.shards[shard]])
+
+    def tokens_through(self, shard: int) -> int:
+        """Prompt and completion tokens of a shard, all of which go through the model."""
+        return sum(len(example) for example in self.examples[self.shards[shard]])
 
 
 def make_plan(corpus: Corpus, source: str, facts: ModelFacts, choices: Choices) -> Plan:
@@ -151,19 +167,26 @@ def _recipe(corpus: Corpus, source: str, facts: ModelFacts, choices: Choices) ->
     )
 
 
-def extract(model: nn.Module, head: Head, plan: Plan, folder: Path) -> Manifest:
+Maker = Callable[[Plan, StoreFolder], None]
+"""Makes the shards that are missing in a folder that is begun, and lists them."""
+
+
+def extract(model: nn.Module, head: Head, plan: Plan, folder: Path, by: Maker | None = None) -> Manifest:
     """Makes the store that the plan describes, or continues it; returns its manifest.
 
-    Raises UserError where the folder holds another store or other files, where the disk is too
-    small, and where it becomes full: whole shards then stay. An interrupt becomes Interrupted, with
-    the same said.
+    The shards are made by the model in this process where nothing else does (`by`). Raises UserError
+    where the folder holds another store or other files, where the disk is too small, and where it
+    becomes full: whole shards then stay. An interrupt becomes Interrupted, with the same said.
     """
     store = StoreFolder.begun(folder, plan.recipe)
     store.check_disk(plan.bytes)
     try:
         if store.manifest is None:
             store.begin(_new_manifest(model, head, plan))
-        _add_missing(model, head, plan, store)
+        if by is None:
+            _add_missing(model, head, plan, store)
+        elif store.missing():
+            by(plan, store)
     except KeyboardInterrupt as interrupt:
         raise Interrupted(store.so_far()) from interrupt
     return store.finish()
@@ -171,13 +194,13 @@ def extract(model: nn.Module, head: Head, plan: Plan, folder: Path) -> Manifest:
 
 def _add_missing(model: nn.Module, head: Head, plan: Plan, store: StoreFolder) -> None:
     todo = store.missing()
-    tokens = sum(len(example) for number in todo for example in plan.examples[plan.shards[number]])
+    tokens = sum(plan.tokens_through(number) for number in todo)
     support_M = torch.tensor(store.begun_manifest.support_ids(), device=head.device)
     split = split_vocabulary(support_M, head.vocab_size)
     with meter("hidden states", tokens, "tokens") as bar:
         pace = _Pace(bar, tokens)
         for number in todo:
-            store.add(number, _shard_columns(model, head, plan, plan.shards[number], split, pace))
+            store.add(number, shard_columns(model, head, plan.texts(number), split, plan.choices, pace.batch))
 
 
 class _Pace:
@@ -234,22 +257,27 @@ def _sample_hidden(model: nn.Module, plan: Plan) -> Tensor:
     return torch.cat(parts)
 
 
-def _shard_columns(
-    model: nn.Module, head: Head, plan: Plan, chosen: slice, split: VocabularySplit, pace: _Pace
+def shard_columns(
+    model: nn.Module,
+    head: Head,
+    texts: ShardTexts,
+    split: VocabularySplit,
+    choices: Choices,
+    done: Callable[[int], None] = lambda tokens: None,
 ) -> dict[str, Tensor]:
-    """All columns of one shard, with every token of its examples."""
-    examples = plan.examples[chosen]
+    """All columns of one shard, with every token of its examples; `done` is told of each batch's tokens."""
+    examples = texts.examples
     lengths = torch.tensor([len(example.completion_ids) for example in examples])
     token_T = torch.cat([torch.tensor(example.completion_ids) for example in examples])
-    columns = _empty_columns(len(token_T), plan.recipe.model.hidden_size, plan.choices.hidden_dtype)
+    columns = _empty_columns(len(token_T), head.hidden_size, choices.hidden_dtype)
     places = torch.arange(len(token_T)).split(lengths.tolist())
-    for batch in longest_first(examples, plan.choices.batch_size):
+    for batch in longest_first(examples, choices.batch_size):
         rows_T = torch.cat([places[index] for index in batch])
         batch_examples = [examples[index] for index in batch]
-        for name, values in _batch_columns(model, head, batch_examples, token_T[rows_T], split, plan.choices).items():
+        for name, values in _batch_columns(model, head, batch_examples, token_T[rows_T], split, choices).items():
             columns[name][rows_T] = values
-        pace.batch(sum(len(example) for example in batch_examples))
-    example_T = torch.tensor(plan.rows[chosen]).repeat_interleave(lengths)
+        done(sum(len(example) for example in batch_examples))
+    example_T = torch.tensor(texts.rows).repeat_interleave(lengths)
     return columns | {"token": token_T, "example": example_T, "position": place_in_example(example_T)}
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import nn
 
 from moe_bias.backbone import Head
-from moe_bias.features.build import Plan, extract
+from moe_bias.features.build import Maker, Plan, extract
 from moe_bias.features.manifest import Manifest
 from moe_bias.features.writer import StoreFolder
 from moe_bias.limits import in_bytes
@@ -22,10 +22,11 @@ LOCK = ".lock"
 """Held by the process that makes the store; a name with a dot is no file of a store."""
 
 
-def made(model: nn.Module, head: Head, plan: Plan, folder: Path, console: Console) -> Manifest:
+def made(model: nn.Module, head: Head, plan: Plan, folder: Path, console: Console, by: Maker | None = None) -> Manifest:
     """The store that the plan describes: found, continued, or made after saying what it will cost.
 
-    Waits for another process that is making it. Raises UserError and Interrupted as `extract` does.
+    The shards are made by the model in this process where nothing else does (`by`). Waits for another process that is
+    making it. Raises UserError and Interrupted as `extract` does.
     """
     store = StoreFolder.begun(folder, plan.recipe)
     if store.is_complete:
@@ -37,7 +38,7 @@ def made(model: nn.Module, head: Head, plan: Plan, folder: Path, console: Consol
     if store.was_complete:
         say(console, f"{_few(store.missing())} of {len(plan.shards)} are damaged or missing there, and made anew")
     with _alone_in(folder, console):
-        return extract(model, head, plan, folder)
+        return extract(model, head, plan, folder, by)
 
 
 def _few(numbers: Sequence[int]) -> str:

@@ -11,7 +11,8 @@ import errno
 import hashlib
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors.torch import save
@@ -107,26 +108,23 @@ class StoreFolder:
 
     def add(self, number: int, columns: Mapping[str, Tensor]) -> None:
         """Writes a shard without the tokens below the threshold, and lists it. Raises UserError on a full disk."""
-        manifest = self.begun_manifest
-        kept = columns if manifest.threshold is None else _kept(columns, manifest.threshold)
-        content = save(dict(kept), metadata={"format": "pt"})
-        entry = Shard(
-            file=shard_file(number),
-            tokens=len(kept["token"]),
-            dropped=len(columns["token"]) - len(kept["token"]),
-            bytes=len(content),
-            sha256=hashlib.sha256(content).hexdigest(),
-        )
-        shards = sorted([*manifest.shards, entry], key=lambda shard: shard.file)
+        with self.writing(shard_file(number)):
+            self.reopen()
+            self.enter(write_shard(self.folder, number, columns, self.begun_manifest.threshold))
+
+    def enter(self, shard: Shard) -> None:
+        """Lists a shard that is written."""
+        shards = sorted([*self.begun_manifest.shards, shard], key=lambda shard: shard.file)
+        self._list(self.begun_manifest.model_copy(update={"shards": shards}))
+
+    @contextmanager
+    def writing(self, file: str) -> Iterator[None]:
+        """Turns what the system says of a file that cannot be written into UserError, with what is whole."""
         try:
-            self._reopen()
-            write_whole(self.folder / entry.file, content)
-            self._list(manifest.model_copy(update={"shards": shards}))
+            yield
         except OSError as error:
             full = error.errno in _FULL_DISK
-            reason = (
-                f"the disk of {str(self.folder)!r} is full" if full else f"{entry.file} cannot be written ({error})"
-            )
+            reason = f"the disk of {str(self.folder)!r} is full" if full else f"{file} cannot be written ({error})"
             raise UserError(f"{reason}: {self.so_far()}") from error
 
     def finish(self) -> Manifest:
@@ -152,10 +150,24 @@ class StoreFolder:
         spent = self._spent_before + time.perf_counter() - self._started
         write_json(self.folder / SECONDS, {"seconds": spent})
 
-    def _reopen(self) -> None:
+    def reopen(self) -> None:
         """A complete store that lost a shard is an unfinished one again."""
         if (self.folder / MANIFEST).is_file():
             (self.folder / MANIFEST).replace(self.folder / UNFINISHED)
+
+
+def write_shard(folder: Path, number: int, columns: Mapping[str, Tensor], threshold: float | None) -> Shard:
+    """Writes the tokens of a shard that are at or above the threshold; what to list. Raises OSError on a full disk."""
+    kept = columns if threshold is None else _kept(columns, threshold)
+    content = save(dict(kept), metadata={"format": "pt"})
+    write_whole(folder / shard_file(number), content)
+    return Shard(
+        file=shard_file(number),
+        tokens=len(kept["token"]),
+        dropped=len(columns["token"]) - len(kept["token"]),
+        bytes=len(content),
+        sha256=hashlib.sha256(content).hexdigest(),
+    )
 
 
 def _kept(columns: Mapping[str, Tensor], threshold: float) -> dict[str, Tensor]:
