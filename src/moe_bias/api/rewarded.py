@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,13 @@ from moe_bias.adapter import save_layer
 from moe_bias.api.arguments import config_of, refuse_other_base, refuse_other_layer
 from moe_bias.api.reports import RLReport
 from moe_bias.api.run_place import folder_of_adapter
-from moe_bias.config import RewardConfig, RLConfig
+from moe_bias.cluster.model import NamedModel, model_of_workers
+from moe_bias.cluster.policy import PartsCollector, policy_pool
+from moe_bias.config import Cluster, RewardConfig, RLConfig
 from moe_bias.evaluation.statistics import mean, wilson
 from moe_bias.frozen import Frozen
 from moe_bias.layer import MoEBiasLayer
+from moe_bias.mistakes import UserError
 from moe_bias.progress import say, text_console
 from moe_bias.records import RecordKind, provenance, write_json
 from moe_bias.rollout.sampler import Sampler
@@ -30,7 +33,7 @@ from moe_bias.tasks.rewards import Rewards
 from moe_bias.tasks.task import Task, of_bad_golds
 from moe_bias.training.advantage import Advantage
 from moe_bias.training.checkpoint import Checkpoints
-from moe_bias.training.collect import Selection
+from moe_bias.training.collect import Collects, Selection
 from moe_bias.training.loop import Callback, Watching
 from moe_bias.training.metrics import HELD_OUT_ACCURACY, HELD_OUT_TOKENS, MetricsLog, SampleLog, read_metrics
 from moe_bias.training.objectives import Objective, make_objective
@@ -44,7 +47,7 @@ from moe_bias.training.problems import (
     rewards_of,
     task_data,
 )
-from moe_bias.training.rl import PolicyPosition, PolicyTrainer
+from moe_bias.training.rl import PolicyPosition, PolicyTrainer, objective_of
 from moe_bias.training.run_folder import begin
 from moe_bias.training.sft import refuse_impossible
 
@@ -75,6 +78,7 @@ def train_rl(
     test_problems: int = 200,
     watch: Watch | None = None,
     output: str | Path | None = None,
+    cluster: Cluster | None = None,
 ) -> tuple[MoEBiasLayer, RLReport]:
     """Trains a layer by rewards on a task's problems; returns it with what that does to greedy answers to others.
 
@@ -87,6 +91,7 @@ def train_rl(
     on them (None: `DAPO` with the config's terms). `watch` says how often the run is looked at; `callbacks` are told
     of every step, and may end the run. In `output` it leaves metrics, samples
     and checkpoints, from which the same call goes on after an interrupt; and at its end the adapter with its record.
+    The workers of a `cluster` sample and learn, each its part of a step; the layer has the same bytes with any number.
 
     Raises UserError on settings that cannot be, on a task with too few problems, on a reward that fails on a first
     sample, where `output` holds an adapter or a run of other settings, and where rewards stay equal, so that there is
@@ -97,6 +102,7 @@ def train_rl(
         refuse_other_layer(layer, base)
     config, watch, task = config_of(config, RLConfig), watch or Watch(), make_task(task, {}, small=True)
     seams = Seams(make_objective(objective), advantage, selection, callbacks)
+    model = model_of_workers(cluster, base)
     weighed = rewards_of(rewards or RewardConfig(**({} if reward is None else REWARD_ALONE)), reward)
     weighed.check_limit(config.max_new_tokens)
     data = task_data(base, task, task.problems(train_problems + test_problems, config.seed), train_problems)
@@ -111,7 +117,7 @@ def train_rl(
     with folder_of_adapter(output, "rl", made_with) as folder:
         begin_run(folder, data, made_with)
         beginning = fresh_policy_layer(data, config) if layer is None else Beginning(copy.deepcopy(layer), None)
-        run = Run(data, weighed, config, watch, folder, beginning, seams=seams)
+        run = Run(data, weighed, config, watch, folder, beginning, seams=seams, cluster=cluster, model=model)
         report, position = run.trained(None)
         if output is not None:
             run.save(report, position, made_with)
@@ -156,6 +162,8 @@ class Run:
     margin: float | None = None
     console: Console | None = None
     seams: Seams = field(default_factory=Seams)
+    cluster: Cluster | None = None
+    model: NamedModel | None = None
 
     @property
     def checkpoints(self) -> Checkpoints:
@@ -184,10 +192,7 @@ class Run:
             callbacks=self.seams.callbacks,
         )
         try:
-            with closing(log), closing(samples):
-                usual = collector_of(self.data, self.rewards, self.config, sampler, self.margin)
-                advantage = self.seams.advantage or usual.advantage
-                collector = replace(usual, advantage=advantage, selection=self.seams.selection)
+            with closing(log), closing(samples), self._collector(sampler) as collector:
                 trainer = PolicyTrainer(
                     self.beginning.layer, self.data.head, collector, self.config, watching, self.seams.objective
                 )
@@ -197,6 +202,21 @@ class Run:
         finally:
             if self.rewards.failures.failures:
                 say(self.console or text_console(), str(self.rewards.failures))
+
+    @contextmanager
+    def _collector(self, sampler: Sampler | None) -> Iterator[Collects]:
+        """What collects the samples, here or by workers; those end with the block."""
+        if self.cluster is not None and self.model is not None:
+            if self.seams.selection is not None:
+                raise UserError("`selection` sees all tokens at once, which are not in one place on a `cluster`")
+            objective = objective_of(self.config, self.seams.objective)
+            own = (self.data, self.rewards, self.config, objective)
+            with policy_pool(self.cluster, self.model, self.beginning.layer, *own, self.console) as pool:
+                yield PartsCollector(pool, *own, self.seams.advantage, self.watch.show_every)
+            return
+        usual = collector_of(self.data, self.rewards, self.config, sampler, self.margin)
+        advantage = self.seams.advantage or usual.advantage
+        yield replace(usual, advantage=advantage, selection=self.seams.selection)
 
     def _held_out(self, layer: MoEBiasLayer) -> dict[str, float]:
         """Accuracy and length of greedy answers."""

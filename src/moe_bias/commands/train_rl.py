@@ -7,6 +7,8 @@ from rich.console import Console
 from moe_bias.adapter.saved import refuse_overwriting
 from moe_bias.api.reports import RLReport
 from moe_bias.api.rewarded import Run, Seams, Watch, begin_run
+from moe_bias.cluster.connection import refuse_unusable
+from moe_bias.cluster.model import model_of_workers
 from moe_bias.commands.sampling_engine import opened_sampler, refuse_unusable_engine
 from moe_bias.commands.training_settings import TrainRLSettings
 from moe_bias.evaluation.statistics import with_interval
@@ -30,6 +32,7 @@ def run(settings: TrainRLSettings) -> None:
     """
     refuse_overwriting(settings.output)
     refuse_unusable_engine(settings)
+    refuse_unusable(settings)
     refuse_other_settings(settings.output, settings.model_dump(mode="json"))
     checkpoints = Checkpoints(settings.output, settings.checkpoint_every, settings.keep_checkpoints)
     try:
@@ -55,7 +58,20 @@ def _run(settings: TrainRLSettings, checkpoints: Checkpoints) -> None:
     )
     _warn_of_what_is_lost(console, settings, checkpoints)
     watch = Watch(settings.evaluate_every, settings.show_every, settings.checkpoint_every, settings.keep_checkpoints)
-    one = Run(data, rewards, settings, watch, settings.output, beginning, settings.record_margin, console, seams)
+    model = model_of_workers(settings, data.base, settings.model, settings.device, settings.trust_remote_code)
+    one = Run(
+        data,
+        rewards,
+        settings,
+        watch,
+        settings.output,
+        beginning,
+        settings.record_margin,
+        console,
+        seams,
+        settings,
+        model,
+    )
     with opened_sampler(settings, data, beginning.layer) as sampler:
         _announce(console, beginning, data)
         report, position = one.trained(sampler)

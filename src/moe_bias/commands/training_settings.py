@@ -232,7 +232,7 @@ class ExtractSettings(DryRunSettings, ModelConfig, Cluster):
         return int(number), int(parts)
 
 
-class TrainRLSettings(DryRunSettings, ModelConfig, TaskConfig, RewardConfig, RLConfig):
+class TrainRLSettings(DryRunSettings, ModelConfig, TaskConfig, RewardConfig, RLConfig, Cluster):
     """Train an adapter by reinforcement learning with verifiable rewards."""
 
     adapter: str | None = Field(None, description="adapter folder or Hub id to start from; none: a fresh layer")
@@ -274,6 +274,12 @@ class TrainRLSettings(DryRunSettings, ModelConfig, TaskConfig, RewardConfig, RLC
                 "engine",
                 "--record-margin {record_margin} needs --engine vllm: transformers keeps all hidden states",
                 {"record_margin": self.record_margin},
+            )
+        if self.engine == "vllm" and not self.is_this_process:
+            raise PydanticCustomError(
+                "engine",
+                "--engine vllm samples in one process; leave out --workers {workers} and --ray {ray}",
+                {"engine": self.engine, "workers": self.workers, "ray": self.ray},
             )
         if self.first_token_only and self.engine == "vllm":
             raise PydanticCustomError(

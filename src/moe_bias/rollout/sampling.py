@@ -63,8 +63,7 @@ class TransformersSampler:
         description: str = "samples",
     ) -> Rollouts:
         """See `Sampler`. Raises UserError where `buffer_bytes` might not hold the features, or a prompt is empty."""
-        token_bytes = self.head.hidden_size * kept_dtype(self.head.dtype).itemsize + SCALAR_BYTES
-        check_prompts(prompts, choices, token_bytes, self.buffer_bytes)
+        check_prompts(prompts, choices, self.token_bytes, self.buffer_bytes)
         samples = len(prompts) * choices.group
         generator = torch.Generator().manual_seed(seed)
         uniform_NL = torch.rand(samples, choices.max_new_tokens, dtype=torch.float64, generator=generator)
@@ -72,12 +71,38 @@ class TransformersSampler:
         kept: list[_Kept] = []
         with meter(description, samples, "samples", visible=bool(description)) as bar:
             for batch in longest_first(prompts, choices.batch_size):
-                sample_B = (torch.tensor(batch)[:, None] * choices.group + torch.arange(choices.group)).flatten()
+                sample_B = samples_of(batch, choices.group)
                 recorder = _Recorder(self.head, layer, choices, sample_B, uniform_NL[sample_B], kept)
                 found = self._answers([prompts[index] for index in batch], recorder, choices, bar)
                 for number, answer in zip(sample_B.tolist(), found, strict=True):
                     answers[number] = answer
         return _in_order(kept, answers, layer, choices)
+
+    def sample_batch(
+        self,
+        prompts: Sequence[list[int]],
+        numbers: Sequence[int],
+        layer: MoEBiasLayer,
+        choices: SamplingChoices,
+        seed: int,
+    ) -> Rollouts:
+        """The samples that `sample` draws in one of its batches, to the bit, without the others.
+
+        `prompts` are those of the batch in its order, `numbers` their places among all that `sample` would be given.
+        Raises UserError as `sample` does.
+        """
+        check_prompts(prompts, choices, self.token_bytes, self.buffer_bytes)
+        uniform_RL = _uniform_of(samples_of(numbers, choices.group), choices.max_new_tokens, seed)
+        kept: list[_Kept] = []
+        recorder = _Recorder(self.head, layer, choices, torch.arange(len(uniform_RL)), uniform_RL, kept)
+        with meter("", len(uniform_RL), "samples", visible=False) as bar:
+            answers = self._answers(prompts, recorder, choices, bar)
+        return _in_order(kept, answers, layer, choices)
+
+    @property
+    def token_bytes(self) -> int:
+        """What is kept of a sampled token."""
+        return self.head.hidden_size * kept_dtype(self.head.dtype).itemsize + SCALAR_BYTES
 
     def _answers(
         self, prompts: Sequence[list[int]], recorder: _Recorder, choices: SamplingChoices, bar: Meter
@@ -142,6 +167,22 @@ class _Recorder:
             drawn.entropy,
         )
         return torch.stack([column.double() for column in columns], dim=-1), drawn.token
+
+
+def samples_of(prompts: Sequence[int], group: int) -> Tensor:
+    """Numbers (N,) of the samples of the prompts of these numbers, prompt after prompt."""
+    return (torch.tensor(prompts)[:, None] * group + torch.arange(group)).flatten()
+
+
+def _uniform_of(sample_R: Tensor, limit: int, seed: int) -> Tensor:
+    """Rows (R, L) of the numbers that the seed gives all samples, which are one row after the other of its stream."""
+    generator, places = torch.Generator().manual_seed(seed), {int(n): place for place, n in enumerate(sample_R)}
+    uniform_RL = torch.empty(len(sample_R), limit, dtype=torch.float64)
+    for number in range(int(sample_R.max()) + 1):
+        row_L = torch.rand(limit, dtype=torch.float64, generator=generator)
+        if number in places:
+            uniform_RL[places[number]] = row_L
+    return uniform_RL
 
 
 def _in_order(kept: list[_Kept], answers: list[Answer], layer: MoEBiasLayer, choices: SamplingChoices) -> Rollouts:

@@ -51,6 +51,10 @@ class Grader:
         with ThreadPoolExecutor(count) as threads:  # each waits for a process
             return list(threads.map(lambda case: self._grade_one(scorer, case), cases))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another program, whatever is sent there grades by the grader of that one."""
+        return shared_grader, ()
+
     def close(self) -> None:
         """Ends the processes; the next answers start new ones."""
         for worker in self._workers:

@@ -18,9 +18,9 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ from moe_bias.tasks.verdict import Verdict
 from moe_bias.training.advantage import Advantage, check_advantages, group_advantages, select_high_entropy
 from moe_bias.training.batches import mixed_seed
 from moe_bias.training.objectives import Sampled
+from moe_bias.training.step_tokens import StepTokens
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ class Collected:
     `threshold` in nats, `tokens` of the kept groups
     together and `entropy`, their mean under the sampling policy in nats; infinite, 0 and 0 where no
     group was kept. `judged` are all samples, those of dropped groups too. Seconds of sampling and of
-    judging.
+    judging. `elsewhere` are the selected tokens where they are not in this process, and `moved` the bytes that samples
+    had moved between machines, by the names of their metrics.
     """
 
     batch: Features | None
@@ -93,6 +95,14 @@ class Collected:
     judged: list[Judged]
     sampling_seconds: float
     judging_seconds: float
+    elsewhere: StepTokens | None = None
+    moved: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def selected(self) -> int:
+        """How many tokens were selected."""
+        tokens = self.batch if self.elsewhere is None else self.elsewhere
+        return 0 if tokens is None else len(tokens)
 
     @property
     def rewards(self) -> list[float]:
@@ -133,6 +143,13 @@ class HighEntropy:
         return select_high_entropy(candidates.entropy, self.rho)[0]
 
 
+class Collects(Protocol):
+    """Whatever collects a step's samples."""
+
+    def collect(self, layer: MoEBiasLayer, step: int, last_threshold: float | None = None) -> Collected:
+        """See `Collector`."""
+
+
 @dataclass(frozen=True)
 class Collector:
     """Collects a step's samples from a sampler.
@@ -156,32 +173,26 @@ class Collector:
 
         `last_threshold` is the entropy from which tokens were selected in the step before, where there was one.
         """
-        settings, parts, judged = self.settings, list[Candidates](), list[Judged]()
+        parts, judged, seconds = list[Candidates](), list[Judged](), [0.0, 0.0]
         choices = self.choices
         if self.margin is not None and last_threshold is not None:
             choices = replace(choices, keep_above=max(last_threshold - self.margin, 0.0))
-        seconds = [0.0, 0.0]
-        order = self.order(step)
-        wanted = min(settings.prompts, len(order))
-        for round_ in range(settings.resamples + 1):
-            chosen, order = order[:wanted], order[wanted:]
-            if not chosen:
-                break
-            part, seen, spent = self._round(layer, chosen, choices, mixed_seed(settings.seed, step, round_))
-            judged += seen
-            seconds = [before + more for before, more in zip(seconds, spent, strict=True)]
-            if part is not None:
-                parts.append(part)
-                wanted -= int(part.features.example.unique().numel()) // settings.group
-            if wanted <= 0:
-                break
+
+        def sample(chosen: Sequence[int], seed: int) -> int:
+            part, seen, spent = self._round(layer, chosen, choices, seed)
+            judged.extend(seen)
+            seconds[:] = [before + more for before, more in zip(seconds, spent, strict=True)]
+            if part is None:
+                return 0
+            parts.append(part)
+            return int(part.features.example.unique().numel()) // self.settings.group
+
+        sample_rounds(self.settings, len(self.curriculum.problems), step, sample)
         return self._selected(parts, judged, seconds)
 
     def order(self, step: int) -> list[int]:
-        """Numbers of a step's problems: as many different problems as the step could need, in a random order."""
-        problems = len(self.curriculum.problems)
-        needed = min(self.settings.prompts * (self.settings.resamples + 1), problems)
-        return random.Random(mixed_seed(self.settings.seed, step)).sample(range(problems), needed)
+        """Numbers of a step's problems: see `step_order`."""
+        return step_order(self.settings, len(self.curriculum.problems), step)
 
     def _round(
         self, layer: MoEBiasLayer, chosen: Sequence[int], choices: SamplingChoices, seed: int
@@ -210,9 +221,9 @@ class Collector:
             rollouts.kept[kept_T],
         )
 
-    def _selected(self, parts: Sequence[Candidates], judged: list[Judged], seconds: Sequence[float]) -> Collected:
+    def _selected(self, parts: Sequence[Candidates], judged: list[Judged], seconds: list[float]) -> Collected:
         if not parts:
-            return Collected(None, None, 0.0, math.inf, 0, 0.0, judged, *seconds)
+            return Collected(None, None, 0.0, math.inf, 0, 0.0, judged, seconds[0], seconds[1])
         candidates = _together(parts)
         entropy_T = candidates.entropy
         selected_T = (self.selection or HighEntropy(self.settings.rho))(candidates)
@@ -233,8 +244,31 @@ class Collector:
             len(entropy_T),
             float(entropy_T.mean()),
             judged,
-            *seconds,
+            seconds[0],
+            seconds[1],
         )
+
+
+def sample_rounds(settings: RLConfig, problems: int, step: int, sample: Callable[[Sequence[int], int], int]) -> None:
+    """Samples a step's problems, of so many, then others in the place of groups that were not kept.
+
+    `sample` is given numbers of problems and a seed, and says how many of their groups are kept.
+    """
+    order = step_order(settings, problems, step)
+    wanted = min(settings.prompts, len(order))
+    for round_ in range(settings.resamples + 1):
+        chosen, order = order[:wanted], order[wanted:]
+        if not chosen:
+            return
+        wanted -= sample(chosen, mixed_seed(settings.seed, step, round_))
+        if wanted <= 0:
+            return
+
+
+def step_order(settings: RLConfig, problems: int, step: int) -> list[int]:
+    """Numbers of a step's problems: as many different problems as the step could need, in a random order."""
+    needed = min(settings.prompts * (settings.resamples + 1), problems)
+    return random.Random(mixed_seed(settings.seed, step)).sample(range(problems), needed)
 
 
 def _together(parts: Sequence[Candidates]) -> Candidates:

@@ -22,10 +22,9 @@ Shapes: T tokens, M support.
 
 from __future__ import annotations
 
-import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,27 +32,21 @@ from torch import Tensor
 
 from moe_bias.backbone import Head
 from moe_bias.config import RLConfig
-from moe_bias.features.adapted import mean_kl_between, mean_kl_to_base
 from moe_bias.features.extract import Features
-from moe_bias.features.source import on_device
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.mistakes import UserError
 from moe_bias.progress import Meter
 from moe_bias.tasks.verdict import OUTCOMES
-from moe_bias.training.batches import Units, batches
 from moe_bias.training.checkpoint import Standing
-from moe_bias.training.collect import Collected, Collector
-from moe_bias.training.gradients import Loss, gradients
+from moe_bias.training.collect import Collected, Collects
 from moe_bias.training.loop import NOTHING_ELSE, Loop
 from moe_bias.training.loop import Watching as Watching
-from moe_bias.training.metrics import HELD_OUT_ACCURACY, HELD_OUT_TOKENS, Metrics, beside, router_use
+from moe_bias.training.metrics import HELD_OUT_ACCURACY, HELD_OUT_TOKENS, Metrics, beside
 from moe_bias.training.objective_trial import check_objective
 from moe_bias.training.objectives import DAPO, Objective, Sampled
 from moe_bias.training.optimisation import Optimisation
-from moe_bias.training.processes import ALONE
+from moe_bias.training.step_tokens import Lesson, StepTokens, Take, Tokens, TokensHere
 
-LogitsAt = Callable[[Tensor | slice], Tensor]
-"""Base logits (T, M) of the tokens of a step with these numbers."""
 HALVINGS = 8
 """How often an update that exceeds a bound on KL is halved before it is undone."""
 
@@ -84,7 +77,7 @@ class PolicyTrainer(Loop[PolicyPosition]):
         self,
         layer: MoEBiasLayer,
         head: Head,
-        collector: Collector,
+        collector: Collects,
         settings: RLConfig,
         watching: Watching = NOTHING_ELSE,
         objective: Objective | None = None,
@@ -120,7 +113,7 @@ class PolicyTrainer(Loop[PolicyPosition]):
         self._position = replace(
             self._position,
             step=step + 1,
-            equal=0 if collected.batch is not None else self._position.equal + 1,
+            equal=0 if collected.selected else self._position.equal + 1,
             sampled_tokens=self._position.sampled_tokens + sum(one.tokens for one in collected.judged),
             update_seconds=self._position.update_seconds + ended - updating,
             seconds=self._position.seconds + ended - started,
@@ -132,10 +125,12 @@ class PolicyTrainer(Loop[PolicyPosition]):
         return metrics
 
     def _learn(self, collected: Collected, step: int) -> Metrics:
+        share = collected.taught if self._settings.shrink_steps else 1.0
+        if collected.elsewhere is not None:
+            return self._update.over(collected.elsewhere, step, share)
         if collected.batch is None:
             return {}
         assert collected.sampled is not None
-        share = collected.taught if self._settings.shrink_steps else 1.0
         return self._update.learn(collected.batch, collected.sampled, step, share)
 
     def _note(self, values: Mapping[str, float], bar: Meter) -> None:
@@ -197,7 +192,7 @@ class Update:
         self._head = head
         self._settings = settings
         self._optimisation = optimisation
-        self._objective = objective_of(settings, objective)
+        self.objective = objective_of(settings, objective)
         self._columns = head.columns(layer.support_or_all().to(head.device))
 
     def learn(self, batch: Features, sampled: Sampled, step: int, share: float = 1.0) -> Metrics:
@@ -205,80 +200,46 @@ class Update:
 
         Raises UserError before an optimiser step whose loss or gradient is not finite.
         """
-        device = self._head.device
-        batch, sampled = on_device(batch, device), Sampled(sampled.log_prob.to(device), sampled.advantage.to(device))
-        logits_of = self._base_logits(batch)
-        sampler = copy.deepcopy(self._layer).requires_grad_(False)
-        bounds = self._bounds(sampler, batch, logits_of)
-        losses, gap = [], 0.0
-        for index in self._minibatches(batch, step):
+        own = (self._layer, self._head, self._settings, self.objective, self._columns)
+        return self.over(TokensHere(Tokens(*own, batch, sampled), step), step, share)
+
+    def over(self, tokens: StepTokens, step: int, share: float = 1.0) -> Metrics:
+        """The same over tokens wherever they are, of this layer."""
+        bounds, lessons = self._bounds(tokens), list[Lesson]()
+        for take in tokens.takes():
             before = self._weights()
-            losses.append(self._step(batch, sampled, index, logits_of, step, share))
-            if len(losses) == 1:
-                gap = float((losses[0].log_prob - sampled.log_prob[index]).abs().max())
+            lessons.append(self._step(take, step, share))
             self._hold(bounds, before)
-        moved = self._kl_from(sampler, batch, logits_of)
-        return self._metrics(losses, gap, self._kl(batch, logits_of)) | {"step_kl": moved, "rate_share": share}
+        moved = {"step_kl": tokens.kl_from_sampler(), "rate_share": share}
+        return self._metrics(lessons, tokens.kl()) | moved | tokens.metrics()
 
-    def _base_logits(self, batch: Features) -> LogitsAt:
-        """Final base logits over the temperature, u_S (T, M), of any of the tokens: kept where they fit, else made."""
-        if 4 * len(batch) * len(batch.support) > self._settings.logits_budget:
-            return lambda rows: self._columns(batch.hidden[rows]) / self._settings.temperature
-        logits_TM = self._columns(batch.hidden) / self._settings.temperature
-        return lambda rows: logits_TM[rows]
-
-    def _bounds(self, sampler: MoEBiasLayer, batch: Features, logits_of: LogitsAt) -> list[Callable[[], bool]]:
+    def _bounds(self, tokens: StepTokens) -> list[Callable[[], bool]]:
         """What must hold after each update of a step. A KL to the base that begins above its bound may not grow."""
         bounds: list[Callable[[], bool]] = []
         if self._settings.kl_bound is not None:
-            to_base = max(self._settings.kl_bound, self._kl(batch, logits_of))
-            bounds.append(lambda: self._kl(batch, logits_of) <= to_base)
+            to_base = max(self._settings.kl_bound, tokens.kl())
+            bounds.append(lambda: tokens.kl() <= to_base)
         if self._settings.step_kl is not None:
             to_sampler = self._settings.step_kl
-            bounds.append(lambda: self._kl_from(sampler, batch, logits_of) <= to_sampler)
+            bounds.append(lambda: tokens.kl_from_sampler() <= to_sampler)
         return bounds
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: tensor.clone() for name, tensor in self._layer.state_dict().items()}
 
-    def _minibatches(self, batch: Features, step: int) -> Iterator[Tensor]:
-        """Numbers of the tokens of each; the seed is one that runs of before were made with."""
-        units = Units.of(batch.example.cpu(), self._objective.unit)
-        in_a_batch = units.in_a_batch(self._settings.batch_tokens)
-        drawn = batches(units.count, in_a_batch, self._settings.epochs, self._settings.seed * 1_000_003 + step)
-        return map(units.tokens_of, drawn)
-
-    def _step(
-        self, batch: Features, sampled: Sampled, index: Tensor, logits_of: LogitsAt, step: int, share: float
-    ) -> Loss:
-        """An update by the tokens `index` (T,) of the step's."""
+    def _step(self, take: Take, step: int, share: float) -> Lesson:
+        """An update by a minibatch of the step's tokens."""
         self._optimisation.zero_grad()
-        loss = gradients(
-            self._layer,
-            batch.at(index),
-            lambda rows: logits_of(index[rows]),
-            self._head.transform,
-            self._objective,
-            sampled.at(index),
-            self._settings.temperature,
-        )
+        lesson = take()
         norm = self._optimisation.norms().total
-        if not (torch.isfinite(loss.total) and norm < float("inf")):
+        if not (math.isfinite(lesson.loss) and norm < float("inf")):
             expert_rate, router_rate = self._settings.rates_of(self._layer.config.experts)
             raise UserError(
-                f"the loss of step {step + 1} became {float(loss.total)} with a gradient of norm {norm}; lower "
+                f"the loss of step {step + 1} became {lesson.loss} with a gradient of norm {norm}; lower "
                 f"`expert_rate` ({expert_rate:g}) or `router_rate` ({router_rate:g})"
             )
         self._optimisation.step(step, share)
-        return loss
-
-    def _kl(self, batch: Features, logits_of: LogitsAt) -> float:
-        """Exact mean KL to the base over the tokens, in nats."""
-        return mean_kl_to_base(self._layer, batch, logits_of, self._head.transform, self._settings.temperature)
-
-    def _kl_from(self, sampler: MoEBiasLayer, batch: Features, logits_of: LogitsAt) -> float:
-        """Exact mean KL to the policy that sampled over the tokens, in nats."""
-        return mean_kl_between(self._layer, sampler, batch, logits_of, self._head.transform, self._settings.temperature)
+        return lesson
 
     @torch.no_grad()
     def _hold(self, bounds: Sequence[Callable[[], bool]], before: Mapping[str, Tensor]) -> None:
@@ -290,19 +251,18 @@ class Update:
                 tensor.copy_((tensor + before[name]) / 2)
         self._layer.load_state_dict(before)
 
-    def _metrics(self, losses: list[Loss], gap: float, kl: float) -> Metrics:
-        first = losses[0]
-        entropy, used = router_use(first.routing, ALONE)
+    def _metrics(self, lessons: Sequence[Lesson], kl: float) -> Metrics:
+        first = lessons[0]
         own = {
-            "load_balance": float(first.load_balance),
+            "load_balance": first.load_balance,
             "kl": kl,
-            "sampler_gap": gap,
-            "router_entropy": entropy,
-            "used_experts": used,
-            "updates": float(len(losses)),
+            "sampler_gap": first.sampler_gap,
+            "router_entropy": first.router_entropy,
+            "used_experts": first.used_experts,
+            "updates": float(len(lessons)),
         }
-        means = {name: sum(float(loss.metrics[name]) for loss in losses) / len(losses) for name in first.metrics}
-        return {"loss": float(first.total), **beside(own, means), **own}
+        means = {name: sum(one.metrics[name] for one in lessons) / len(lessons) for name in first.metrics}
+        return {"loss": first.loss, **beside(own, means), **own}
 
 
 def objective_of(settings: RLConfig, objective: Objective | None) -> Objective:
@@ -327,8 +287,7 @@ def _metrics(collected: Collected, update: Metrics) -> Metrics:
     """What the samples of a step were like, and what the update was."""
     samples, outcomes = len(collected.judged), collected.outcomes
     shares = {name.replace(" ", "_"): outcomes[name] / samples for name in OUTCOMES}
-    selected = 0 if collected.batch is None else len(collected.batch)
-    taught = {"threshold": collected.threshold} if selected else {}
+    taught = {"threshold": collected.threshold} if collected.selected else {}
     own = {
         "reward": sum(collected.rewards) / samples,
         **shares,
@@ -338,9 +297,10 @@ def _metrics(collected: Collected, update: Metrics) -> Metrics:
         "samples": float(samples),
         "entropy": collected.entropy,
         "tokens": float(collected.tokens),
-        "selected": float(selected),
+        "selected": float(collected.selected),
         **taught,
         "sampling_seconds": collected.sampling_seconds,
         "judging_seconds": collected.judging_seconds,
+        **collected.moved,
     }
     return own | update

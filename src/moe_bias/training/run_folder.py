@@ -25,7 +25,7 @@ FILE = "run.json"
 _REMEDY = "name another `output`"
 _FREE = frozenset(
     {"output", "checkpoint_every", "keep_checkpoints", "features", "keep_features", "grid", "base", "seeds", "arms"}
-    | {"target_features", "endpoint", "engine_memory"}
+    | {"target_features", "endpoint", "engine_memory", "workers", "ray"}
 )
 """Settings that do not change what a run, or a cell of a sweep, ends with."""
 
