@@ -21,7 +21,13 @@ _STORE_BYTES = 2**28
 _SECONDS = 10.0
 """In which a cluster must answer."""
 _STARTS = 3
-_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_DEDUP_LOGS": "0"}
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_worker_niceness": "0",
+}
+"""Nothing is reported to anyone, and workers on this machine are no less urgent than the command itself."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,8 @@ def connected(cluster: Cluster) -> Iterator[None]:
     no cluster answers.
     """
     need("ray", "`workers` and `ray`", ", or leave them out")
-    os.environ.update(_QUIET | {name: os.environ[name] for name in _QUIET if name in os.environ})
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     import ray
 
     if ray.is_initialized():

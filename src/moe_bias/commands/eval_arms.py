@@ -27,7 +27,7 @@ from moe_bias.evaluation.samples import BASE, INSTRUCTED
 from moe_bias.layer import MoEBiasLayer
 from moe_bias.mistakes import UserError, as_kind, read_json, reading, reason_of
 from moe_bias.records import write_json
-from moe_bias.rollout.policy import Policy, base_policy
+from moe_bias.rollout.policy import Policy
 from moe_bias.training.problems import policy_of, saved_layer
 
 FILE = "arms.json"
@@ -100,11 +100,13 @@ def refuse_changed_arms(folder: Path, arms: Sequence[EvalArm]) -> None:
 
 def layer_policies(arms: Sequence[EvalArm], head: Head) -> list[Policy]:
     """The policy of each arm on the frozen model. Raises UserError on an adapter that does not fit it."""
+    return [policy_of(layer, head) for layer in arm_layers(arms, head)]
+
+
+def arm_layers(arms: Sequence[EvalArm], head: Head) -> list[MoEBiasLayer | None]:
+    """The layer of each arm at its strength, None of the model itself. Raises UserError as `layer_policies` does."""
     layers = {name: saved_layer(name, head).layer for name in dict.fromkeys(arm.adapter for arm in arms) if name}
-    return [
-        base_policy if arm.adapter is None else policy_of(_with_strength(layers[arm.adapter], arm.strength), head)
-        for arm in arms
-    ]
+    return [None if arm.adapter is None else _with_strength(layers[arm.adapter], arm.strength) for arm in arms]
 
 
 @contextmanager

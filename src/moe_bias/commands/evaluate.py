@@ -14,7 +14,7 @@ from typing import Any
 
 from moe_bias.commands.demo_report import report_console
 from moe_bias.commands.eval_arms import EvalArm, arms_of, instructed_arm, refuse_changed_arms
-from moe_bias.commands.eval_model import answer_by_model
+from moe_bias.commands.eval_model import answer_by_model, refuse_unspreadable
 from moe_bias.commands.eval_table import print_scores
 from moe_bias.commands.looking_settings import EvalSettings
 from moe_bias.evaluation.ledger import Ledger
@@ -45,6 +45,7 @@ def run(settings: EvalSettings) -> None:
     deciding = settings.model_dump(mode="json", include=_DECIDING) | asdict(protocol)
     refuse_other_settings(settings.output, deciding)
     problems, arms = problem_set(settings), _arms(settings)
+    refuse_unspreadable(settings, arms)
     ledger = Ledger(problems, [arm.name for arm in arms], SampleFile(settings.output, protocol.samples))
     if settings.regrade:
         ledger.check_whole()
@@ -58,7 +59,7 @@ def run(settings: EvalSettings) -> None:
     else:
         _answer(settings, protocol, arms, ledger)
     seconds = time.perf_counter() - started
-    found = scores(ledger.file.read(), ledger.arms, _groups(problems))
+    found = scores(ledger.file.read(), ledger.arms, _groups(problems), problems.ids)
     record = _record(settings, protocol, problems, arms, found, seconds)
     write_json(settings.output / RECORD_FILE, record)
     console = report_console()

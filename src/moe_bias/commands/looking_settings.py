@@ -13,7 +13,7 @@ from pydantic_settings import CliPositionalArg, NoDecode
 from moe_bias.commands.learning_settings import LearnOptions
 from moe_bias.commands.option_types import Kinds, Names, PositiveInts, option, split_at_commas
 from moe_bias.commands.training_settings import TextSettings
-from moe_bias.config import BUNDLED_MODEL, HIGHEST_RANK, Config, EvalConfig, ModelConfig, TaskConfig, not_empty
+from moe_bias.config import BUNDLED_MODEL, HIGHEST_RANK, Cluster, Config, EvalConfig, ModelConfig, TaskConfig, not_empty
 from moe_bias.config.base import each_once
 from moe_bias.limits import LONGEST_ANSWER
 from moe_bias.variables import ServingVariables
@@ -91,7 +91,7 @@ class AnalyzeSettings(ModelConfig, TextSettings, TaskConfig):
         return ("features", "keep_features") if self.store else ()
 
 
-class EvalSettings(EvalConfig, ModelConfig):
+class EvalSettings(EvalConfig, ModelConfig, Cluster):
     """Measure a model and its adapters on benchmarks or tasks; answers are kept and can be graded again."""
 
     adapter: Names = Field(
@@ -123,6 +123,12 @@ class EvalSettings(EvalConfig, ModelConfig):
     def _one_source(self) -> Self:
         if not (self.benchmark or self.data or self.task):
             raise PydanticCustomError("source", "one of --benchmark, --data and --task is required")
+        if self.endpoint and not self.is_this_process:
+            raise PydanticCustomError(
+                "source",
+                "--endpoint {endpoint} has a server answer; leave out --workers {workers} and --ray {ray}",
+                {"endpoint": self.endpoint, "workers": self.workers, "ray": self.ray},
+            )
         return self
 
     @model_validator(mode="after")

@@ -6,7 +6,7 @@ batches, and so to the last bit the logits, of the whole one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from moe_bias.backbone import Head
 from moe_bias.evaluation.ledger import Ledger
 from moe_bias.features.examples import length_limit
 from moe_bias.mistakes import UserError
-from moe_bias.progress import Meter, meter
+from moe_bias.progress import meter
 from moe_bias.rollout.answers import AnswerChoices, sampled_answers
 from moe_bias.rollout.decoding import Answer, TextAnswer
 from moe_bias.rollout.policy import Policy
@@ -77,27 +77,34 @@ class Asker:
 
     def ask(self, model: nn.Module, head: Head, policies: dict[str, Policy], numbers: Sequence[int]) -> None:
         """Has every policy answer the problems of these numbers, and keeps each batch's answers."""
-        size = max(self.rows // (len(policies) * self.choices.samples), 1)
         left = set(numbers)
-        total = sum(len(batch) for batch in self._batches(size) if left & set(batch))
+        batches = self.batches(len(policies), left)
+        total = sum(map(len, batches))
         with meter(", ".join(policies), total * len(policies) * self.choices.samples, "answers") as bar:
-            for batch in self._batches(size):
-                if left & set(batch):
-                    self._ask_batch(model, head, policies, batch, left, bar)
+            for batch in batches:
+                prompts, seeds = [self.prompts[number] for number in batch], [self.seeds[number] for number in batch]
+                found = sampled_answers(model, head, prompts, list(policies.values()), self.choices, seeds, bar)
+                texts = [[[self._text(answer) for answer in group] for group in by_policy] for by_policy in found]
+                self.keep(list(policies), batch, texts, left)
 
-    def _ask_batch(
-        self, model: nn.Module, head: Head, policies: dict[str, Policy], batch: range, left: set[int], bar: Meter
+    def batches(self, policies: int, left: Collection[int]) -> list[range]:
+        """The numbers of the problems that so many policies answer at once: those batches in which any is left."""
+        size = max(self.rows // (policies * self.choices.samples), 1)
+        starts = range(0, len(self.prompts), size)
+        all_of_them = (range(start, min(start + size, len(self.prompts))) for start in starts)
+        return [batch for batch in all_of_them if any(number in left for number in batch)]
+
+    def keep(
+        self,
+        names: Sequence[str],
+        batch: range,
+        found: Sequence[Sequence[Sequence[TextAnswer]]],
+        left: Collection[int],
     ) -> None:
-        prompts, seeds = [self.prompts[number] for number in batch], [self.seeds[number] for number in batch]
-        found = sampled_answers(model, head, prompts, list(policies.values()), self.choices, seeds, bar)
+        """Keeps a batch's answers, by problem, policy and sample, to those problems that are left."""
         for number, by_policy in zip(batch, found, strict=True):
             if number in left:
-                texts = [[self._text(answer) for answer in answers] for answers in by_policy]
-                self.ledger.keep(number, dict(zip(policies, texts, strict=True)))
-
-    def _batches(self, size: int) -> Iterator[range]:
-        for start in range(0, len(self.prompts), size):
-            yield range(start, min(start + size, len(self.prompts)))
+                self.ledger.keep(number, dict(zip(names, by_policy, strict=True)))
 
     def _text(self, answer: Answer) -> TextAnswer:
         text = str(self.tokenizer.decode(answer.token_ids))

@@ -90,6 +90,13 @@ class _Seen:
         self.looping.setdefault(sample.problem, []).append(found.loops)
         self.distinct.setdefault(sample.problem, []).append(found.distinct)
 
+    def put_in_order(self, problems: Sequence[str]) -> None:
+        """As these problems are, in whatever order they were answered: intervals are drawn over them by place."""
+        there = [name for name in problems if name in self.samples]
+        self.samples = {name: self.samples[name] for name in there}
+        self.looping = {name: self.looping[name] for name in there}
+        self.distinct = {name: self.distinct[name] for name in there}
+
     @cached_property
     def accuracy(self) -> dict[str, float]:
         """avg@n by problem."""
@@ -120,13 +127,21 @@ class _Seen:
 
 
 def scores(
-    samples: Iterable[Sample], arms: Sequence[str], groups: Mapping[str, Mapping[str, Sequence[str]]]
+    samples: Iterable[Sample],
+    arms: Sequence[str],
+    groups: Mapping[str, Mapping[str, Sequence[str]]],
+    problems: Sequence[str] | None = None,
 ) -> list[Score]:
-    """A score of each arm, in order. `groups` has the problems' ids by column and value."""
+    """A score of each arm, in order. `groups` has the problems' ids by column and value.
+
+    `problems` are all ids in their order (None: the order in which they were answered).
+    """
     seen = {arm: _Seen() for arm in arms}
     for sample in samples:
         if sample.arm in seen:
             seen[sample.arm].add(sample)
+    for each in seen.values() if problems is not None else ():
+        each.put_in_order(problems or ())
     limits = limits_of([seen[arm].samples for arm in arms])
     return [
         _score(arm, seen[arm], {other: seen[other] for other in arms[:number]}, groups, limits)
