@@ -14,6 +14,7 @@ from moe_bias.api import learning
 from moe_bias.api.learning import ARGUMENT
 from moe_bias.learning.service import Learning
 from moe_bias.mistakes import UserError
+from moe_bias.server.answer import Given
 from moe_bias.server.engine import Engine
 
 SAID = [{"role": "user", "content": "w5 w6 w7"}]
@@ -83,7 +84,7 @@ def test_its_features_are_the_servers(base, layer, tmp_path):
     (row,) = learning._Reader(base, CONFIG, True).all(ROWS[:1])
     engine = Engine(base, tmp_path)
     try:
-        better, other = (engine.features_of(row.prompt, tokens, "mine") for tokens in (row.better, row.answer))
+        (better,), (other,) = (engine.features_of(row.prompt, [Given(one)], "mine") for one in (row.better, row.answer))
     finally:
         engine.close()
     features = row.lesson(base, layer, CONFIG).features

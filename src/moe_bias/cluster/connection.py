@@ -167,28 +167,28 @@ def uses_gpus(there: Sequence[Node], device: str) -> bool:
     return device not in ("auto", "cpu") or (device == "auto" and any(node.gpus for node in there))
 
 
-def refuse_unfit(there: Sequence[Node], folder: Path | None) -> None:
-    """Raises UserError, naming the node, on other versions than here, and where a node does not see the folder.
+def fit(there: Sequence[Node], folder: Path | None) -> list[Node]:
+    """The nodes, without those that have left meanwhile, that are found to do.
 
-    That is tried: a file is written here, and looked for there.
+    Raises UserError, naming the node, on other versions than here, and where a node does not see the folder. That is
+    tried: a file is written here, and looked for there.
     """
     if folder is None:
-        _refuse_unfit(there, None, "")
-        return
+        return _fit(there, None, "")
     folder.mkdir(parents=True, exist_ok=True)
     mark = folder.absolute() / f".seen-{uuid.uuid4().hex}"
     try:
         mark.write_text(mark.name)
-        _refuse_unfit(there, mark, str(folder))
+        return _fit(there, mark, str(folder))
     finally:
         mark.unlink(missing_ok=True)
 
 
-def _refuse_unfit(there: Sequence[Node], mark: Path | None, folder: str) -> None:
+def _fit(there: Sequence[Node], mark: Path | None, folder: str) -> list[Node]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    ours, look = versions(), ray.remote(_looking())
+    ours, look, found = versions(), ray.remote(_looking()), list[Node]()
     asked = {
         look.options(
             num_cpus=0, max_retries=3, scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)
@@ -196,7 +196,12 @@ def _refuse_unfit(there: Sequence[Node], mark: Path | None, folder: str) -> None
         for node in there
     }
     for answer, node in asked.items():
-        theirs, sees = ray.get(answer)
+        try:
+            theirs, sees = ray.get(answer)
+        except ray.exceptions.RayTaskError:
+            raise
+        except ray.exceptions.RayError:  # it has left meanwhile
+            continue
         for name, version in ours.items():
             if theirs[name] != version:
                 raise UserError(
@@ -208,6 +213,8 @@ def _refuse_unfit(there: Sequence[Node], mark: Path | None, folder: str) -> None
                 f"node {node.name} does not see {folder!r}: what was written there from here is not there; give a "
                 "folder that all nodes share"
             )
+        found.append(node)
+    return found
 
 
 def _looking() -> Callable[[list[str], str | None], tuple[dict[str, str], bool]]:

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 from rich.console import Console
 
-from moe_bias.cluster.connection import Node, connected, nodes, refuse_unfit, uses_gpus, workers_on
+from moe_bias.cluster.connection import Node, connected, fit, nodes, uses_gpus, workers_on
 from moe_bias.config import Cluster
 from moe_bias.mistakes import UserError, reason_of
 from moe_bias.progress import say, text_console
@@ -119,8 +119,7 @@ class Pool:
 
     def begin(self) -> None:
         """Starts the workers. Raises UserError, naming the node, where one cannot do the work."""
-        there = nodes()
-        refuse_unfit(there, self.folder)
+        there = fit(nodes(), self.folder)
         self._fit = {node.id: True for node in there}
         self._start(there, workers_on(there, self.cluster, self.on_gpus))
         end = time.monotonic() + _START_SECONDS
@@ -149,8 +148,7 @@ class Pool:
         """Whether a node that may have joined can do the work; one that cannot is told, and left alone."""
         if node.id not in self._fit:
             try:
-                refuse_unfit([node], self.folder)
-                self._fit[node.id] = True
+                self._fit[node.id] = bool(fit([node], self.folder))
             except UserError as error:
                 say(self.console, f"a node joined that is left out: {error}")
                 self._fit[node.id] = False
