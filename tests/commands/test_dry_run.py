@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from helpers.complaints import complaint
+from helpers.saved import save_model
 from moe_bias.cli import main, settings_of
 from moe_bias.experiments.arm import ArmRecords
 from moe_bias.experiments.policy_arms import PolicyArm
@@ -18,6 +19,7 @@ RL = (
 )
 SFT = "train sft --model model --data rows.jsonl --support auto:40 --device cpu --output new --dry-run"
 EXTRACT = "extract --model model --data rows.jsonl --support auto:40 --device cpu --output new --dry-run"
+DRAFT = SFT.replace("train sft", "train draft") + " --target target"
 
 COMPARE = (
     "compare --model model --problems worked.jsonl --gold-column gold --train-problems 12 --test-problems 4 "
@@ -75,6 +77,53 @@ def test_training_on_a_store_extracts_nothing(said, folder):
     text = said(*[word for word in SFT.split() if word not in ("--data", "rows.jsonl")], "--store", "new")
     assert "feature store" not in text
     assert "it is not tried here" in text
+
+
+def test_a_draft_is_worked_out_and_not_begun(said, folder):
+    save_model(folder / "target", hidden_size=24)
+    text = said(*DRAFT.split())
+    for held in ("weights", "feature store", "base logits"):
+        assert f"{held} of the draft" in text
+        assert f"{held} of the target" in text
+    assert "target: " in text
+    assert "tokens go through each model once, prompts counted" in text
+    for name in ("draft", "target"):
+        assert f"tokens a second went through the {name}: its one pass takes " in text
+    assert "went through both output embeddings" in text
+    assert "base logits of the target" not in said(*DRAFT.split(), "--logits-budget", "5KB")
+
+
+@pytest.mark.parametrize("whose", ["target", "draft"])
+def test_a_draft_on_own_samples_is_worked_out_and_none_is_sampled(said, folder, whose):
+    save_model(folder / "target", hidden_size=24)
+    text = said(*DRAFT.split(), "--own-samples", whose, "--max-new-tokens", "7", "--held-out", "0.2")
+    rows = len((folder / "rows.jsonl").read_text().splitlines())
+    assert f"About {round(0.8 * rows) * 7:,} tokens to train on" in text
+    assert "Up to " in text
+    assert "tokens a second were sampled, in " in text
+
+
+def test_a_draft_on_a_store_runs_the_target_alone(said, folder):
+    save_model(folder / "target", hidden_size=24)
+    assert main(EXTRACT.split()[:-1]) == 0
+    words = [word for word in DRAFT.split() if word not in ("--support", "auto:40")]
+    text = said(*words, "--store", "new")
+    assert "tokens go through the target once" in text
+    assert "feature store of the draft" not in text
+    assert "went through the draft" not in text
+
+
+def test_a_draft_that_would_be_refused_is_refused(folder, capsys):
+    save_model(folder / "other", word="v")
+    save_model(folder / "short", max_position_embeddings=4)
+    words = DRAFT.split()[:-1]
+    assert "token id 0 is 'w0' of the draft and 'v0' of the target" in complaint(capsys, *words, "other")
+    assert "and the target reads 4; extract with --max-length 4" in complaint(capsys, *words, "short")
+    (folder / "other" / "model.safetensors").unlink()
+    shutil.copytree(folder / "model", folder / "bare")
+    (folder / "bare" / "model.safetensors").unlink()
+    assert main([*words, "bare"]) == 0
+    assert "no hours are expected: model 'bare' cannot be loaded" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_comparison_is_worked_out_and_not_begun(said):
@@ -139,7 +188,7 @@ def test_what_does_not_fit_is_said(said, monkeypatch):
     assert "The first step would be refused: `sample_budget` 100 B does not hold" in text
 
 
-@pytest.mark.parametrize("command", [RL, COMPARE])
+@pytest.mark.parametrize("command", [RL, DRAFT, COMPARE])
 def test_run_that_was_worked_out_is_the_same_run(command):
     words = [word for word in command.split() if word != "--dry-run"]
     assert settings_of(command.split())[1].model_dump() == settings_of(words)[1].model_dump()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 
 from moe_bias.adapter import save_layer
 from moe_bias.api.arguments import config_of, refuse_other_base, refuse_other_layer
@@ -75,7 +76,7 @@ def train_draft(
     refuse_other_base(small, "small")
     refuse_other_base(large, "large")
     refuse_other_data(data, small)
-    refuse_other_vocabulary(small, large)
+    refuse_other_vocabulary(small.tokenizer, large.tokenizer)
     config, minimised = config_of(config, DraftConfig), make_objective(objective)
     if layer is not None:
         refuse_other_layer(layer, small)
@@ -147,17 +148,21 @@ def target_store(
         raise UserError("`data` is a feature store alone, and the target reads its texts; give both, or the texts")
     if data.store.dropped:
         raise UserError("`data` lacks tokens that the store left out; extract again without `keep_top`")
-    longest = max(map(len, data.corpus.examples))
-    limit = length_limit(large.model, longest)
-    if longest > limit:
-        raise UserError(
-            f"an example has {longest:,} tokens, and the target reads {limit:,}; extract with `max_length` {limit}"
-        )
+    refuse_longer(large.model, max(map(len, data.corpus.examples)))
     head = large.head
     choices = Choices(list(range(head.vocab_size)), hidden_dtype=head.dtype, batch_size=batch_size)
     facts = model_facts(large.model, head, large.tokenizer)
     plan = make_plan(data.corpus, data.store.manifest.recipe.source, facts, choices)
     return stored(large, plan, keep, own, processes, console or text_console())
+
+
+def refuse_longer(large: Any, longest: int) -> None:
+    """Raises UserError where the longest example has more tokens than the target, a model or its config's, reads."""
+    limit = length_limit(large, longest)
+    if longest > limit:
+        raise UserError(
+            f"an example has {longest:,} tokens, and the target reads {limit:,}; extract with `max_length` {limit}"
+        )
 
 
 def train_towards(
@@ -229,12 +234,12 @@ def save_draft(
     save_layer(layer, folder, towards.data.base.model, towards.prepared.fork_coverage)
 
 
-def refuse_other_vocabulary(small: Frozen, large: Frozen) -> None:
+def refuse_other_vocabulary(small: PreTrainedTokenizerBase, large: PreTrainedTokenizerBase) -> None:
     """Raises UserError where an id is one token of `small` and another of `large`, or a token has two ids.
 
     Ids that only one of them knows, such as special tokens or rows that pad an embedding, are no contradiction.
     """
-    ours, theirs = (one.tokenizer.get_vocab() for one in (small, large))
+    ours, theirs = (one.get_vocab() for one in (small, large))
     token_of = {number: token for token, number in theirs.items()}
     for token, number in sorted(ours.items(), key=lambda pair: pair[1]):
         other, again = token_of.get(number, token), theirs.get(token, number)

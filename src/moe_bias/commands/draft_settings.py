@@ -9,12 +9,12 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from moe_bias.commands.option_types import option
-from moe_bias.commands.training_settings import SupervisedSettings
+from moe_bias.commands.training_settings import DryRunSettings, SupervisedSettings
 from moe_bias.config import DraftConfig
 from moe_bias.limits import LONGEST_ANSWER
 
 
-class TrainDraftSettings(DraftConfig, SupervisedSettings):
+class TrainDraftSettings(DryRunSettings, DraftConfig, SupervisedSettings):
     """Train an adapter that makes a small model a better draft of a larger one, for speculative decoding."""
 
     takes_texts_beside_store: ClassVar[bool] = True

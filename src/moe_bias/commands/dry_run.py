@@ -14,7 +14,9 @@ from rich.console import Console
 
 from moe_bias.adapter.saved import read_saved
 from moe_bias.api.data import Texts
+from moe_bias.commands.draft_settings import TrainDraftSettings
 from moe_bias.commands.dry_compare import compare
+from moe_bias.commands.dry_draft import draft
 from moe_bias.commands.dry_subject import UNKNOWN_PROMPT, Subject, say_held, say_model, say_untried
 from moe_bias.commands.material import texts_named
 from moe_bias.commands.train_sft import answers_of
@@ -27,7 +29,6 @@ from moe_bias.frozen import cache_folder
 from moe_bias.limits import in_time
 from moe_bias.progress import say, text_console
 from moe_bias.tasks.columns import read_conversations
-from moe_bias.tasks.conversations import Corpus
 from moe_bias.training.budget import (
     ModelSize,
     PolicyBudget,
@@ -41,7 +42,7 @@ from moe_bias.training.objectives import make_objective
 from moe_bias.training.problems import TaskData, task_data, task_of
 
 
-def run(settings: TrainSFTSettings | TrainRLSettings | ExtractSettings | CompareSettings) -> None:
+def run(settings: TrainSFTSettings | TrainRLSettings | TrainDraftSettings | ExtractSettings | CompareSettings) -> None:
     """Prints it all. Raises UserError on a model and on data that the run would refuse before it begins."""
     console = text_console(highlight=False, soft_wrap=True)
     if isinstance(settings, TrainRLSettings):
@@ -50,6 +51,8 @@ def run(settings: TrainSFTSettings | TrainRLSettings | ExtractSettings | Compare
         _extraction(console, settings)
     elif isinstance(settings, CompareSettings):
         compare(console, settings)
+    elif isinstance(settings, TrainDraftSettings):
+        draft(console, settings)
     else:
         _supervised(console, settings)
 
@@ -129,7 +132,7 @@ def _extraction(console: Console, settings: ExtractSettings) -> None:
     number, parts = settings.part
     examples = whole.examples[number - 1 :: parts]
     dtype = subject.size.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    text = _text_of(Corpus(examples, whole.rows, whole.left_out))
+    text = Text.of(examples)
     say_model(console, subject, None)
     say(console, f"{text.tokens:,} completion tokens, {text.through:,} through the model with their prompts.")
     held = list(StoreBudget(subject.size, text, dtype, settings.keep_top or 1.0).held())
@@ -156,7 +159,10 @@ def _supervised(console: Console, settings: TrainSFTSettings) -> None:
     )
     held_out = set(texts.held_out(corpus.rows, settings.held_out, settings.seed))
     pairs = zip(corpus.rows, corpus.examples, strict=True)
-    tokens, text = sum(len(example.completion_ids) for row, example in pairs if row not in held_out), _text_of(corpus)
+    tokens, text = (
+        sum(len(example.completion_ids) for row, example in pairs if row not in held_out),
+        Text.of(corpus.examples),
+    )
     layer = layer_of(settings, subject.size.vocab_size)
     store = StoreBudget(subject.size, text, subject.size.dtype)
     budget = SupervisedBudget(store, settings, layer, min(tokens, settings.train_tokens or tokens))
@@ -197,10 +203,6 @@ def _on_a_store(console: Console, settings: TrainSFTSettings, folders: Sequence[
     _say_passes(console, budget)
     say_held(console, list(budget.held()), subject.device, None)
     say(console, "Training on a store begins at once and shows its speed: it is not tried here.")
-
-
-def _text_of(corpus: Corpus) -> Text:
-    return Text(sum(len(example.completion_ids) for example in corpus.examples), sum(map(len, corpus.examples)))
 
 
 def _say_passes(console: Console, budget: SupervisedBudget) -> None:

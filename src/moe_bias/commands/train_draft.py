@@ -64,7 +64,7 @@ def _run(
     texts = texts_named(settings)
     small = frozen(settings)
     large = frozen(settings.model_copy(update={"model": settings.target}))
-    refuse_other_vocabulary(small, large)
+    refuse_other_vocabulary(small.tokenizer, large.tokenizer)
     given = None if settings.adapter is None else saved_layer(settings.adapter, small.head).layer
     data = _data(settings, small, large, texts, given, console)
     stack.callback(data.close)

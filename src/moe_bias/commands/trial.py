@@ -8,14 +8,18 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from moe_bias.config import CompareConfig, LayerConfig, RLConfig, SFTConfig
+from moe_bias.commands.draft_settings import TrainDraftSettings
+from moe_bias.config import CompareConfig, DraftConfig, LayerConfig, RLConfig, SFTConfig
 from moe_bias.experiments.lora import completion_log_prob, lora_on
 from moe_bias.features.extract import run_backbone, with_scalars
+from moe_bias.features.target import with_target
 from moe_bias.frozen import Frozen
-from moe_bias.progress import without_bars
+from moe_bias.progress import meter, without_bars
+from moe_bias.rollout.answers import AnswerChoices, sampled_answers
 from moe_bias.rollout.sampling import TransformersSampler
 from moe_bias.tasks.conversations import Example
-from moe_bias.training.problems import TaskData, sampling_choices
+from moe_bias.training.objectives import Distillation
+from moe_bias.training.problems import TaskData, policy_of, sampling_choices
 from moe_bias.training.sft import fit
 
 TOKENS = 128
@@ -71,6 +75,51 @@ def training_rate(base: Frozen, examples: Sequence[Example], settings: SFTConfig
     batch = features.at(torch.arange(settings.batch_tokens) % len(features))
     trial = settings.model_copy(update={"epochs": PASSES, "train_tokens": None})
     return PASSES * len(batch) / _seconds(lambda: fit(base.head.layer(layer), batch, base.head, trial, "trial"))
+
+
+@without_bars()
+def answering_rate(base: Frozen, prompts: Sequence[list[int]], settings: TrainDraftSettings) -> SamplingRate:
+    """Of answers of the frozen model, one to each prompt, with the settings' batches and temperature."""
+    longest = max(map(len, prompts))
+    few = prompts[: max(1, min(settings.batch_size, TOKENS // longest))]
+    policies, seeds = [policy_of(None, base.head)], list(range(len(few)))
+
+    def seconds(new_tokens: int) -> float:
+        choices = AnswerChoices(1, settings.temperature, 1.0, new_tokens, [])
+        with meter("trial", len(few), "answers") as bar:
+            return _seconds(lambda: sampled_answers(base.model, base.head, few, policies, choices, seeds, bar))
+
+    first = min(seconds(1), seconds(1))
+    more = max(seconds(1 + NEW_TOKENS) - first, 1e-6)
+    return SamplingRate(len(few) * NEW_TOKENS / more, len(few))
+
+
+@dataclass(frozen=True)
+class DraftRates:
+    """Tokens a second: hidden states through `both` output embeddings, and in a pass of `training`."""
+
+    both: float
+    training: float
+
+
+@without_bars()
+def draft_rates(
+    small: Frozen, large: Frozen, examples: Sequence[Example], settings: DraftConfig, layer: LayerConfig
+) -> DraftRates:
+    """Of a few examples' tokens, in batches as large as the settings say."""
+    few = _beginnings(examples)
+    support = range(small.head.vocab_size) if layer.support is None else layer.support
+    source, target = (
+        with_scalars(base.head, run_backbone(base.model, few, len(few), "trial"), ids, "trial")
+        for base, ids in ((small, support), (large, range(large.head.vocab_size)))
+    )
+    seconds = min(_seconds(lambda: with_target(source, target, small.head, large.head, "trial")) for _ in range(2))
+    beside = with_target(source, target, small.head, large.head, "trial")
+    batch = beside.at(torch.arange(settings.batch_tokens) % len(beside))
+    trial = settings.model_copy(update={"epochs": PASSES, "train_tokens": None})
+    objective, fresh = Distillation(settings.reverse), small.head.layer(layer)
+    taken = _seconds(lambda: fit(fresh, batch, small.head, trial, "trial", objective=objective, target=large.head))
+    return DraftRates(len(source) / seconds, PASSES * len(batch) / taken)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ Sizes: D hidden, V vocabulary, M support, P trainable parameters.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ from moe_bias.mistakes import UserError
 from moe_bias.rollout.cache import ROOM
 from moe_bias.rollout.sampling import SCALAR_BYTES as SAMPLING_BYTES
 from moe_bias.serving.recording import RowLayout, kept_dtype
+from moe_bias.tasks.conversations import Example
 from moe_bias.training.problems import CALIBRATION_GROUP, CALIBRATION_PROMPTS
 from moe_bias.training.sft import parse_support
 
@@ -317,6 +318,11 @@ class Text:
     tokens: int
     through: int
 
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> Text:
+        """That of these examples."""
+        return cls(sum(len(example.completion_ids) for example in examples), sum(map(len, examples)))
+
     def share(self, part: float) -> Text:
         """As much of it, or a multiple."""
         return Text(round(part * self.tokens), round(part * self.through))
@@ -359,6 +365,29 @@ class SupervisedBudget:
         yield Held("layer, gradients, optimiser", layer_bytes(self.layer, size, self.settings))
         logits = FLOAT32_BYTES * self.train_tokens * self.layer.support_size(size.vocab_size)
         yield Held("base logits", logits if logits <= self.settings.logits_budget else 0)
+
+
+@dataclass(frozen=True)
+class DraftBudget:
+    """Training of a draft, `own` without its target, whose hidden states of the same answers are stored too."""
+
+    own: SupervisedBudget
+    target: StoreBudget
+
+    def held(self) -> Iterator[Held]:
+        """All that is held, one thing after the other."""
+        for name, held in (("draft", self.own.held()), ("target", self.target.held())):
+            for one in held:
+                is_of_both = one.what in ("weights", "feature store", "base logits")
+                yield replace(one, what=f"{one.what} of the {name}") if is_of_both else one
+        yield Held("base logits of the target", self._target_logits)
+
+    @property
+    def _target_logits(self) -> int:
+        """Those on the support, which are kept where the draft's leave room for them."""
+        support = self.own.layer.support_size(self.own.store.size.vocab_size)
+        logits = FLOAT32_BYTES * self.own.train_tokens * support
+        return logits if 2 * logits <= self.own.settings.logits_budget else 0
 
 
 def peak(held: Sequence[Held], places: Sequence[Place]) -> int:
