@@ -1,5 +1,6 @@
 """Learning beside a server, with its real process."""
 
+import asyncio
 import os
 import shutil
 import signal
@@ -155,6 +156,23 @@ def test_who_waits_for_an_outcome_that_nobody_knows_any_more_is_told_so(inline, 
         with pytest.raises(LearningStoppedError, match="applied once"):
             future.result(PATIENCE)
     assert [future.result(PATIENCE)["number"] for future in told[2:]] == [3, 4]
+    learning.close()
+
+
+def test_who_waits_may_go_and_all_others_are_told(inline, tmp_path):
+    learning = begun(tmp_path)
+    InlineWorker.newest.paused = True
+    gone, waiting = (learning.teach("mine", edit(seed)) for seed in range(2))
+
+    async def leave():
+        asyncio.wrap_future(gone).cancel()
+        await asyncio.sleep(0)
+
+    asyncio.run(leave())
+    InlineWorker.newest.paused = False
+    learning.restarted()
+    assert waiting.result(PATIENCE)["number"] == 2
+    assert gone.result(PATIENCE)["number"] == 1
     learning.close()
 
 

@@ -140,6 +140,7 @@ class Learning:
             raise LearningStoppedError(f"{self._stopped}; start the server again")
         taught = self._of(name)
         future: Told = Future()
+        future.set_running_or_notify_cancel()  # whoever waits may go; nobody can call off what is written down
         with taught.lock:
             new = {} if taught.journal.config == self._config else {CONFIG: self._config}
             tensors = None if lesson is None else lesson.tensors()

@@ -65,8 +65,8 @@ class Telling:
         """The complete answer; None where the client went away. Raises FailedError where the server failed."""
         text, numbers = "", list[dict[str, Any]]()
         events = self.events()
+        coming = asyncio.ensure_future(anext(events))
         try:
-            coming = asyncio.ensure_future(anext(events))
             while True:
                 done, _ = await asyncio.wait({coming}, timeout=_LOOK_SECONDS)
                 if not done:
@@ -83,6 +83,7 @@ class Telling:
                     numbers.append({"text": event.text, **event.numbers})
                 coming = asyncio.ensure_future(anext(events))
         finally:
+            coming.cancel()
             self.answering.call_off()
 
     def _answer(self, text: str, end: Ended, numbers: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,0 +1,27 @@
+"""What is left of an answer whose client has gone."""
+
+import asyncio
+
+from helpers.chatting import running_engine, served_folder
+from moe_bias.server import stream
+from moe_bias.server.requests import read_chat
+from moe_bias.server.stream import Telling
+
+
+def test_nothing_goes_on_waiting_for_an_answer_that_nobody_reads(tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "_LOOK_SECONDS", 0)
+
+    async def leave(engine):
+        body = {"model": "base", "messages": [{"role": "user", "content": "w5"}], "max_tokens": 60}
+        telling = Telling(engine, read_chat(body, engine, "base", 60))
+
+        async def is_gone():
+            return True
+
+        assert await telling.whole(is_gone) is None
+        assert telling.answering.is_called_off
+        await asyncio.sleep(0.05)
+        return asyncio.all_tasks() - {asyncio.current_task()}
+
+    with running_engine(*served_folder(tmp_path)) as engine:
+        assert not asyncio.run(leave(engine))
