@@ -109,7 +109,7 @@ def soak() -> str:
     return (
         f"{record['lessons']:,} pieces of feedback to {record['choices']['tenants']} adapters of a tiny model in "
         f"{record['seconds'] / 60:.0f} minutes, each with one outcome: {counts['applied']:,} learned from, "
-        f"{counts['published']:,} versions; the process that learns was killed {counts.get('killed', 0)} times. "
+        f"{counts['published']:,} versions; kills of the process that learns: {counts.get('killed', 0)}. "
         f"Resident memory of the server's end was {server} at half and at the end, of the process "
         f"{_most_and_last(seen)}; the longest journal had {largest / 2**20:.1f} MiB. Made again from their journals "
         f"{same['from journals']} adapters had the same bytes, and so had {same['from the first']} of "

@@ -443,6 +443,19 @@ def server() -> str:
     return _table(["the server on transformers", "times as fast", "as"], rows) + _where(record) + load + "\n"
 
 
+def learning_pass() -> str:
+    """An edited answer read beside the others' next token, and scalars of two answers from one product."""
+    record = _latest("learning_pass")
+    options, found = record["options"], record["ratio"]
+    rows = [
+        ["read in the pass of the others' next token", _times(found["together"]), "that token, and a pass of its own"],
+        ["the others' next token alone", _times(found["step"]), "that token, and a pass of its own"],
+        ["one product for both answers", _times(found["one product"]), "a product for each"],
+    ]
+    sizes = f"{options['rows']} answers are written, {options['new_tokens']} tokens of the edited one are new."
+    return _table(["an edited answer", "times as fast", "as"], rows) + _where(record) + sizes + "\n"
+
+
 def serving(name: str = "serving") -> str:
     """Many tenants on one model in vLLM: speed over the plain model and over LoRA, and what the cache did."""
     record = _latest(name)
@@ -637,6 +650,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "learning-load": partial(_noted, learning_tables.load),
     "learning-soak": learning_tables.soak,
     "learning-lasting": learning_tables.lasting,
+    "learning-pass": learning_pass,
     **{f"defaults-{path.stem}": partial(defaults, path.stem) for path in RECORDS.glob("defaults/*.json")},
     **{f"compare-{task}": partial(policies, task) for task in _COMPARED},
     **{f"compare-{task}-costs": partial(policy_costs, task) for task in _COMPARED},
