@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_bias.learning.journal import STATE, Journal, entries, write_state
+from moe_bias.learning.journal import STATE, Journal, beginning, entries, write_state
 from moe_bias.mistakes import UserError
 
 
@@ -59,7 +59,7 @@ def test_a_state_takes_the_journals_place_and_numbers_go_on(tmp_path):
         journal.append("lesson", {}, {"hidden": torch.ones(400)})
     before = journal.size
     write_state(tmp_path / "state.bin", 3, {"version": 2}, {"x": torch.zeros(1)})
-    journal.begin_anew(tmp_path / "state.bin")
+    journal.begin_anew(tmp_path / "state.bin", 3)
     assert journal.size < before
     assert journal.grown == 0
     assert journal.append("undo", {}) == 4
@@ -69,6 +69,28 @@ def test_a_state_takes_the_journals_place_and_numbers_go_on(tmp_path):
     journal.close()
     again = Journal(journal.path)
     assert (again.last, again.grown) == (4, journal_grown)
+
+
+def test_what_came_after_a_state_stays_after_it(tmp_path):
+    journal = Journal(tmp_path / "journal.bin")
+    for number in range(1, 6):
+        journal.append("lesson", {}, {"hidden": torch.full((400,), float(number))})
+    write_state(tmp_path / "state.bin", 3, {}, {})
+    old = entries(journal.path)
+    begins, read = beginning(journal.path), next(old)
+    journal.begin_anew(tmp_path / "state.bin", 3)
+    assert [entry.number for entry in old] == [2, 3, 4, 5]  # whoever was reading reads on
+    assert [entry.number for entry in entries(journal.path, read.end, begins)] == [3, 4, 5]
+    assert journal.append("undo", {}) == 6
+    write_state(tmp_path / "state.bin", 5, {}, {})  # a later state than the one that the cut was asked for
+    journal.begin_anew(tmp_path / "state.bin", 4)
+    found = list(entries(journal.path))
+    assert [(entry.number, entry.event) for entry in found] == [(5, STATE), (5, "lesson"), (6, "undo")]
+    assert float(found[1].tensors["hidden"][0]) == 5
+    journal.begin_anew(tmp_path / "state.bin", 5)
+    assert [entry.number for entry in entries(journal.path)] == [5, 6]
+    journal.close()
+    assert Journal(journal.path).append("undo", {}) == 7
 
 
 def test_a_full_disk_leaves_the_journal_as_it_was(tmp_path, monkeypatch):

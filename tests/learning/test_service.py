@@ -279,6 +279,30 @@ def test_settings_of_a_journal_that_was_cut_are_known(inline, tmp_path):
     again.close()
 
 
+def test_a_journal_is_cut_under_feedback_that_never_pauses(inline, tmp_path):
+    learning, pupil = begun(tmp_path), learner()
+    worker, path = InlineWorker.newest, tmp_path / "learned" / "journals" / "mine" / JOURNAL
+    for number in range(1, 6):
+        learning.teach("mine", edit(number)).result(PATIENCE)
+        pupil.apply(entry(number, edit(number)))
+    worker.ask("checkpoint", "mine")
+    assert [one.number for one in entries(path)] == [5]
+    worker.paused = True
+    told = learning.teach("mine", edit(6))
+    pupil.apply(entry(6, edit(6)))
+    learning.replied(("checkpoint", "mine"), 5, None)  # as of before the sixth was told
+    assert [one.number for one in entries(path)] == [5, 6]
+    worker.paused = False
+    learning.restarted()
+    assert told.result(PATIENCE)["number"] == 6
+    assert same(served(learning), pupil)
+    learning.close()
+    again = begun(tmp_path)
+    assert len(again.history("mine")) == 6
+    assert same(served(again), pupil)
+    again.close()
+
+
 def test_many_adapters_learn_apart_in_little_memory(inline, tmp_path):
     given = tmp_path / "given"
     for number in range(6):

@@ -27,7 +27,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from moe_bias.mistakes import UserError
-from moe_bias.records import write_whole
+from moe_bias.records import write_parts, write_whole
 
 _SIZES = struct.Struct("<III")
 
@@ -93,12 +93,18 @@ class Journal:
         self.last, self.config = number, header.get(CONFIG, self.config)
         return number
 
-    def begin_anew(self, state: Path) -> None:
-        """Puts a file of `write_state`, whose state holds all entries until now, in the place of this one."""
-        os.replace(state, self.path)
+    def begin_anew(self, state: Path, through: int) -> None:
+        """Puts a file of `write_state`, whose state holds all entries up to `through`, in the place of those."""
+        with self.path.open("rb") as file:
+            ends = {header["number"]: end for header, _, end in _read(file, self.path)}
+            file.seek(ends[through])
+            later = file.read()
+        before = state.read_bytes()
+        write_parts(self.path, [before, later])
         self._file.close()
         self._file = self.path.open("r+b")
-        self._state_size = self._file.seek(0, os.SEEK_END)
+        self._file.seek(0, os.SEEK_END)
+        self._state_size = len(before)
 
     def close(self) -> None:
         """Closes the file."""
@@ -116,10 +122,19 @@ def write_state(path: Path, number: int, header: Mapping[str, Any], tensors: Map
     write_whole(path, _packed(number, STATE, header, tensors))
 
 
-def entries(path: Path, start: int = 0) -> Iterator[Entry]:
-    """Whole entries from byte `start` on. Raises UserError on a damaged one; a half entry at the end ends it."""
+def beginning(path: Path) -> bytes:
+    """What a file is known by until it is cut: its first bytes, the sizes and the checksum of its first entry."""
     with path.open("rb") as file:
-        file.seek(start)
+        return file.read(_SIZES.size)
+
+
+def entries(path: Path, start: int = 0, begins: bytes | None = None) -> Iterator[Entry]:
+    """Whole entries from byte `start` on, or all where the file does not begin with `begins` any more.
+
+    Raises UserError on a damaged one; a half entry at the end ends it.
+    """
+    with path.open("rb") as file:
+        file.seek(start if begins is None or file.read(_SIZES.size) == begins else 0)
         for header, content, end in _read(file, path):
             number, event = header.pop("number"), header.pop("event")
             yield Entry(number, event, header, _aligned(content), end)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from moe_bias.backbone import Head, HeadTransform
 from moe_bias.config import LearnConfig
-from moe_bias.learning.journal import entries, write_state
+from moe_bias.learning.journal import beginning, entries, write_state
 from moe_bias.learning.learner import Learner
 from moe_bias.learning.published import Published
 from moe_bias.records import unfinished
@@ -116,9 +116,9 @@ class Learners:
         loaded = self._load(name)
         outcomes = []
         journal = self._place.of(name) / JOURNAL
-        if journal.stat().st_ino != loaded.inode:  # it was cut since
-            loaded.inode, loaded.offset = journal.stat().st_ino, 0
-        for entry in entries(journal, loaded.offset):
+        if (begins := beginning(journal)) != loaded.begins:  # it was cut since
+            loaded.begins, loaded.offset = begins, 0
+        for entry in entries(journal, loaded.offset, begins):
             started = time.perf_counter()
             outcome = loaded.learner.apply(entry)
             loaded.offset = entry.end
@@ -190,7 +190,7 @@ class _Loaded:
     learner: Learner
     nbytes: int = 0
     is_published: bool = False
-    inode: int = 0
+    begins: bytes = b""
     offset: int = 0
     since: int = 0
 

@@ -25,7 +25,7 @@ from moe_bias.learning.process import CHECKPOINT, JOURNAL, START, Place, write_h
 from moe_bias.learning.published import Published
 from moe_bias.learning.spool import Spool
 from moe_bias.learning.worker import Request, Worker
-from moe_bias.mistakes import UserError, shown
+from moe_bias.mistakes import UserError, reason_of, shown
 from moe_bias.serving.versions import adapter_names, check_made_on
 
 MEMORY = 2**30
@@ -248,10 +248,12 @@ class Learning:
             future.set_exception(LearningStoppedError("it was applied once, and what became of it is not known"))
 
     def _cut(self, name: str, taught: _Taught, through: int) -> None:
-        """Where nothing has come since, the state takes the journal's place."""
-        with taught.lock:
-            if through == taught.journal.last:
-                taught.journal.begin_anew(self._place.of(name) / CHECKPOINT)
+        """The state takes the place of all that it holds; what has come since stays after it."""
+        try:
+            with taught.lock:
+                taught.journal.begin_anew(self._place.of(name) / CHECKPOINT, through)
+        except OSError as error:  # it is as it was, and goes on growing
+            _log.warning("the journal of the adapter %r could not be cut: %s", name, reason_of(error))
 
     def _fail_all(self, reason: str) -> None:
         for taught in list(self._taught.values()):
