@@ -25,7 +25,7 @@ def ones(prompt, completion, gold):
 """
 LEARN = (
     "train rl --model model --problems problems.jsonl --gold-column gold --train-problems 12 --test-problems 4"
-    " --support auto:40 --device cpu --prompts 6 --group 4 --max-new-tokens 40 --batch-size 1 --batch-tokens 64"
+    " --support auto:40 --device cpu --prompts 6 --group 4 --max-new-tokens 80 --batch-size 1 --batch-tokens 64"
     " --num-experts 3 --steps 4 --verdict-weight 0 --reward rewards:ones --reward-weight 1"
 )
 ANSWER = "eval --model model --data problems.jsonl --gold-column gold --device cpu --max-new-tokens 6 --batch-size 2"
@@ -77,8 +77,9 @@ def test_learning_with_a_node_and_a_worker_killed_ends_with_the_same_bytes(groun
     ray = ["--ray", machines.address]
     with counted_bytes(monkeypatch) as carried:
         assert main([*LEARN.split(), "--output", "one", *ray, "--workers", "1"]) == 0
-    tokens = sum(row["tokens_per_answer"] * row["samples"] for row in metrics("one"))
-    assert carried.largest < tokens / 4 * 16 * 4 / 6  # a part's hidden states
+    tokens = min(row["tokens_per_answer"] * row["samples"] for row in metrics("one") if "samples" in row)
+    of_a_part = tokens * 16 * 4 / 6
+    assert carried.most_received < of_a_part / 2
     second = machines.add(1)
     killing = [
         in_a_while(lambda: lines("two", "metrics.jsonl") >= 2, lambda: machines.kill(second)),

@@ -4,17 +4,18 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 _CALM = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",
+    "RAY_memory_monitor_refresh_ms": "0",
     "RAY_enable_worker_prestart": "0",
     "RAY_prestart_worker_first_driver": "0",
 }
-"""No processes that nobody needs."""
+"""No processes that nobody needs; and none killed because others fill the machine's memory."""
 _STARTS = 4
 """A node gives up where its own agents have not started within seconds, as on a busy machine."""
 _QUIET = {"include_dashboard": False, "object_store_memory": 2**27}
@@ -60,17 +61,21 @@ def _patiently(start: Callable[[], Any]) -> Any:
 
 
 def pids_of(kind: str) -> list[int]:
-    """Of the living workers of this kind."""
-    found = []
+    """Of the living workers of this kind that this process, or one of its own, has started."""
+    found, parents = [], {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
-            try:
-                name = (entry / "cmdline").read_bytes()
-            except OSError:
-                continue
-            if name.startswith(f"ray::{kind}".encode()):
-                found.append(int(entry.name))
-    return sorted(found)
+            with suppress(OSError):  # it has ended meanwhile
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                if (entry / "cmdline").read_bytes().startswith(f"ray::{kind}".encode()):
+                    found.append(int(entry.name))
+    return sorted(pid for pid in found if _is_below(pid, os.getpid(), parents))
+
+
+def _is_below(pid: int, ancestor: int, parents: dict[int, int]) -> bool:
+    while pid in parents and pid != ancestor:
+        pid = parents[pid]
+    return pid == ancestor
 
 
 def kill_one(kind: str, seconds: float = 60.0) -> None:
@@ -83,10 +88,10 @@ def kill_one(kind: str, seconds: float = 60.0) -> None:
 
 
 class Carried:
-    """Bytes that this process gave to Ray and got from it, and the largest of either at once."""
+    """Bytes that this process gave to Ray and got from it, and the most of either at once."""
 
     def __init__(self) -> None:
-        self.sent = self.received = self.largest = 0
+        self.sent = self.received = self.most_sent = self.most_received = 0
 
 
 @contextmanager
@@ -100,14 +105,14 @@ def counted_bytes(monkeypatch: Any) -> Iterator[Carried]:
     def sending(self: Any, value: Any, *more: Any) -> Any:
         found = serialize(self, value, *more)
         carried.sent += found.total_bytes
-        carried.largest = max(carried.largest, found.total_bytes)
+        carried.most_sent = max(carried.most_sent, found.total_bytes)
         return found
 
     def getting(self: Any, pairs: Any, *more: Any) -> Any:
         for pair in pairs:
             size = 0 if pair[0] is None else len(pair[0])
             carried.received += size
-            carried.largest = max(carried.largest, size)
+            carried.most_received = max(carried.most_received, size)
         return deserialize(self, pairs, *more)
 
     with monkeypatch.context() as patch:

@@ -13,7 +13,7 @@ AUTO = "auto"
 
 def _count_or_auto(value: object) -> object:
     """One sentence on what is neither, where a union of types would have two."""
-    if value == AUTO or (isinstance(value, int) and value > 0) or (isinstance(value, str) and value.isdecimal()):
+    if value == AUTO or (str(value).isdecimal() and int(str(value)) > 0):
         return value
     raise ValueError("give a number from 1 up, or auto")
 
