@@ -92,3 +92,30 @@ def test_a_graph_gives_the_samples_of_rows_that_move(name, monkeypatch):
     expected = TransformersSampler(model, head).sample([[5, 6, 7], [9], [12, 13]], layer.cuda(), choices, 0)
     assert found.answers == expected.answers
     torch.testing.assert_close(found.features.hidden, expected.features.hidden)
+
+
+def test_each_row_has_an_adapter_of_its_own_on_the_gpu():
+    adapted = get_peft_model(tiny_model(), MoEBiasConfig(num_experts=3, support=SUPPORT), adapter_name="one").eval()
+    adapted.add_adapter("two", MoEBiasConfig(experts="free", num_experts=2))
+    for seed, layer in enumerate(find_adapter_head(adapted).moe_bias_layers.values()):
+        randomise(layer, seed=seed + 1)
+    ids, names = token_ids(batch=4), ["two", "__base__", "one", "two"]
+    with torch.no_grad():
+        on_cpu = adapted(ids, adapter_names=names).logits
+        adapted.base_model.set_adapter(["one", "two"])
+        both = adapted(ids).logits
+        on_gpu = adapted.to("cuda")(ids.cuda(), adapter_names=names).logits.cpu()
+        torch.testing.assert_close(adapted(ids.cuda()).logits.cpu(), both, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_trls_trainer_on_the_gpu(tmp_path, dtype):
+    pytest.importorskip("trl")
+    from helpers.trl_training import TEXTS, sft
+
+    trainer = sft(tmp_path, tiny_model().to("cuda", dtype), use_cpu=False, max_steps=-1, num_train_epochs=6)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert trainer.states.computed == len(TEXTS)

@@ -1,6 +1,7 @@
 """What is left of an answer whose client has gone."""
 
 import asyncio
+import threading
 
 from helpers.chatting import running_engine, served_folder
 from moe_bias.server import stream
@@ -24,4 +25,11 @@ def test_nothing_goes_on_waiting_for_an_answer_that_nobody_reads(tmp_path, monke
         return asyncio.all_tasks() - {asyncio.current_task()}
 
     with running_engine(*served_folder(tmp_path)) as engine:
-        assert not asyncio.run(leave(engine))
+        held = threading.Event()  # so that no token comes before the client has gone
+        holding = threading.Thread(target=engine.call, args=(held.wait,))
+        holding.start()
+        try:
+            assert not asyncio.run(leave(engine))
+        finally:
+            held.set()
+            holding.join()
