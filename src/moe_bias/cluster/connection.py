@@ -117,8 +117,8 @@ def _answering(address: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"no Ray cluster answers at `ray` {address!r} ({reason_of(error)}); start one with `ray start --head`, or "
-            "leave `ray` out for one on this machine alone"
+            f"no Ray cluster answers at `ray` {address!r} ({reason_of(error)}); start Ray there, or leave `ray` out "
+            "for a cluster on this machine alone"
         ) from error
 
 

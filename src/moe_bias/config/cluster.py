@@ -26,12 +26,12 @@ class Cluster(Config):
     """
 
     workers: Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], BeforeValidator(_count_or_auto)] = Field(
-        1, description="worker processes; 'auto': one for each GPU, or without GPUs for each --worker-cores cores"
+        1, description="worker processes; 'auto': one for each GPU, or without GPUs for as many cores as one takes"
     )
     ray: str = Field(
         "",
         description="Ray cluster to work on: 'auto', host:port or ray://host:port; none: one on this machine alone, "
-        "which starts and ends with the command",
+        "which starts and ends by itself",
     )
     worker_cores: int = Field(1, ge=1, description="cores of a worker, and threads that it computes with")
 
