@@ -322,6 +322,20 @@ def train_step() -> str:
     return _table(["one optimiser step, tokens/s over LoRA's", "ratio"], rows) + _where(record)
 
 
+def trl_trainers() -> str:
+    """Speed of TRL's SFT trainer with our adapter over the stock one with LoRA, a row for each machine."""
+    records = map(_read, sorted(RECORDS.glob("benchmarks/trl_trainers-*.json")))
+    rows = []
+    for machine, record in {_machine(record): record for record in records}.items():
+        options, ratios = record["options"], record["ratio_to_lora"]
+        model = "SmolLM2-135M" if options["model"] == "bundled" else "a random model of 1.1B"
+        texts = f"{options['texts']} x {options['length']}, {options['batch']} a step"
+        rows.append([model, texts, _times(ratios["first"]), _times(ratios["later"]), machine])
+    headings = ["model", "texts x tokens", "first epoch, over LoRA", "later epochs, over LoRA", "machine"]
+    measure = "Median of tokens a second over rounds of `train()`, and its 95% interval; half of each text is learned."
+    return _table(headings, rows) + f"\n{measure}\n"
+
+
 def update() -> str:
     """Rate of an update over LoRA's, over its limit's time, and peak memory."""
     record = _latest("update")
@@ -684,5 +698,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "sft-gsm8k": sft,
     "sweep-products": sweep_products,
     "train-step": train_step,
+    "trl-trainers": trl_trainers,
     "update": update,
 }

@@ -104,6 +104,7 @@ def test_shards_of_a_worker_and_of_a_node_that_died_are_made_again(base, plan, b
     assert contents(tmp_path / "store") == by_one
 
 
+@pytest.mark.slow
 def test_a_shard_over_which_workers_die_is_named(base, plan, tmp_path, machines, monkeypatch):
     monkeypatch.setattr("moe_bias.cluster.extraction._ids", lambda texts: {"rows": _Deadly()})
     monkeypatch.setattr("moe_bias.cluster.pool.MOST_LOSSES", 1)
@@ -118,6 +119,7 @@ class _Deadly:
         return os._exit, (1,)
 
 
+@pytest.mark.slow
 def test_a_full_disk_of_a_worker_is_told_with_what_is_whole(base, plan, tmp_path, machines):
     folder = tmp_path / "small"
     folder.mkdir()
@@ -153,6 +155,7 @@ def test_a_folder_that_a_node_does_not_see_is_named(base, plan, tmp_path, machin
             make(base, plan, tmp_path / "store", machines, 1)
 
 
+@pytest.mark.slow
 def test_a_model_that_workers_cannot_load_is_named_with_the_machine(base, plan, tmp_path, machines):
     by = ShardsByWorkers(Cluster(workers=1, ray=machines.address), replace(named_model(base), name="/absent"))
     sentence = r"^a worker on .* cannot begin: model '/absent' cannot be loaded"
@@ -227,6 +230,7 @@ def test_a_model_in_memory_has_no_name_to_load_it_by(base):
         base.model.name_or_path = before
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("prepared_folder")
 def test_the_command_goes_on_where_a_killed_one_stopped(capsys):
     """On a cluster that starts by itself, whose processes end with the command."""

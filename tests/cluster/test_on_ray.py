@@ -92,6 +92,7 @@ def test_learning_with_a_node_and_a_worker_killed_ends_with_the_same_bytes(groun
     assert metrics("two") == metrics("one")
 
 
+@pytest.mark.slow
 def test_learning_goes_on_where_a_killed_command_stopped_with_another_number_of_workers(ground, machines):
     program = str(Path(sys.executable).with_name("moe-bias"))
     words = [*LEARN.split(), "--ray", machines.address, "--workers", "1", "--output"]
