@@ -21,13 +21,13 @@ from moe_bias.variables import LEARNING
 LAYOUT = RowLayout.of_model(HIDDEN, torch.float32)
 
 
-@pytest.fixture(scope="module", params=["plain", "chunked"])
-def engine(served, request):
-    """The second takes prompts in parts of a few tokens, and writes answers beside."""
+@pytest.fixture(scope="module")
+def engine(served):
+    """It takes prompts in parts of a few tokens, and writes answers beside."""
     chunked = {"enable_chunked_prefill": True, "max_num_batched_tokens": 24, "max_num_seqs": 8}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(LEARNING, "{}")
-        with running(*served, **(chunked if request.param == "chunked" else {})) as started:
+        with running(*served, **chunked) as started:
             yield started
 
 

@@ -123,7 +123,7 @@ class MoEBiasConfig(PeftConfig):
         They are checked once: to look at a support of thousands of tokens takes milliseconds.
         """
         choices = {name: getattr(self, name) for name in LayerConfig.model_fields}
-        support = None if self.support is None else tuple(self.support)
+        support = tuple(self.support) if isinstance(self.support, list) else self.support
         key = [(type(value), value) for value in {**choices, "support": support}.values()]  # True is 1, and is refused
         if self._checked is not None and key == self._checked[0]:
             return self._checked[1]

@@ -45,7 +45,7 @@ class TeachingRoutes:
         """Raises UserError where MOE_BIAS_LEARNING is not set, or not as `VllmLearning` has it."""
         given = os.environ.get(LEARNING)
         if given is None:
-            raise UserError(f"{LEARNING} is not set; start the server by moe-bias serve --learn FOLDER")
+            raise UserError(f"{LEARNING} is not set, which says where what is learned is kept")
         self._app, self._settings = app, VllmLearning.model_validate_json(given)
         self._learning: Learning | None = None
         self._teaching: Application | None = None
