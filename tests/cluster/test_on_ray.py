@@ -73,6 +73,7 @@ def metrics(folder: str) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if not any(word in name for word in apart)} for row in rows]
 
 
+@pytest.mark.slow
 def test_learning_with_a_node_and_a_worker_killed_ends_with_the_same_bytes(ground, machines, monkeypatch, capsys):
     ray = ["--ray", machines.address]
     with counted_bytes(monkeypatch) as carried:
@@ -107,6 +108,7 @@ def test_learning_goes_on_where_a_killed_command_stopped_with_another_number_of_
     assert (ground / "cut" / ADAPTER).read_bytes() == (ground / "whole" / ADAPTER).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("grader")
 def test_answering_with_a_worker_killed_keeps_the_same_answers(ground, machines, capsys):
     words = [*ANSWER.split(), "--adapter", "adapter", "--output"]
@@ -118,6 +120,7 @@ def test_answering_with_a_worker_killed_keeps_the_same_answers(ground, machines,
     assert one == two
 
 
+@pytest.mark.slow
 def test_too_few_parts_are_refused_before_anything_is_learnt(ground, machines, capsys):
     words = [*LEARN.split(), "--batch-size", "6", "--ray", machines.address, "--workers", "2", "--output", "out"]
     machines.add(1)

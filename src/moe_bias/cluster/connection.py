@@ -23,11 +23,14 @@ _SECONDS = 10.0
 _STARTS = 3
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_worker_niceness": "0",
 }
-"""Nothing is reported to anyone, and workers on this machine are no less urgent than the command itself."""
+"""Nothing is reported to anyone, workers are no less urgent than the command itself, and where that was started by
+`uv run` they have its environment as it is: Ray would have uv look at it anew for each of them.
+"""
 
 
 @dataclass(frozen=True)
