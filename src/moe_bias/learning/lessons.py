@@ -82,13 +82,18 @@ class Lesson:
         )
 
 
+def shared(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
 def pair_parts(better: Sequence[int], other: Sequence[int], limit: int) -> tuple[slice, slice]:
     """What of a better answer's tokens and of another's to the same prompt is learned from, `limit` tokens at most.
 
     Raises UserError where the two are the same tokens, of which there is nothing to learn, or where they do not differ
     within the first `limit` tokens.
     """
-    common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(better, other, strict=False)))
+    common = shared(better, other)
     if common == len(better) == len(other):
         raise UserError("the better answer is the answer itself, token for token; a reward of 1 says that it was right")
     if common >= limit:

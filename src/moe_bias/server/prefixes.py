@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import takewhile
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from moe_bias.learning.lessons import shared
 from moe_bias.rollout.cache import roomy_cache
 from moe_bias.rollout.decoding import hidden_after
 
@@ -85,11 +85,6 @@ class Prefixes:
         excess = self.nbytes - self._budget
         while excess > 0:
             excess -= self._held.pop(0).nbytes
-
-
-def shared(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens both begin with."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from moe_bias.adapter.embedding import embedding_sample
 from moe_bias.backbone import Head
 from moe_bias.features.extract import Features
 from moe_bias.layer import MoEBiasLayer, at_least_float32
+from moe_bias.learning.lessons import shared
 from moe_bias.learning.spool import ServedAnswer
 from moe_bias.mistakes import UserError
 from moe_bias.server.answer import Given, given_features
@@ -86,7 +87,7 @@ class VllmServed:
         """What each token of an answer is chosen from, (T, D), where those of others to the same prompt are known."""
         known_TD = torch.empty(0, self._head.hidden_size)
         for other in known:
-            alike = 1 + _alike(other.tokens, token_ids)
+            alike = 1 + shared(other.tokens, token_ids)
             if other.hidden is not None and alike > len(known_TD):
                 known_TD = other.hidden[: min(alike, len(token_ids))]
         if len(known_TD) == len(token_ids):
@@ -125,9 +126,3 @@ def served_answer(kept: KeptAnswer, ends: Sequence[int]) -> ServedAnswer:
     name = completion[1] if completion else kept.id
     hidden_TD, finished = at_least_float32(kept.hidden), kept.tokens[-1] in ends
     return ServedAnswer(name, kept.adapter, kept.prompt, kept.tokens, hidden_TD, finished)
-
-
-def _alike(first: Sequence[int], second: Sequence[int]) -> int:
-    """Tokens that both begin with."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((place for place, (one, other) in pairs if one != other), min(len(first), len(second)))
