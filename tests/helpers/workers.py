@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moe_bias.cluster.pool import Lost, Member, Pending, Pool
+from moe_bias.cluster.pool import LostError, Member, Pending, Pool
 from moe_bias.config import Cluster
 from moe_bias.progress import text_console
 from moe_bias.tasks.task import Problem
@@ -52,10 +52,10 @@ class WorkersHere(Pool):
         number, method, sent = pending.reference
         self._wanted = self._changes.pop(number, self._wanted)
         if pending.member not in self._members:
-            raise Lost("it was gone")
+            raise LostError("it was gone")
         if number in self._deadly:
             self._members.remove(pending.member)
-            raise Lost(f"call {number} was deadly")
+            raise LostError(f"call {number} was deadly")
         self.calls.append((pending.member.number, method))
         found = pickle.dumps(getattr(pending.member.actor, method)(*pickle.loads(sent)), protocol=5)
         self.traffic.received += len(found)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moe_bias.cluster.parts import Key, PartSamples, PartWork
-from moe_bias.cluster.pool import Lost, Member, Pending, Pool
+from moe_bias.cluster.pool import LostError, Member, Pending, Pool
 from moe_bias.cluster.weights import Row
 
 _ADVICE = "lower `batch_size` or `max_new_tokens`, or give workers more memory"
@@ -52,7 +52,7 @@ class Owners:
             for mine, pending in asked:
                 try:
                     found.append(self.pool.answer(pending))
-                except Lost as loss:
+                except LostError as loss:
                     losses += 1
                     self.pool.refuse_losses(losses, f"{method!r} of step {self.step + 1}", _ADVICE, loss)
                     left += mine

@@ -59,7 +59,7 @@ class Worker:
         raise NotImplementedError
 
 
-class Lost(Exception):  # noqa: N818
+class LostError(Exception):
     """The worker that was asked has died, or its machine."""
 
 
@@ -171,7 +171,7 @@ class Pool:
         return Pending(member, getattr(member.actor, method).remote(*given))
 
     def answer(self, pending: Pending) -> Any:
-        """What a worker answered; waits for it. Raises Lost where it died, and what it raised itself."""
+        """What a worker answered; waits for it. Raises LostError where it died, and what it raised itself."""
         import ray
 
         try:
@@ -180,7 +180,7 @@ class Pool:
             raise (error.cause if isinstance(error.cause, _TOLD) else error) from None
         except ray.exceptions.RayError as error:
             self._lose(pending.member, reason_of(error))
-            raise Lost(self._last_reason) from error
+            raise LostError(self._last_reason) from error
         self.traffic.received += _size(found)
         return found
 
@@ -207,7 +207,7 @@ class Pool:
                 unit, pending = running.pop(reference)
                 try:
                     found = self.answer(pending)
-                except Lost as loss:
+                except LostError as loss:
                     losses[unit] += 1
                     self.refuse_losses(losses[unit], about(unit), advice, loss)
                     waiting.appendleft(unit)
@@ -221,7 +221,7 @@ class Pool:
         found: list[Any] = ray.wait(references, num_returns=1, timeout=wait)[0] if references else []
         return found
 
-    def refuse_losses(self, losses: int, what: str, advice: str, loss: Lost) -> None:
+    def refuse_losses(self, losses: int, what: str, advice: str, loss: LostError) -> None:
         """Raises UserError after too many losses over one piece of work."""
         if losses >= MOST_LOSSES:
             raise UserError(f"{what} ended {losses} workers one after the other ({reason_of(loss)}): {advice}")
