@@ -101,7 +101,8 @@ def can_pass_together(model: nn.Module) -> bool:
     Not where a layer sees only the last tokens, where positions are told by the mask, or where states go from token to
     token beside keys and values.
     """
-    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    whole: Any = model.config
+    config = whole.get_text_config()
     kinds = getattr(config, "layer_types", None) or []
     if getattr(config, "sliding_window", None) or any(kind != "full_attention" for kind in kinds):
         return False

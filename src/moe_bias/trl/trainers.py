@@ -16,7 +16,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import trl
@@ -43,8 +43,13 @@ _INPUTS = ("input_ids", "attention_mask", "position_ids")
 _TEXTS_AT_ONCE = 8
 _log = logging.getLogger(__name__)
 
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object  # TRL's own class comes after it, whichever it is
 
-class _AtTheHead:
+
+class _AtTheHead(_Trainer):
     """What the trainers share, before TRL's own class in the order of methods."""
 
     temperature = 1.0
@@ -78,24 +83,24 @@ class _AtTheHead:
                 _refuse_entries(own)
             kwargs["peft_config"] = own
         with _head_hidden(base):
-            super().__init__(model if is_adapted else base, *args, **kwargs)  # type: ignore[call-arg]
+            super().__init__(model if is_adapted else base, *args, **kwargs)
         self._put_forward(base, states_memory)
-        if self.args.learning_rate < _LOWEST_RATE:  # type: ignore[attr-defined]
+        if self.args.learning_rate < _LOWEST_RATE:
             _log.warning(
                 "learning_rate is %g, which is right for a whole model; a MoE-Bias layer wants about 1e-2",
-                self.args.learning_rate,  # type: ignore[attr-defined]
+                self.args.learning_rate,
             )
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """TRL's loss and, in training, the load-balance loss of the config's weight (arXiv 2101.03961)."""
-        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         routing = self._forward.take_routing()
         weight = self._layer.config.load_balance_weight
         if routing is None or not weight or not self._layer.config.has_router:
             return found
-        steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
+        steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
         balance = weight * load_balance_loss(routing) / steps
         return (found[0] + balance, found[1]) if return_outputs else found + balance
 
@@ -123,7 +128,7 @@ class _AtTheHead:
         on_first: FirstTokens | None = None
         if not _is_fresh(self._layer):
             self.states.begin(self._layer.support_or_all())
-        elif self.train_dataset is None:  # type: ignore[attr-defined]
+        elif self.train_dataset is None:
             on_first = self._begin
         else:
             on_first = self._begin_on_texts()
@@ -132,13 +137,13 @@ class _AtTheHead:
 
     def _begin_on_texts(self) -> FirstTokens | None:
         """Begins on the first training texts, the same ones in every process."""
-        examples = iter(self.train_dataset)  # type: ignore[attr-defined]
+        examples = iter(self.train_dataset)
         parts: list[tuple[Tensor, Tensor]] = []
         while sum(len(token_T) for _, token_T in parts) < CALIBRATION_TOKENS:
             some = list(islice(examples, _TEXTS_AT_ONCE))
             if not some:
                 break
-            batch = self.data_collator(some)  # type: ignore[attr-defined]
+            batch = self.data_collator(some)
             inputs = {name: batch[name].to(self._head.device) for name in _INPUTS if name in batch}
             next_BL = self._labels(batch)[:, 1:].to(self._head.device)
             parts.append(self.states.hidden_of(inputs, next_BL != IGNORED, next_BL))
@@ -149,10 +154,9 @@ class _AtTheHead:
         """Chooses the support and measures the normalisation on a fresh adapter's first tokens, those of rank 0."""
         layer, size = self._layer, self._support_size
         hidden_TD, token_T = hidden_TD[:CALIBRATION_TOKENS], token_T[:CALIBRATION_TOKENS].cpu()
-        model: Any = self.model  # type: ignore[attr-defined]
-        config = model.peft_config[self._name]
+        config = self.model.peft_config[self._name]
         if size is not None:
-            ends = answer_ends(model.get_base_model(), self.processing_class)  # type: ignore[attr-defined]
+            ends = answer_ends(self.model.get_base_model(), self.processing_class)
             chosen = [support_for(measure_fork_mass(self._head, hidden_TD.float()), token_T, size, ends)]
             config.support = broadcast_object_list(chosen)[0]
             layer.change_support(config.support)
