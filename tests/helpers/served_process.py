@@ -6,7 +6,8 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,3 +82,13 @@ class Server:
         import openai
 
         return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0, timeout=120)
+
+
+@contextmanager
+def started(server: Server) -> Iterator[Server]:
+    """The server while the block runs, of which nothing is left after it."""
+    try:
+        server.start()
+        yield server
+    finally:
+        server.remove()

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from helpers.served import ADAPTERS, WITHOUT_VLLM, write_adapter
-from helpers.served_process import BASE, Server
+from helpers.served_process import BASE, Server, started
 
 pytestmark = pytest.mark.vllm
 pytest.importorskip("vllm", reason=WITHOUT_VLLM)
@@ -26,12 +26,8 @@ PROMPTS = [f"{number} times {number + 3} is " for number in range(16)]
 def server(served, tmp_path_factory):
     root = tmp_path_factory.mktemp("server")
     adapters = shutil.copytree(served[1], root / "adapters")
-    started = Server(served[0], adapters, root / "log")
-    try:
-        started.start()
-        yield started
-    finally:
-        started.remove()
+    with started(Server(served[0], adapters, root / "log")) as running:
+        yield running
 
 
 @pytest.fixture

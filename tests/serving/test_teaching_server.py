@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.served import WITHOUT_VLLM
-from helpers.served_process import BASE, Server
+from helpers.served_process import BASE, Server, started
 
 pytestmark = pytest.mark.vllm
 pytest.importorskip("vllm", reason=WITHOUT_VLLM)
@@ -43,12 +43,8 @@ def server(served, model, tmp_path_factory):
         save_layer(layer, root / "adapters" / name, model)
     (root / "keys.json").write_text(json.dumps({ALICE: "alice", BOB: "bob"}))
     more = ("--learn", root / "learned", "--key-file", root / "keys.json")
-    started = Server(served[0], root / "adapters", root / "log", more)
-    try:
-        started.start()
-        yield started
-    finally:
-        started.remove()
+    with started(Server(served[0], root / "adapters", root / "log", more)) as running:
+        yield running
 
 
 @pytest.fixture
