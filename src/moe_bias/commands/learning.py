@@ -58,8 +58,7 @@ def begin_learning(settings: ChatSettings, keys: Keys, base: Frozen, console: Co
     except BaseException:
         learning.close()
         raise
-    for name, changed in learning.changes().items():
-        sentence = f"What {name!r} is told from now on is learned with {', '.join(changed)}."
+    for sentence in learning.said_changes():
         console.print(Text(sentence), soft_wrap=True)
     _announce(limits, root, console)
     return learning

@@ -161,6 +161,13 @@ class Learning:
             if (before := taught.journal.config) not in (None, self._config)
         }
 
+    def said_changes(self) -> list[str]:
+        """The same as sentences, one for each adapter."""
+        return [
+            f"What {name!r} is told from now on is learned with {', '.join(changed)}."
+            for name, changed in self.changes().items()
+        ]
+
     def history(self, name: str) -> list[dict[str, Any]]:
         """What became of the last entries, the oldest first; after a start it waits until they are known.
 

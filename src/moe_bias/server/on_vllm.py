@@ -27,7 +27,7 @@ from moe_bias.server.metrics import LearningCounters
 from moe_bias.server.teaching import Teaching
 from moe_bias.server.vllm_served import VllmServed, served_answer
 from moe_bias.server.vllm_settings import VllmLearning
-from moe_bias.serving.following import add_follower
+from moe_bias.serving.following import add_follower, remove_follower
 from moe_bias.serving.kept_answers import AnswerKeeping, KeptAnswer
 from moe_bias.serving.names import Application, Message, Receive, Send
 from moe_bias.serving.notes import kept_states
@@ -71,6 +71,7 @@ class TeachingRoutes:
 
             async def send_when_closed(message: Message) -> None:
                 if message["type"].startswith("lifespan.shutdown") and self._learning is not None:
+                    remove_follower(self._keeping)
                     await run_in_threadpool(self._learning.close)
                 await send(message)
 
@@ -87,8 +88,8 @@ class TeachingRoutes:
         if kept is None:
             raise UserError("no hidden states are kept on this server; it needs vLLM's plugin moe_bias")
         learning = Learning(settings.root, settings.given, head, settings.config, settings.limits)
-        for name, changed in learning.changes().items():
-            _LOG.warning("What %r is told from now on is learned with %s.", name, ", ".join(changed))
+        for sentence in learning.said_changes():
+            _LOG.warning(sentence)
         for name in keys.names:
             if not (learning.adapters / name).exists():
                 learning.begin(name, settings.root / FRESH)
@@ -96,7 +97,8 @@ class TeachingRoutes:
         def keep(answer: KeptAnswer) -> None:
             learning.spool.keep(served_answer(answer, ends))
 
-        add_follower(AnswerKeeping(kept, keep))
+        self._keeping = AnswerKeeping(kept, keep)
+        add_follower(self._keeping)
         served = VllmServed(state.engine_client, loop, kept, learning.adapters, head, config.max_model_len)
         teaching = Teaching(served, learning, keys, LearningCounters(), tokenizer, ends)
         self._learning, self._teaching = learning, guarded(teaching.routes, local=settings.local)
