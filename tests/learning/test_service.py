@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from helpers import loops
 from helpers.lessons import HEAD, InlineWorker, edit, entry, learner, rewarded, save_start
 from moe_bias.adapter.saved import WEIGHTS_FILE, load_layer
 from moe_bias.config import LearnConfig
@@ -168,7 +169,7 @@ def test_who_waits_may_go_and_all_others_are_told(inline, tmp_path):
         asyncio.wrap_future(gone).cancel()
         await asyncio.sleep(0)
 
-    asyncio.run(leave())
+    loops.run(leave())
     InlineWorker.newest.paused = False
     learning.restarted()
     assert waiting.result(PATIENCE)["number"] == 2

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 
+from helpers import loops
 from helpers.chatting import running_engine, served_folder
 from moe_bias.server import stream
 from moe_bias.server.requests import read_chat
@@ -29,7 +30,7 @@ def test_nothing_goes_on_waiting_for_an_answer_that_nobody_reads(tmp_path, monke
         holding = threading.Thread(target=engine.call, args=(held.wait,))
         holding.start()
         try:
-            assert not asyncio.run(leave(engine))
+            assert not loops.run(leave(engine))
         finally:
             held.set()
             holding.join()
